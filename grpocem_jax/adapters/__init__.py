@@ -1,0 +1,1 @@
+"""Adapters: a small trainable pytree behind pure functions."""

@@ -1,0 +1,135 @@
+"""Singular value fine-tuning: a trainable scale on each leading singular value of a kernel.
+
+``W = U diag(s) V^T`` is frozen; with offsets ``o`` of the ``k`` leading singular values,
+
+    y = ((x U) * (s * (1 + o))) V^T
+
+which the report writes as its eq. 10 and Transformer-squared (Sun et al. 2025, arXiv 2501.06252)
+as SVF.  ``U`` and ``V`` are shared by all candidates and never multiplied out.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from grpocem_jax.adapters.base import Adapter
+from grpocem_jax.errors import InputError
+from grpocem_jax.models.base import dense
+
+
+class SVFFactors(NamedTuple):
+    """``kernel == (u * s) @ vt``; ``u [in, r]``, ``s [r]`` descending, ``vt [r, out]``."""
+
+    u: jax.Array
+    s: jax.Array
+    vt: jax.Array
+
+
+SVD = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def svd(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thin SVD ``(u, s, vt)`` in float32, computed in float64 on the host."""
+    u, s, vt = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+    return u.astype(np.float32), s.astype(np.float32), vt.astype(np.float32)
+
+
+def cached_svd(folder: Path | None = None) -> SVD:
+    """`svd` behind a cache on disk, one file a kernel, named by the SHA-256 of its bytes.
+
+    Args:
+      folder: of the cache; by default ``grpocem_jax/svd`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Returns:
+      a function like `svd`. A damaged file is computed anew; a cache that cannot be written to is
+      only a cache that does not help.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = folder or root / "grpocem_jax" / "svd"
+
+    def lookup(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kernel = np.ascontiguousarray(kernel, np.float32)
+        digest = hashlib.sha256(repr(kernel.shape).encode() + kernel.tobytes()).hexdigest()
+        path = folder / f"{digest}.safetensors"
+        try:
+            stored = load_file(path)
+            return stored["u"], stored["s"], stored["vt"]
+        except (OSError, SafetensorError, KeyError):
+            u, s, vt = svd(kernel)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            save_file({"u": u, "s": s, "vt": vt}, partial)
+            partial.replace(path)
+        except OSError:
+            pass
+        return u, s, vt
+
+    return lookup
+
+
+def svf(
+    *,
+    rank_ratio: float = 0.8,
+    tail: str = "keep",
+    min_singular_value: float = 1e-5,
+    svd: SVD = svd,
+) -> Adapter:
+    """The SVF adapter.
+
+    Args:
+      rank_ratio: share of the ``n`` singular values that are trainable, in (0, 1]; ``k`` is
+        ``floor(rank_ratio * n)``, 614 of GPT-2's 768.
+      tail: what becomes of the others: ``keep`` leaves them as they are, so that a zero adapter is
+        the base model; ``drop`` sets them to zero, as the report's eq. 10 does.
+      min_singular_value: smaller ones are never trainable.
+      svd: the decomposition, e.g. `cached_svd()`.
+
+    Raises:
+      InputError: a value outside its range; in ``init``, a site without a trainable singular value.
+    """
+    if not 0.0 < rank_ratio <= 1.0:
+        raise InputError(f"adapter.rank_ratio={rank_ratio}: must be above 0 and at most 1.")
+    if tail not in ("keep", "drop"):
+        raise InputError(f"adapter.tail={tail!r}: must be 'keep' or 'drop'.")
+
+    def trainable(s: np.ndarray, n: int) -> int:
+        # The small term undoes products such as 0.29 * 100 = 28.999999999999996.
+        k = min(math.floor(rank_ratio * n + 1e-9), int(np.sum(s >= min_singular_value)))
+        if k == 0:
+            raise InputError(
+                f"adapter.rank_ratio={rank_ratio} and adapter.min_singular_value="
+                f"{min_singular_value} leave no singular value of {n} to train; raise the first "
+                "or lower the second."
+            )
+        return k
+
+    def factor(kernel: np.ndarray) -> SVFFactors:
+        u, s, vt = svd(kernel)
+        k = len(s) if tail == "keep" else trainable(s, len(s))
+        return SVFFactors(jnp.asarray(u[:, :k]), jnp.asarray(s[:k]), jnp.asarray(vt[:k]))
+
+    def init(key: jax.Array, factors: SVFFactors) -> jax.Array:
+        del key  # the base model is one point
+        s = np.asarray(factors.s)
+        return jnp.zeros(trainable(s, len(s)) if tail == "keep" else len(s), jnp.float32)
+
+    def scaled(factors: SVFFactors, offsets: jax.Array) -> jax.Array:
+        return factors.s * (1.0 + jnp.pad(offsets, (0, factors.s.shape[0] - offsets.shape[0])))
+
+    def apply(factors: SVFFactors, offsets: jax.Array, x: jax.Array) -> jax.Array:
+        return dense(factors.vt, dense(factors.u, x) * scaled(factors, offsets))
+
+    def merge(factors: SVFFactors, offsets: jax.Array) -> jax.Array:
+        return jnp.dot(factors.u * scaled(factors, offsets), factors.vt)
+
+    return Adapter(factor, init, apply, merge)

@@ -1,0 +1,420 @@
+"""Group Relative Policy Optimization: advantages, loss and update, as pure functions of arrays.
+
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300) as the report states it in its eqs. 1-7.  The
+pieces (advantages, token weights, token objective, penalties) are separate, so that a variant of
+the method is one more function beside them.
+
+The policy of every log-probability here is ``softmax(logits / temperature)`` over the whole
+vocabulary.  Rollouts are drawn from it after repetition penalty and top-p, but the ratio compares
+the same untruncated distribution at both times, so it is exactly 1 on policy.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpocem_jax.models.base import AdapterParams, Model, Params
+
+ADVANTAGES = ("group", "scaled")
+AGGREGATIONS = ("sequence", "token", "constant")
+EQUAL = 1e-6
+"""Rewards of a group closer together than this are equal: the group carries no signal."""
+
+
+# Advantages
+
+
+def group_normalize(rewards: jax.Array, present: jax.Array | None = None) -> jax.Array:
+    """Eq. 3: ``(r - mean(r)) / std(r)`` over the last axis, population standard deviation.
+
+    Args:
+      rewards: float ``[..., G]``; NaN where the reward function abstained.
+      present: bool ``[..., G]``, which entries exist; by default those that are not NaN.
+
+    Returns:
+      float ``[..., G]``: zero where not present, and zero for a whole group whose rewards are
+      equal (their range is at most `EQUAL`): dividing rounding errors by an epsilon would turn
+      them into advantages.
+    """
+    present = ~jnp.isnan(rewards) if present is None else present
+    count = jnp.maximum(jnp.sum(present, -1, keepdims=True), 1)
+    rewards = jnp.where(present, rewards, 0.0)
+    mean = jnp.sum(rewards, -1, keepdims=True) / count
+    centred = jnp.where(present, rewards - mean, 0.0)
+    std = jnp.sqrt(jnp.sum(centred**2, -1, keepdims=True) / count)
+    flat = equal_rewards(rewards, present)[..., None]
+    return jnp.where(flat, 0.0, centred / jnp.where(flat, 1.0, std))
+
+
+def equal_rewards(rewards: jax.Array, present: jax.Array) -> jax.Array:
+    """Whether all present rewards of a group are equal to within `EQUAL`; bool ``[...]``."""
+    high = jnp.max(jnp.where(present, rewards, -jnp.inf), -1)
+    low = jnp.min(jnp.where(present, rewards, jnp.inf), -1)
+    return ~(high - low > EQUAL)
+
+
+def scale_and_clip(advantages: jax.Array, *, scale: float = 0.1, clip: float = 3.0) -> jax.Array:
+    """Eq. 7: ``clip(scale * z, -clip, clip)`` of group-normalised rewards ``z``."""
+    return jnp.clip(scale * advantages, -clip, clip)
+
+
+def outcome_advantages(rewards: jax.Array, mask: jax.Array) -> jax.Array:
+    """Outcome supervision: every token of a completion gets its group-normalised reward.
+
+    Args:
+      rewards: float ``[P, G]``, NaN where abstained.
+      mask: bool ``[P, G, N]``.
+
+    Returns:
+      float ``[P, G, N]``, zero off the mask.
+    """
+    return jnp.where(mask, group_normalize(rewards)[..., None], 0.0)
+
+
+def process_advantages(
+    step_rewards: jax.Array, step_ends: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Process supervision, eqs. 4-5: a token's advantage sums the rewards of the steps that end
+    at or after it, normalised over all steps of the group.
+
+    Args:
+      step_rewards: float ``[P, G, N]``, the reward of a step at the step's last token.
+      step_ends: bool ``[P, G, N]``, True at the last token of each step; a completion without any
+        abstains.
+      mask: bool ``[P, G, N]``.
+
+    Returns:
+      float ``[P, G, N]``, zero off the mask. A completion with a single step at its end gets what
+      `outcome_advantages` would give where every completion of the group has one step.
+    """
+    groups = (*step_rewards.shape[:-2], -1)
+    normalized = group_normalize(step_rewards.reshape(groups), step_ends.reshape(groups))
+    normalized = normalized.reshape(step_rewards.shape)
+    to_come = jnp.flip(jnp.cumsum(jnp.flip(normalized, -1), -1), -1)
+    return jnp.where(mask, to_come, 0.0)
+
+
+# Loss
+
+
+def token_weights(mask: jax.Array, aggregation: str) -> jax.Array:
+    """Weights ``w`` so that ``sum(w * loss_per_token)`` is the aggregated loss of a whole step.
+
+    Computed over the step before it is cut into micro-batches, so that accumulation is exact.
+
+    Args:
+      mask: bool ``[P, G, N]``.
+      aggregation: ``sequence``: eq. 1, mean over the tokens of a completion, then over completions.
+        ``token``: mean over all tokens (DAPO, arXiv 2503.14476). ``constant``: sum over tokens
+        divided by the largest length N, then mean over completions (Dr. GRPO, arXiv 2503.20783).
+
+    Returns:
+      float32 ``[P, G, N]``, zero off the mask.
+    """
+    mask = mask.astype(jnp.float32)
+    completions = mask.shape[-3] * mask.shape[-2]
+    if aggregation == "sequence":
+        return mask / jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1.0) / completions
+    if aggregation == "token":
+        return mask / jnp.maximum(jnp.sum(mask), 1.0)
+    if aggregation == "constant":
+        return mask / (mask.shape[-1] * completions)
+    raise ValueError(f"aggregation={aggregation!r}: must be one of {', '.join(AGGREGATIONS)}.")
+
+
+def clipped_objective(
+    logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, *, clip: float
+) -> jax.Array:
+    """``min(rho A, clip(rho, 1 - clip, 1 + clip) A)`` per token, ``rho = exp(logp - old_logp)``."""
+    ratio = jnp.exp(logps - old_logps)
+    return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
+
+
+def k3_divergence(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
+    """Eq. 6: ``exp(u) - u - 1`` with ``u = ref_logp - logp``, an unbiased estimate of
+    KL(policy || reference) per token, never negative (Schulman's k3).
+    """
+    u = ref_logps - logps
+    return jnp.expm1(u) - u
+
+
+def token_logps(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    temperature: jax.Array | float,
+    *,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each token and entropy of the policy, the head ``chunk`` tokens at a time.
+
+    Each chunk is recomputed in the backward pass, so ``[N, V]`` never exists.
+
+    Args:
+      model: the model record.
+      params: its parameters.
+      hidden: ``[N, D]``, the states that predict the tokens.
+      tokens: int32 ``[N]``.
+      temperature: above 0.
+      chunk: tokens at a time.
+
+    Returns:
+      float32 ``[N]`` and ``[N]`` (nats).
+    """
+    length = tokens.shape[0]
+    padding = -length % chunk
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
+    tokens = jnp.pad(tokens, (0, padding)).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def head(part):
+        states, targets = part
+        logps = jax.nn.log_softmax(model.logits(params, states) / temperature, axis=-1)
+        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+        return jnp.take_along_axis(logps, targets[:, None], axis=-1)[:, 0], entropy
+
+    logps, entropies = jax.lax.map(head, (hidden, tokens))
+    return logps.reshape(-1)[:length], entropies.reshape(-1)[:length]
+
+
+def completion_logps(
+    model: Model,
+    params: Params,
+    adapter: AdapterParams,
+    prompt: jax.Array,
+    prompt_mask: jax.Array,
+    completions: jax.Array,
+    mask: jax.Array,
+    temperature: jax.Array | float,
+    *,
+    chunk: int = 32,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies of one prompt's group; the prompt is processed once.
+
+    Args:
+      model: the model record.
+      params: its parameters.
+      adapter: offsets.
+      prompt: int32 ``[S]``, padded on the left.
+      prompt_mask: bool ``[S]``.
+      completions: int32 ``[G, N]``.
+      mask: bool ``[G, N]``.
+      temperature: above 0.
+      chunk: tokens at a time through the head.
+
+    Returns:
+      float32 ``[G, N]`` and ``[G, N]``; zero off the mask.
+    """
+    last, context = model.prefill(params, adapter, prompt, prompt_mask)
+
+    def one(tokens, mask):
+        hidden = model.forward(params, adapter, tokens[:-1], mask[:-1], context)
+        hidden = jnp.concatenate([last[None], hidden])
+        return token_logps(model, params, hidden, tokens, temperature, chunk=chunk)
+
+    logps, entropies = jax.vmap(one)(completions, mask)
+    return jnp.where(mask, logps, 0.0), jnp.where(mask, entropies, 0.0)
+
+
+# Update
+
+
+class Batch(NamedTuple):
+    """One optimizer step's rollouts, ``P`` prompts of ``G`` samples.
+
+    Attributes:
+      prompts: int32 ``[P, S]``, padded on the left.
+      prompt_mask: bool ``[P, S]``.
+      completions: int32 ``[P, G, N]``.
+      mask: bool ``[P, G, N]``.
+      old_logps: float32 ``[P, G, N]``, log-probabilities at the time of sampling.
+      advantages: float32 ``[P, G, N]``.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    completions: jax.Array
+    mask: jax.Array
+    old_logps: jax.Array
+    advantages: jax.Array
+
+
+class TrainState(NamedTuple):
+    """What an optimizer step changes.
+
+    Attributes:
+      adapter: the offsets.
+      opt_state: of the optimizer.
+      step: int32 ``[]``, optimizer steps done.
+      lr_scale: float32 ``[]``, factor of the adaptive learning rate.
+    """
+
+    adapter: Any
+    opt_state: Any
+    step: jax.Array
+    lr_scale: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Static settings of the update; the defaults are the report's.
+
+    Attributes:
+      clip: range of the policy ratio.
+      beta: weight of the KL term; 0 leaves the reference out altogether.
+      entropy: weight of the entropy bonus.
+      aggregation: see `token_weights`.
+      micro_batch: completions processed at once; a multiple of the group size.
+      learning_rate: peak, reached after ``warmup_steps`` of linear warmup, then constant.
+      warmup_steps: optimizer steps.
+      weight_decay: pulls the offsets to zero, the base model (AdamW, arXiv 1711.05101).
+      max_grad_norm: global norm to which gradients are clipped.
+      target_kl: if above 0, the learning rate adapts: it is divided by 1.5 when the measured KL
+        exceeds twice the target, multiplied by 1.5 below half of it, within ``lr_scale_range``
+        of its schedule.
+      lr_scale_range: smallest and largest factor.
+      logit_chunk: tokens of each completion at a time through the head.
+    """
+
+    clip: float = 0.2
+    beta: float = 0.01
+    entropy: float = 0.08
+    aggregation: str = "sequence"
+    micro_batch: int = 16
+    learning_rate: float = 5e-5
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.5
+    target_kl: float = 0.0
+    lr_scale_range: tuple[float, float] = (0.1, 10.0)
+    logit_chunk: int = 32
+
+
+def optimizer(hp: Hyperparameters) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which `update` applies (it adapts)."""
+    return optax.chain(
+        optax.clip_by_global_norm(hp.max_grad_norm),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(hp.weight_decay),
+    )
+
+
+def init_state(adapter: Any, hp: Hyperparameters) -> TrainState:
+    """The state before the first step."""
+    return TrainState(adapter, optimizer(hp).init(adapter), jnp.int32(0), jnp.float32(1.0))
+
+
+def adapt_lr_scale(scale: jax.Array, kl: jax.Array, hp: Hyperparameters) -> jax.Array:
+    """The next learning-rate factor given the measured KL (see `Hyperparameters.target_kl`)."""
+    if hp.target_kl <= 0:
+        return scale
+    factor = jnp.where(kl > 2 * hp.target_kl, 1 / 1.5, jnp.where(kl < hp.target_kl / 2, 1.5, 1.0))
+    return jnp.clip(scale * factor, *hp.lr_scale_range)
+
+
+def loss(
+    adapter: Any,
+    params: Params,
+    batch: Batch,
+    weights: jax.Array,
+    temperature: jax.Array | float,
+    *,
+    model: Model,
+    hp: Hyperparameters,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Eq. 1 with its KL and entropy terms, to be minimised, on some of a step's prompts.
+
+    ``-sum(w (min(rho A, clip(rho) A) - beta k3 + entropy H))`` with the weights ``w`` of the whole
+    step, so that the losses of micro-batches add up to the step's.
+
+    Returns:
+      the loss and its parts, each a weighted sum: policy_loss, kl, entropy, clip_ratio.
+    """
+    evaluate = functools.partial(completion_logps, model, chunk=hp.logit_chunk)
+    over_prompts = jax.vmap(evaluate, in_axes=(None, None, 0, 0, 0, 0, None))
+    inputs = (batch.prompts, batch.prompt_mask, batch.completions, batch.mask, temperature)
+    logps, entropies = over_prompts(params, adapter, *inputs)
+    objective = clipped_objective(logps, batch.old_logps, batch.advantages, clip=hp.clip)
+    policy_loss = -jnp.sum(weights * objective)
+    entropy = jnp.sum(weights * entropies)
+    kl = jnp.float32(0.0)
+    if hp.beta:
+        zero = jax.tree.map(jnp.zeros_like, adapter)
+        ref_logps, _ = jax.lax.stop_gradient(over_prompts(params, zero, *inputs))
+        kl = jnp.sum(weights * k3_divergence(logps, ref_logps))
+    total = policy_loss + hp.beta * kl - hp.entropy * entropy
+    ratio = jnp.exp(logps - batch.old_logps)
+    clipped = ((ratio < 1 - hp.clip) & (batch.advantages < 0)) | (
+        (ratio > 1 + hp.clip) & (batch.advantages > 0)
+    )
+    parts = {
+        "loss": total,
+        "policy_loss": policy_loss,
+        "kl": kl,
+        "entropy": entropy,
+        "clip_ratio/region_mean": jnp.sum(weights * clipped),
+    }
+    return total, parts
+
+
+@functools.partial(jax.jit, static_argnames=("model", "hp"))
+def update(
+    state: TrainState,
+    params: Params,
+    batch: Batch,
+    temperature: jax.Array | float,
+    *,
+    model: Model,
+    hp: Hyperparameters,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step: gradients accumulated over micro-batches of whole groups, then AdamW.
+
+    Args:
+      state: before the step.
+      params: frozen parameters of the model.
+      batch: the step's rollouts; ``P * G`` is a multiple of ``hp.micro_batch``.
+      temperature: the rollouts' own.
+      model: the model record.
+      hp: static settings.
+
+    Returns:
+      the next state and float32 scalars: loss, policy_loss, kl, entropy, clip_ratio/region_mean,
+      grad_norm (before clipping) and learning_rate.
+
+    Raises:
+      ValueError: a micro-batch that is not whole groups, or does not divide the batch.
+    """
+    prompts, group = batch.completions.shape[:2]
+    if hp.micro_batch % group or prompts * group % hp.micro_batch:
+        raise ValueError(
+            f"micro_batch={hp.micro_batch}: must be a multiple of the group size {group} and "
+            f"divide the {prompts * group} completions of a step."
+        )
+    weights = token_weights(batch.mask, hp.aggregation)
+    size = hp.micro_batch // group
+    micro = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch, weights))
+    gradient = jax.grad(functools.partial(loss, model=model, hp=hp), has_aux=True)
+
+    def accumulate(total, part):
+        new = gradient(state.adapter, params, *part, temperature)
+        return jax.tree.map(jnp.add, total, new), None
+
+    names = ("loss", "policy_loss", "kl", "entropy", "clip_ratio/region_mean")
+    start = (
+        jax.tree.map(jnp.zeros_like, state.adapter),
+        {name: jnp.float32(0.0) for name in names},
+    )
+    (grads, metrics), _ = jax.lax.scan(accumulate, start, micro)
+
+    warmup = jnp.minimum((state.step + 1) / max(hp.warmup_steps, 1), 1.0)
+    rate = hp.learning_rate * warmup * state.lr_scale
+    direction, opt_state = optimizer(hp).update(grads, state.opt_state, state.adapter)
+    adapter = jax.tree.map(lambda a, d: a - rate * d, state.adapter, direction)
+    metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
+    lr_scale = adapt_lr_scale(state.lr_scale, metrics["kl"], hp)
+    return TrainState(adapter, opt_state, state.step + 1, lr_scale), metrics

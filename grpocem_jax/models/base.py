@@ -1,0 +1,130 @@
+"""The model interface: a language model as a frozen record of pure functions.
+
+Every function works on ONE sequence; batches, groups and populations are made by ``jax.vmap``.
+Under it, products with shared weights merge over all mapped axes into large matrix products, and
+whatever a mapped axis shares (weights, a prompt's keys and values) is held once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any
+"""A nested dict of arrays; at an adapted site the kernel is replaced by the adapter's factors."""
+
+AdapterParams = Mapping[str, Any]
+"""Trainable arrays of an adapter by site name; the empty mapping is the base model."""
+
+SiteFunction = Callable[[Any, Any, jax.Array], jax.Array]
+"""``(factors, adapter_at_site, x [..., in]) -> y [..., out]``, the adapted linear map, no bias."""
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one sequence, a tuple over layers of ``[length, heads, head_dim]``."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+class Context(NamedTuple):
+    """A processed prompt that later tokens attend to.
+
+    Attributes:
+      key_values: keys and values of the prompt's tokens, length ``S``.
+      mask: bool ``[S]``, False on padding.
+    """
+
+    key_values: KeyValues
+    mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder-only language model.
+
+    Records compare and hash by identity, so one record may be a static argument of a jitted
+    function; build it once and keep it.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      context_length: the largest number of positions.
+      sites: names of the linear maps that an adapter may take over, each with its path in the
+        parameters, e.g. ``"h.0.attn.c_proj" -> ("h_0", "attn", "c_proj", "kernel")``.
+      forward: ``(params, adapter, tokens [T] int32, mask [T] bool, context=None) -> hidden [T, D]``.
+        Padding may stand anywhere: masked tokens are attended to by none and take no position.
+        With a `Context` the tokens follow it.
+      prefill: ``(params, adapter, tokens [S], mask [S]) -> (hidden [D], Context)`` with the hidden
+        state of the last token, so prompts are padded on the left.
+      init_cache: ``(params, length) -> KeyValues`` of zeros for ``length`` tokens after a context.
+      decode_step: ``(params, adapter, context, cache, token [], index []) -> (hidden [D], cache)``
+        for the token that is number ``index`` (from 0) after the context.
+      logits: ``(params, hidden [..., D]) -> [..., V]`` float32.
+    """
+
+    vocab_size: int
+    context_length: int
+    sites: Mapping[str, tuple[str, ...]]
+    forward: Callable[..., jax.Array]
+    prefill: Callable[..., tuple[jax.Array, Context]]
+    init_cache: Callable[[Params, int], KeyValues]
+    decode_step: Callable[..., tuple[jax.Array, KeyValues]]
+    logits: Callable[[Params, jax.Array], jax.Array]
+
+
+def dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """``x @ kernel`` with operands in the kernel's dtype, accumulated and returned in float32."""
+    return jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+
+
+def attend(
+    query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Array]]
+) -> jax.Array:
+    """Softmax attention over several segments of keys and values, without joining them.
+
+    Args:
+      query: ``[T, H, d]``.
+      segments: ``(keys [S, H, d], values [S, H, d], allowed [T, S] bool)`` each, with lengths ``S``
+        of their own. Every query must be allowed some key for its row to be meaningful; rows with
+        none are finite.
+
+    Returns:
+      float32 ``[T, H, d]``: softmax(q k^T / sqrt(d)) v, softmax in float32.
+    """
+    scale = query.shape[-1] ** -0.5
+    scores = [
+        jnp.where(
+            allowed,
+            scale
+            * jnp.einsum(
+                "thd,shd->hts",
+                query.astype(keys.dtype),
+                keys,
+                preferred_element_type=jnp.float32,
+            ),
+            jnp.finfo(jnp.float32).min,
+        )
+        for keys, _, allowed in segments
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out, start = jnp.zeros((), jnp.float32), 0
+    for _, values, allowed in segments:
+        part = weights[..., start : start + allowed.shape[-1]]
+        start += allowed.shape[-1]
+        out = out + jnp.einsum(
+            "hts,shd->thd", part.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+    return out
+
+
+def cast_params(params: Params, dtype: jnp.dtype) -> Params:
+    """The mixed-precision switch: matrices in ``dtype``, vectors (norms, biases) in float32.
+
+    Products then take operands in ``dtype`` and accumulate in float32 (`dense`, `attend`); the
+    residual stream, norms, softmax and logits stay float32.
+    """
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, dtype if x.ndim >= 2 else jnp.float32), params
+    )

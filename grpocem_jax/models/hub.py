@@ -1,0 +1,244 @@
+"""Loads and saves Hugging Face checkpoints: Hub id, local folder, built-in, or random weights."""
+
+import dataclasses
+import json
+import os
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from grpocem_jax.errors import InputError
+from grpocem_jax.models import gpt2
+from grpocem_jax.models.base import Params
+
+ARCHITECTURES: Mapping[str, types.ModuleType] = {"gpt2": gpt2}
+"""The module that serves a checkpoint, by ``model_type`` of its config.json."""
+
+BUILTIN = Path(__file__).parent.parent / "builtin" / "model"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A loaded checkpoint.
+
+    Attributes:
+      source: what was asked for.
+      kind: "hub", "folder", "builtin" or "random".
+      architecture: the module of `grpocem_jax.models` that serves it.
+      config: that module's config record.
+      params: nested dict of float32 arrays on the host.
+      tokenizer: a transformers tokenizer; None for random weights of a named shape.
+      end_ids: token ids that end a text.
+    """
+
+    source: str
+    kind: str
+    architecture: types.ModuleType
+    config: Any
+    params: Params
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+
+    def build(self, site_fn=None):
+        """The model's pure functions, see `grpocem_jax.models.base.Model`."""
+        return self.architecture.build(self.config, site_fn)
+
+    def num_params(self) -> int:
+        """The number of parameters, the tied head counted once."""
+        return sum(int(np.size(x)) for x in jax.tree.leaves(self.params))
+
+
+def load(source: str, *, seed: int = 0) -> Pretrained:
+    """Loads a model.
+
+    Args:
+      source: a Hub id (``openai-community/gpt2``), a local folder, ``builtin``, or ``random:SHAPE``
+        with SHAPE one of `gpt2.SHAPES` or a folder with a config.json (and a tokenizer).
+      seed: of the weights of ``random:SHAPE``.
+
+    Raises:
+      InputError: what is wrong with the source, in one sentence.
+    """
+    if source.startswith("random:"):
+        return _random(source, seed)
+    kind, folder = _resolve(source)
+    architecture, config, end_ids = _read_config(folder)
+    state = _read_state(folder)
+    params = architecture.params_from_state(state, config, str(folder))
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens but config.json says "
+            f"vocab_size={config.vocab_size}; use the tokenizer that belongs to the checkpoint."
+        )
+    return Pretrained(source, kind, architecture, config, params, tokenizer, end_ids)
+
+
+def _random(source: str, seed: int) -> Pretrained:
+    shape = source.removeprefix("random:")
+    tokenizer, end_ids = None, ()
+    architecture: types.ModuleType = gpt2
+    if shape in gpt2.SHAPES:
+        config = gpt2.SHAPES[shape]
+    elif Path(shape).is_dir():
+        architecture, config, end_ids = _read_config(Path(shape))
+        if any(Path(shape).glob("tokenizer*")) or any(Path(shape).glob("vocab*")):
+            tokenizer = load_tokenizer(Path(shape))
+    else:
+        raise InputError(
+            f"model.source={source!r}: no such shape; use random: with one of "
+            f"{', '.join(gpt2.SHAPES)} or a folder that holds a config.json."
+        )
+    params = jax.device_get(architecture.init_params(jax.random.key(seed), config))
+    return Pretrained(source, "random", architecture, config, params, tokenizer, end_ids)
+
+
+def _resolve(source: str) -> tuple[str, Path]:
+    if source == "builtin":
+        return "builtin", BUILTIN
+    if Path(source).is_dir():
+        return "folder", Path(source)
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source.strip("/"):
+        raise InputError(
+            f"model.source={source!r}: there is no such folder; give a folder with config.json and "
+            "model.safetensors, a Hub id such as openai-community/gpt2, or builtin."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return "hub", Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OSError, HFValidationError) as error:
+        if isinstance(error, GatedRepoError):
+            raise InputError(
+                f"model.source={source!r}: the Hub wants a login for this model; accept its terms "
+                "and run `hf auth login`, or give a local folder."
+            ) from error
+        if isinstance(error, RepositoryNotFoundError | HFValidationError):
+            raise InputError(
+                f"model.source={source!r}: neither a local folder nor a model on the Hub; check "
+                "the name."
+            ) from error
+        raise InputError(
+            f"model.source={source!r} is not in the local Hub cache and there is no network to "
+            "fetch it; set --config.model.source to a local folder that holds the checkpoint, or "
+            "run --config configs/tiny.py, which needs no network."
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again.") from None
+
+
+def _read_config(folder: Path) -> tuple[types.ModuleType, Any, tuple[int, ...]]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: holds no config.json; a checkpoint folder has config.json, "
+            "model.safetensors and tokenizer files."
+        )
+    fields = _read_json(path)
+    kind = fields.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"{path}: model_type={kind!r} is not implemented; use a checkpoint of one of: "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    architecture = ARCHITECTURES[kind]
+    end = fields.get("eos_token_id", 50256)
+    end_ids = tuple(end) if isinstance(end, list) else (end,)
+    return architecture, architecture.config_from_hf(fields, str(path)), end_ids
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    elif index.is_file():
+        files = sorted(set(_read_json(index)["weight_map"].values()))
+    else:
+        pickle = next((name for name in PICKLES if (folder / name).is_file()), None)
+        if pickle is not None:
+            raise InputError(
+                f"{folder / pickle}: pickle files can run code and are not read; convert it once "
+                "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
+                ".save_pretrained(NEW_FOLDER)."
+            )
+        raise InputError(
+            f"{folder}: holds no model.safetensors (or model.safetensors.index.json with its "
+            "shards); put the weights there."
+        )
+    state: dict[str, Any] = {}
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: this shard is missing; fetch the checkpoint again.")
+        try:
+            with safe_open(path, framework="flax") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    if key in state:
+                        raise InputError(f"{path}: the tensor {key} is in two shards.")
+                    state[key] = np.asarray(tensors.get_tensor(key))
+        except SafetensorError as error:
+            raise InputError(
+                f"{path}: not a whole safetensors file ({error}); fetch it again."
+            ) from None
+    return state
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer through transformers, refusing one that came out empty."""
+    # Without this, transformers announces on every start that PyTorch is absent.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{folder}: no tokenizer could be loaded; put tokenizer.json, or vocab.json and "
+            "merges.txt, beside config.json."
+        ) from error
+    if len(tokenizer) < 2:
+        raise InputError(
+            f"{folder}: the tokenizer is empty; put tokenizer.json, or vocab.json and merges.txt, "
+            "beside config.json."
+        )
+    return tokenizer
+
+
+def save(folder: str | Path, config: Any, params: Params, tokenizer: Any) -> None:
+    """Writes a Hugging Face folder that transformers and `load` read.
+
+    Args:
+      folder: made if it is not there.
+      config: config record of one of the `ARCHITECTURES`.
+      params: its parameters (plain kernels, not factors).
+      tokenizer: a transformers tokenizer with an ``eos_token_id``.
+    """
+    architecture = next(
+        module for module in ARCHITECTURES.values() if module.Config is type(config)
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = architecture.config_to_hf(config, end_token=tokenizer.eos_token_id)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    state = architecture.params_to_state(params, config)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(str(folder))
