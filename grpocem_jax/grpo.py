@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from grpocem_jax.models.base import AdapterParams, Model, Params
 
@@ -28,7 +29,7 @@ EQUAL = 1e-6
 # Advantages
 
 
-def group_normalize(rewards: jax.Array, present: jax.Array | None = None) -> jax.Array:
+def group_normalize(rewards: ArrayLike, present: ArrayLike | None = None) -> jax.Array:
     """Eq. 3: ``(r - mean(r)) / std(r)`` over the last axis, population standard deviation.
 
     Args:
@@ -40,7 +41,8 @@ def group_normalize(rewards: jax.Array, present: jax.Array | None = None) -> jax
       equal (their range is at most `EQUAL`): dividing rounding errors by an epsilon would turn
       them into advantages.
     """
-    present = ~jnp.isnan(rewards) if present is None else present
+    rewards = jnp.asarray(rewards)
+    present = ~jnp.isnan(rewards) if present is None else jnp.asarray(present)
     count = jnp.maximum(jnp.sum(present, -1, keepdims=True), 1)
     rewards = jnp.where(present, rewards, 0.0)
     mean = jnp.sum(rewards, -1, keepdims=True) / count
@@ -50,7 +52,7 @@ def group_normalize(rewards: jax.Array, present: jax.Array | None = None) -> jax
     return jnp.where(flat, 0.0, centred / jnp.where(flat, 1.0, std))
 
 
-def equal_rewards(rewards: jax.Array, present: jax.Array) -> jax.Array:
+def equal_rewards(rewards: ArrayLike, present: ArrayLike) -> jax.Array:
     """Whether all present rewards of a group are equal to within `EQUAL`; bool ``[...]``."""
     high = jnp.max(jnp.where(present, rewards, -jnp.inf), -1)
     low = jnp.min(jnp.where(present, rewards, jnp.inf), -1)
@@ -62,7 +64,7 @@ def scale_and_clip(advantages: jax.Array, *, scale: float = 0.1, clip: float = 3
     return jnp.clip(scale * advantages, -clip, clip)
 
 
-def outcome_advantages(rewards: jax.Array, mask: jax.Array) -> jax.Array:
+def outcome_advantages(rewards: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Outcome supervision: every token of a completion gets its group-normalised reward.
 
     Args:
@@ -75,9 +77,7 @@ def outcome_advantages(rewards: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, group_normalize(rewards)[..., None], 0.0)
 
 
-def process_advantages(
-    step_rewards: jax.Array, step_ends: jax.Array, mask: jax.Array
-) -> jax.Array:
+def process_advantages(step_rewards: ArrayLike, step_ends: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Process supervision, eqs. 4-5: a token's advantage sums the rewards of the steps that end
     at or after it, normalised over all steps of the group.
 
@@ -91,6 +91,7 @@ def process_advantages(
       float ``[P, G, N]``, zero off the mask. A completion with a single step at its end gets what
       `outcome_advantages` would give where every completion of the group has one step.
     """
+    step_rewards, step_ends = jnp.asarray(step_rewards), jnp.asarray(step_ends)
     groups = (*step_rewards.shape[:-2], -1)
     normalized = group_normalize(step_rewards.reshape(groups), step_ends.reshape(groups))
     normalized = normalized.reshape(step_rewards.shape)

@@ -107,7 +107,8 @@ def sample(
       adapter: offsets of the adapter.
       prompts: int32 ``[P, S]``, padded on the left.
       prompt_mask: bool ``[P, S]``, False on padding; at least one True in each row.
-      keys: PRNG keys ``[P]``; consumed. Sample ``g``, token ``t`` uses ``fold_in(split(key)[g], t)``.
+      keys: PRNG keys ``[P]``; consumed. Token ``t`` of sample ``g`` uses
+        ``fold_in(split(key, G)[g], t)``.
       end_ids: int32 ``[E]``, tokens that end a completion. An argument, not a constant of the
         program, so that other ids need no other program.
       temperature: above 0; a traced value, so that annealing it does not compile again.
@@ -179,9 +180,7 @@ def sample(
         jnp.zeros(shape, jnp.float32),
     )
     hidden = jnp.broadcast_to(hidden[:, None], (*group, hidden.shape[-1]))
-    out, token, ended = record(
-        out, 0, choose_all(hidden, keys, seen, 0), jnp.zeros(group, bool)
-    )
+    out, token, ended = record(out, 0, choose_all(hidden, keys, seen, 0), jnp.zeros(group, bool))
     cache = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (*group, *x.shape)), model.init_cache(params, max_new_tokens)
     )

@@ -47,7 +47,7 @@ def cached_svd(folder: Path | None = None) -> SVD:
     """`svd` behind a cache on disk, one file a kernel, named by the SHA-256 of its bytes.
 
     Args:
-      folder: of the cache; by default ``grpocem_jax/svd`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+      folder: of the cache; by default ``grpocem_jax/svd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Returns:
       a function like `svd`. A damaged file is computed anew; a cache that cannot be written to is

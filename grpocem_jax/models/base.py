@@ -53,9 +53,9 @@ class Model:
       context_length: the largest number of positions.
       sites: names of the linear maps that an adapter may take over, each with its path in the
         parameters, e.g. ``"h.0.attn.c_proj" -> ("h_0", "attn", "c_proj", "kernel")``.
-      forward: ``(params, adapter, tokens [T] int32, mask [T] bool, context=None) -> hidden [T, D]``.
-        Padding may stand anywhere: masked tokens are attended to by none and take no position.
-        With a `Context` the tokens follow it.
+      forward: ``(params, adapter, tokens [T], mask [T], context=None) -> hidden [T, D]``, tokens
+        int32 and mask bool. Padding may stand anywhere: masked tokens are attended to by none and
+        take no position. With a `Context` the tokens follow it.
       prefill: ``(params, adapter, tokens [S], mask [S]) -> (hidden [D], Context)`` with the hidden
         state of the last token, so prompts are padded on the left.
       init_cache: ``(params, length) -> KeyValues`` of zeros for ``length`` tokens after a context.
@@ -79,9 +79,7 @@ def dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
 
 
-def attend(
-    query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Array]]
-) -> jax.Array:
+def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
     """Softmax attention over several segments of keys and values, without joining them.
 
     Args:
@@ -125,6 +123,4 @@ def cast_params(params: Params, dtype: jnp.dtype) -> Params:
     Products then take operands in ``dtype`` and accumulate in float32 (`dense`, `attend`); the
     residual stream, norms, softmax and logits stay float32.
     """
-    return jax.tree.map(
-        lambda x: jnp.asarray(x, dtype if x.ndim >= 2 else jnp.float32), params
-    )
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.ndim >= 2 else jnp.float32), params)

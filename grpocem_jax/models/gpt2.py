@@ -65,9 +65,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, adapter: AdapterParams) -> jax.Array:
+        """Maps ``[..., in]`` to ``[..., features]`` float32."""
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if self.site in adapter and self.site_fn is not None:
-            factors = self.get_variable("params", "kernel")
+            factors: Any = self.get_variable("params", "kernel")
             return self.site_fn(factors, adapter[self.site], x) + bias
         shape = (x.shape[-1], self.features)
         return dense(self.param("kernel", nn.initializers.normal(0.02), shape), x) + bias
@@ -82,6 +83,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, adapter, allowed, past, cache, index):
+        """Returns the block's output ``[T, D]`` and its keys and values; arguments as in `GPT2`."""
         config = self.config
         length, width = x.shape
         heads = (config.num_heads, width // config.num_heads)
@@ -157,27 +159,27 @@ class GPT2(nn.Module):
 def _names(config: GPT2Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """Checkpoint name of every parameter: its path in the parameters and its shape."""
     d = config.width
-    norm = {"weight": ("scale", (d,)), "bias": ("bias", (d,))}
+    norm = {"weight": "scale", "bias": "bias"}
     names: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
         "wte.weight": (("wte",), (config.vocab_size, d)),
         "wpe.weight": (("wpe",), (config.context_length, d)),
     }
-    linears = {
+    linears: dict[str, tuple[int, ...]] = {
         "attn.c_attn": (d, 3 * d),
         "attn.c_proj": (d, d),
         "mlp.c_fc": (d, 4 * d),
         "mlp.c_proj": (4 * d, d),
     }
     for i in range(config.num_layers):
-        for part, (leaf, shape) in norm.items():
+        for part, leaf in norm.items():
             for ln in ("ln_1", "ln_2"):
-                names[f"h.{i}.{ln}.{part}"] = ((f"h_{i}", ln, leaf), shape)
+                names[f"h.{i}.{ln}.{part}"] = ((f"h_{i}", ln, leaf), (d,))
         for path, shape in linears.items():
             module = path.replace(".", "_")
             names[f"h.{i}.{path}.weight"] = ((f"h_{i}", module, "kernel"), shape)
             names[f"h.{i}.{path}.bias"] = ((f"h_{i}", module, "bias"), shape[1:])
-    for part, (leaf, shape) in norm.items():
-        names[f"ln_f.{part}"] = (("ln_f", leaf), shape)
+    for part, leaf in norm.items():
+        names[f"ln_f.{part}"] = (("ln_f", leaf), (d,))
     return names
 
 
@@ -213,9 +215,7 @@ def build(config: GPT2Config, site_fn: SiteFunction | None = None) -> Model:
     def decode_step(params, adapter, context, cache, token, index):
         allowed = (jnp.arange(cache.keys[0].shape[0]) <= index)[None]
         positions = (after(context) + index)[None]
-        hidden, cache = run(
-            params, adapter, token[None], positions, allowed, context, cache, index
-        )
+        hidden, cache = run(params, adapter, token[None], positions, allowed, context, cache, index)
         return hidden[0], cache
 
     def logits(params: Params, hidden: jax.Array) -> jax.Array:

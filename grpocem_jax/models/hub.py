@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import gpt2
-from grpocem_jax.models.base import Params
+from grpocem_jax.models.base import Model, Params, SiteFunction
 
 ARCHITECTURES: Mapping[str, types.ModuleType] = {"gpt2": gpt2}
 """The module that serves a checkpoint, by ``model_type`` of its config.json."""
@@ -46,7 +46,7 @@ class Pretrained:
     tokenizer: Any
     end_ids: tuple[int, ...]
 
-    def build(self, site_fn=None):
+    def build(self, site_fn: SiteFunction | None = None) -> Model:
         """The model's pure functions, see `grpocem_jax.models.base.Model`."""
         return self.architecture.build(self.config, site_fn)
 
@@ -83,7 +83,8 @@ def load(source: str, *, seed: int = 0) -> Pretrained:
 
 def _random(source: str, seed: int) -> Pretrained:
     shape = source.removeprefix("random:")
-    tokenizer, end_ids = None, ()
+    tokenizer: Any = None
+    end_ids: tuple[int, ...] = ()
     architecture: types.ModuleType = gpt2
     if shape in gpt2.SHAPES:
         config = gpt2.SHAPES[shape]

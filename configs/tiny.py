@@ -1,0 +1,69 @@
+"""The built-in default: a tiny GPT-2 and five tasks that come with the package; no network.
+
+python train.py --config configs/tiny.py
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    config.model = ml_collections.ConfigDict()
+    config.model.source = "builtin"
+    config.model.dtype = "float32"
+
+    config.adapter = ml_collections.ConfigDict()
+    config.adapter.sites = ("attn.c_proj",)
+    config.adapter.rank_ratio = 0.8
+    config.adapter.tail = "keep"
+    config.adapter.min_singular_value = 1e-5
+
+    config.data = ml_collections.ConfigDict()
+    config.data.tasks = ("qa", "sentiment", "summarization", "classification", "general")
+    config.data.max_samples = 500
+    config.data.heldout_samples = 100
+    config.data.max_prompt_tokens = 64
+    for task in config.data.tasks:
+        config.data[task] = ml_collections.ConfigDict({"source": "builtin"})
+
+    config.generation = ml_collections.ConfigDict()
+    config.generation.max_new_tokens = 24
+    config.generation.temperature = 1.0
+    config.generation.final_temperature = 1.0
+    config.generation.top_p = 1.0
+    # Good answers repeat words of the prompt.
+    config.generation.repetition_penalty = 1.0
+    config.generation.stop = ()
+    config.generation.prompt_buckets = (64,)
+
+    config.grpo = ml_collections.ConfigDict()
+    config.grpo.group_size = 8
+    config.grpo.supervision = "outcome"
+    config.grpo.advantage = "group"
+    config.grpo.reward_scale = 0.1
+    config.grpo.reward_clip = 3.0
+    config.grpo.clip = 0.2
+    config.grpo.beta = 0.01
+    config.grpo.entropy = 0.0
+    config.grpo.aggregation = "sequence"
+
+    config.train = ml_collections.ConfigDict()
+    config.train.epochs = 1
+    config.train.max_steps = 0
+    config.train.batch_size = 64
+    config.train.accumulation_steps = 1
+    config.train.learning_rate = 1e-2
+    config.train.warmup_steps = 10
+    config.train.weight_decay = 0.01
+    config.train.max_grad_norm = 0.5
+    config.train.target_kl = 0.0
+    config.train.lr_scale_range = (0.1, 10.0)
+    config.train.checkpoint_every_steps = 0
+    config.train.eval_batch_size = 16
+    config.train.eval_samples = 4
+
+    config.logging = ml_collections.ConfigDict()
+    config.logging.interval = 50
+    return config

@@ -1,0 +1,112 @@
+"""Checkpoints of a run (Orbax), and the trained adapter as a folder of its own (safetensors)."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from grpocem_jax import grpo
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.errors import InputError
+from grpocem_jax.metrics import write_json
+
+
+class Checkpoints:
+    """The checkpoints of a run directory: ``checkpoints/<step>/`` with state and data position."""
+
+    def __init__(self, workdir: Path):
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+
+    def save(self, state: grpo.TrainState, key: jax.Array, position: dict[str, Any]) -> None:
+        """Saves in the background.
+
+        Args:
+          state: adapter, optimizer state, step, learning-rate factor.
+          key: the run's base PRNG key.
+          position: where in the data the run stands, and the hash of its config; JSON.
+        """
+        tree = {"state": state._asdict(), "key": jax.random.key_data(key)}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                train=ocp.args.StandardSave(tree), position=ocp.args.JsonSave(position)
+            ),
+        )
+
+    def restore(
+        self, template: grpo.TrainState, step: int
+    ) -> tuple[grpo.TrainState, jax.Array, dict[str, Any]]:
+        """The state, base key and position saved at a step; ``template`` gives the structure."""
+        key = jax.random.key_data(jax.random.key(0))
+        tree = {"state": template._asdict(), "key": key}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                train=ocp.args.StandardRestore(tree), position=ocp.args.JsonRestore()
+            ),
+        )
+        state = grpo.TrainState(**restored.train["state"])
+        return state, jax.random.wrap_key_data(restored.train["key"]), restored.position
+
+    def steps(self) -> list[int]:
+        """The steps there are checkpoints of, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def config_hash(settings: dict[str, Any]) -> str:
+    """SHA-256 of a run's settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def save_adapter(folder: Path, offsets: Offsets, config: dict[str, Any], card: str) -> None:
+    """Writes ``adapter_model.safetensors``, ``adapter_config.json`` and the model card.
+
+    Args:
+      folder: made if it is not there.
+      offsets: the trained offsets, arrays by site name.
+      config: what is needed to use them: base model, kind of adapter, settings.
+      card: text of README.md.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(value) for name, value in offsets.items()}
+    save_file(arrays, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", config)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_adapter(folder: Path, template: Offsets) -> Offsets:
+    """Reads the offsets of a saved adapter.
+
+    Args:
+      folder: an ``adapter/`` folder.
+      template: offsets of the same shape, `Policy.zero`.
+
+    Raises:
+      InputError: no adapter there, or one of other sites or sizes.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: no adapter can be read there ({error}).") from None
+    found = {name: value.shape for name, value in arrays.items()}
+    wanted = {name: np.shape(value) for name, value in template.items()}
+    if found != wanted:
+        odd = sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name))
+        raise InputError(
+            f"{path}: does not fit this model: {odd[0]} has shape {found.get(odd[0])} there and "
+            f"{wanted.get(odd[0])} here; load it with the model and adapter settings it was "
+            "trained with."
+        )
+    return {name: jax.numpy.asarray(value) for name, value in arrays.items()}

@@ -1,0 +1,301 @@
+"""The settings of a run: every field with its type, range and meaning, and how they are checked.
+
+Configs are Python files that return an `ml_collections.ConfigDict` (configs/); `parse` turns one
+into the frozen record that the workflows read, or says in one sentence what is wrong with it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from grpocem_jax.errors import InputError
+from grpocem_jax.grpo import ADVANTAGES, AGGREGATIONS, Hyperparameters
+from grpocem_jax.tasks import TASKS, SourceConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Range(typing.NamedTuple):
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def _above(low: float) -> _Range:
+    return _Range(f"above {low}", lambda x: x > low)
+
+
+def _at_least(low: float) -> _Range:
+    return _Range(f"at least {low}", lambda x: x >= low)
+
+
+def _within(low: float, high: float) -> _Range:
+    return _Range(f"from {low} to {high}", lambda x: low <= x <= high)
+
+
+def _share() -> _Range:
+    return _Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+
+
+def _one_of(*values: Any) -> _Range:
+    return _Range(f"one of {', '.join(map(repr, values))}", lambda x: x in values)
+
+
+def _ascending(low: int) -> _Range:
+    return _Range(
+        f"at least one number, each at least {low}, ascending",
+        lambda x: len(x) > 0 and x[0] >= low and list(x) == sorted(set(x)),
+    )
+
+
+_NOT_EMPTY = _Range("not empty", lambda x: len(x) > 0)
+
+
+def _field(doc: str, allowed: _Range | None = None) -> Any:
+    return dataclasses.field(metadata={"doc": doc, "range": allowed})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    source: str = _field(
+        "Hub id, local folder, `builtin`, or `random:SHAPE` for random weights.", _NOT_EMPTY
+    )
+    dtype: str = _field(
+        "Type of matrices and of the operands of products; sums, norms, softmax and the adapter "
+        "stay float32.",
+        _one_of(*DTYPES),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The trainable singular value scales."""
+
+    sites: tuple[str, ...] = _field("Linear maps to adapt, in every layer.", _NOT_EMPTY)
+    rank_ratio: float = _field("Share of each site's singular values that is trained.", _share())
+    tail: str = _field(
+        "The other singular values: `keep` them, or `drop` them as the report's eq. 10 does.",
+        _one_of("keep", "drop"),
+    )
+    min_singular_value: float = _field("Smaller singular values are never trained.", _at_least(0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Tasks and where their examples come from."""
+
+    tasks: tuple[str, ...] = _field("Tasks to train on, mixed evenly.", _NOT_EMPTY)
+    max_samples: int = _field("Most training examples of a task.", _at_least(1))
+    heldout_samples: int = _field("Most held-out examples of a task.", _at_least(2))
+    max_prompt_tokens: int = _field(
+        "Longest prompt; longer ones are shortened or dropped, and counted.", _at_least(1)
+    )
+    sources: Mapping[str, SourceConfig] = _field("The source of each task's examples.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Sampling of completions, in training and in evaluation."""
+
+    max_new_tokens: int = _field("Longest completion.", _at_least(2))
+    temperature: float = _field("At the start of training, and in evaluation.", _above(0))
+    final_temperature: float = _field("At the end of training; linear between.", _above(0))
+    top_p: float = _field("Nucleus mass.", _share())
+    repetition_penalty: float = _field("1 is none.", _at_least(1))
+    stop: tuple[str, ...] = _field(
+        "Single-token strings that end a completion, beside the end-of-text token."
+    )
+    prompt_buckets: tuple[int, ...] = _field(
+        "Lengths to which prompts are padded; each is a compiled program. Longer prompts are "
+        "padded to data.max_prompt_tokens.",
+        _ascending(1),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """The policy gradient."""
+
+    group_size: int = _field("Completions of each prompt.", _at_least(2))
+    supervision: str = _field(
+        "`outcome`: one reward a completion; `process`: a reward a step, where the task has one.",
+        _one_of("outcome", "process"),
+    )
+    advantage: str = _field(
+        "`group`: normalised in the group (eq. 3); `scaled`: then scaled and clipped (eq. 7).",
+        _one_of(*ADVANTAGES),
+    )
+    reward_scale: float = _field("Factor of `scaled` advantages.", _above(0))
+    reward_clip: float = _field("Bound of `scaled` advantages.", _above(0))
+    clip: float = _field("Range of the policy ratio around 1.", _above(0))
+    beta: float = _field("Weight of the KL divergence from the base model.", _at_least(0))
+    entropy: float = _field("Weight of the entropy bonus.", _at_least(0))
+    aggregation: str = _field(
+        "How token losses add up: `sequence` (eq. 1), `token` or `constant`.",
+        _one_of(*AGGREGATIONS),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimizer and the course of a run."""
+
+    epochs: int = _field("Passes over the training examples.", _at_least(1))
+    max_steps: int = _field("Optimizer steps at most; 0 for no bound.", _at_least(0))
+    batch_size: int = _field("Completions processed at once (the micro-batch).", _at_least(2))
+    accumulation_steps: int = _field("Micro-batches in an optimizer step.", _at_least(1))
+    learning_rate: float = _field("Peak learning rate of AdamW.", _above(0))
+    warmup_steps: int = _field("Steps of linear warmup.", _at_least(0))
+    weight_decay: float = _field("Pull of the offsets to zero, the base model.", _at_least(0))
+    max_grad_norm: float = _field("Global norm to which gradients are clipped.", _above(0))
+    target_kl: float = _field(
+        "The learning rate follows the measured KL toward this value; 0 keeps it fixed.",
+        _at_least(0),
+    )
+    lr_scale_range: tuple[float, ...] = _field(
+        "Smallest and largest factor of the adaptive learning rate.",
+        _Range("two numbers above 0, ascending", lambda x: len(x) == 2 and 0 < x[0] <= 1 <= x[1]),
+    )
+    checkpoint_every_steps: int = _field(
+        "Checkpoints between the ends of epochs; 0 for none.", _at_least(0)
+    )
+    eval_batch_size: int = _field("Prompts evaluated at once.", _at_least(1))
+    eval_samples: int = _field("Completions drawn per held-out prompt.", _at_least(1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run shows."""
+
+    interval: int = _field("Steps between shown and stored completions.", _at_least(1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run; see the sections."""
+
+    seed: int = _field("Fixes data order, sampling and initialisation.", _within(0, 2**31 - 1))
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    generation: GenerationConfig
+    grpo: GRPOConfig
+    train: TrainConfig
+    logging: LoggingConfig
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one optimizer step: completions of a step over the group size."""
+        return self.train.batch_size * self.train.accumulation_steps // self.grpo.group_size
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """The static settings of the GRPO update."""
+        low, high = self.train.lr_scale_range
+        return Hyperparameters(
+            clip=self.grpo.clip,
+            beta=self.grpo.beta,
+            entropy=self.grpo.entropy,
+            aggregation=self.grpo.aggregation,
+            micro_batch=self.train.batch_size,
+            learning_rate=self.train.learning_rate,
+            warmup_steps=self.train.warmup_steps,
+            weight_decay=self.train.weight_decay,
+            max_grad_norm=self.train.max_grad_norm,
+            target_kl=self.train.target_kl,
+            lr_scale_range=(low, high),
+        )
+
+
+def parse(config: ml_collections.ConfigDict) -> Config:
+    """Checks a config and returns it as a frozen record.
+
+    Raises:
+      InputError: the first field that is unknown, missing, of a wrong type or out of range, or two
+        that do not fit each other.
+    """
+    parsed = _parse(config.to_dict(), Config, "")
+    train, group = parsed.train, parsed.grpo.group_size
+    if train.batch_size % group:
+        raise InputError(
+            f"grpo.group_size={group} does not divide train.batch_size={train.batch_size}: a "
+            "micro-batch holds whole groups; make the batch size a multiple of the group size."
+        )
+    return parsed
+
+
+def _parse(value: Any, kind: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _parse_record(value, kind, path)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_parse(x, args[0], f"{path}[{i}]") for i, x in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        parsed = {name: _parse(x, args[1], f"{path}.{name}") for name, x in value.items()}
+        return types.MappingProxyType(parsed)
+    if kind is float and type(value) is int:
+        return float(value)
+    if origin is None and type(value) is kind:
+        return value
+    expected = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise InputError(f"config.{path}={value!r}: must be of type {expected}.")
+
+
+def _parse_record(value: Any, kind: Any, path: str) -> Any:
+    prefix = f"{path}." if path else ""
+    if not isinstance(value, Mapping):
+        raise InputError(f"config.{path}={value!r}: must be a section with fields of its own.")
+    hints = typing.get_type_hints(kind)
+    if kind is DataConfig:
+        value = _gather_sources(value)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in value:
+        if name not in fields:
+            raise InputError(
+                f"config.{prefix}{name}: there is no such field{_nearest(name, fields)}"
+            )
+    parsed = {}
+    for name, field in fields.items():
+        if name in value:
+            # The sections of the sources stand beside the other fields of `data`, see below.
+            where = path if name == "sources" else f"{prefix}{name}"
+            parsed[name] = _parse(value[name], hints[name], where)
+            allowed = field.metadata.get("range")
+            if allowed is not None and not allowed.holds(parsed[name]):
+                raise InputError(f"config.{where}={value[name]!r}: must be {allowed.text}.")
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(
+                f"config.{prefix}{name} is missing; add it to the config file (configs/gpt2.py "
+                "has every field)."
+            )
+    return kind(**parsed)
+
+
+def _gather_sources(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves the sections named after tasks (``data.qa``) below ``sources``, one for each task."""
+    own = {field.name for field in dataclasses.fields(DataConfig)} - {"sources"}
+    sources = {name: section for name, section in data.items() if name in TASKS}
+    for name in data.get("tasks", ()):
+        if name not in TASKS:
+            raise InputError(
+                f"config.data.tasks names the unknown task {name!r}{_nearest(name, TASKS)}"
+            )
+        if name not in sources:
+            raise InputError(f"config.data.{name} is missing: the task {name!r} needs a source.")
+    for name in data:
+        if name not in own and name not in sources:
+            raise InputError(
+                f"config.data.{name}: there is no such field{_nearest(name, [*own, *TASKS])}"
+            )
+    return {**{name: data[name] for name in data if name in own}, "sources": sources}
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(known)}."

@@ -1,0 +1,140 @@
+"""Held-out reward: what a policy scores on prompts it was not trained on, before and after."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+
+from grpocem_jax import rollouts
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.config import Config
+from grpocem_jax.policy import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """Mean held-out reward before and after, and the mean of the paired differences.
+
+    Attributes:
+      before: mean reward of the base model.
+      after: mean reward of the adapted model.
+      gain: ``after - before``.
+      gain_ci95: 95% interval of the gain over prompts (normal approximation of paired differences).
+      n: number of prompts.
+    """
+
+    before: float
+    after: float
+    gain: float
+    gain_ci95: tuple[float, float]
+    n: int
+
+
+def evaluate(
+    policy: Policy,
+    adapter: Offsets,
+    items: Sequence[rollouts.Item],
+    key: jax.Array,
+    config: Config,
+    *,
+    greedy: bool,
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Rewards on held-out prompts.
+
+    Args:
+      policy: the policy.
+      adapter: its offsets.
+      items: ``n`` prompts.
+      key: PRNG key; consumed. A prompt's samples depend on it and the prompt's place in ``items``.
+      config: for sampling settings; samples are drawn at ``generation.temperature``.
+      greedy: one greedy completion a prompt, instead of ``train.eval_samples`` drawn ones.
+
+    Returns:
+      mean reward per prompt, float64 ``[n]`` (NaN where all samples abstained), and the texts
+      ``[n][samples]``.
+    """
+    size = config.train.eval_batch_size
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(items)))
+    rewards = np.full(len(items), np.nan)
+    texts: list[list[str]] = [[] for _ in items]
+    # Prompts of like length share a batch, so that short ones are padded to a small bucket.
+    order = sorted(range(len(items)), key=lambda i: len(items[i].tokens))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        chosen = [items[i] for i in rows]
+        length = rollouts.bucket_length(
+            max(len(item.tokens) for item in chosen),
+            config.generation.prompt_buckets,
+            config.data.max_prompt_tokens,
+        )
+        # A last batch that is not full repeats its first prompt: one compiled shape.
+        filled = np.array(rows + rows[:1] * (size - len(rows)))
+        out = rollouts.generate(
+            policy,
+            adapter,
+            rollouts.pad([items[i] for i in filled], length),
+            keys[filled],
+            config.generation,
+            num_samples=1 if greedy else config.train.eval_samples,
+            temperature=config.generation.temperature,
+            greedy=greedy,
+        )
+        groups = rollouts.decode(policy, *jax.device_get((out.tokens, out.mask)))[: len(rows)]
+        scores = rollouts.score(chosen, groups)
+        for row, group, values in zip(rows, groups, scores, strict=True):
+            texts[row] = group
+            present = values[~np.isnan(values)]
+            rewards[row] = present.mean() if len(present) else np.nan
+    return rewards, texts
+
+
+def compare(
+    names: Iterable[str], tasks: Sequence[str], before: np.ndarray, after: np.ndarray
+) -> dict[str, Gain]:
+    """Gains by task, and ``overall``: the mean over tasks, each weighing the same.
+
+    Args:
+      names: the tasks to report, in order.
+      tasks: the task of each of ``n`` prompts.
+      before: mean reward of each prompt, float ``[n]``, NaN where abstained.
+      after: the same with the adapter.
+    """
+    gains, variances = {}, []
+    labels = np.asarray(tasks)
+    for name in names:
+        rows = (labels == name) & ~np.isnan(before) & ~np.isnan(after)
+        if not rows.any():
+            continue
+        difference = after[rows] - before[rows]
+        n = len(difference)
+        variance = float(difference.var(ddof=1)) / n if n > 1 else math.inf
+        variances.append(variance)
+        gains[name] = _gain(float(before[rows].mean()), float(after[rows].mean()), variance, n)
+    if gains:
+        gains["overall"] = _gain(
+            float(np.mean([g.before for g in gains.values()])),
+            float(np.mean([g.after for g in gains.values()])),
+            sum(variances) / len(variances) ** 2,
+            sum(g.n for g in gains.values()),
+        )
+    return gains
+
+
+def _gain(before: float, after: float, variance: float, n: int) -> Gain:
+    half = 1.96 * math.sqrt(variance)
+    gain = after - before
+    return Gain(before, after, gain, (gain - half, gain + half), n)
+
+
+def table(gains: dict[str, Gain], title: str) -> str:
+    """The gains as text, one task a line."""
+    lines = [f"{title:<24}{'before':>8}{'after':>8}{'gain':>8}   95% interval       n"]
+    for name, g in gains.items():
+        low, high = g.gain_ci95
+        lines.append(
+            f"  {name:<22}{g.before:8.3f}{g.after:8.3f}{g.gain:+8.3f}   [{low:+.3f}, {high:+.3f}]"
+            f"{g.n:6d}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""What a run writes down: JSON lines, compile time, memory, versions."""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class JsonLines:
+    """Appends one JSON object a line, each flushed when written."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes a record; NaN and infinity, which JSON lacks, are refused (ValueError)."""
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is either whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class CompileClock:
+    """Seconds that JAX spent lowering and compiling since `start`; tracing is not in it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event in (
+            "/jax/core/compile/jaxpr_to_mlir_module_duration",
+            "/jax/core/compile/backend_compile_duration",
+        ):
+            self.seconds += duration_secs
+
+    @classmethod
+    def start(cls) -> "CompileClock":
+        """A clock that counts from now on."""
+        clock = cls()
+        jax.monitoring.register_event_duration_secs_listener(clock._listen)
+        return clock
+
+    def stop(self) -> None:
+        """Stops counting."""
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+def peak_memory_bytes() -> int | None:
+    """The largest memory in use on the first device, or None where the backend does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def environment() -> dict[str, Any]:
+    """Platform and versions, for summary.json."""
+    packages = ("grpocem_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "device_count": jax.device_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }

@@ -1,0 +1,94 @@
+"""A policy: a frozen model, the adapter it carries, its tokenizer and its stop tokens."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpocem_jax.adapters import base as adapters
+from grpocem_jax.adapters import svf
+from grpocem_jax.config import AdapterConfig, ModelConfig
+from grpocem_jax.errors import InputError
+from grpocem_jax.models import base as models
+from grpocem_jax.models import hub
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """Everything but the trainable offsets.
+
+    Attributes:
+      model: pure functions of the model, with the adapter's sites.
+      params: its parameters on the device, kernels at the sites replaced by factors.
+      method: the adapter's pure functions.
+      sites: the adapted sites.
+      zero: offsets of the base model.
+      tokenizer: a transformers tokenizer.
+      end_ids: int32 ``[E]``, tokens that end a completion.
+      pretrained: where the model came from.
+    """
+
+    model: models.Model
+    params: models.Params
+    method: adapters.Adapter
+    sites: adapters.Sites
+    zero: adapters.Offsets
+    tokenizer: Any
+    end_ids: jax.Array
+    pretrained: hub.Pretrained
+
+
+def load(
+    model: ModelConfig, adapter: AdapterConfig, *, stop: Iterable[str] = (), seed: int = 0
+) -> Policy:
+    """Loads the model and puts a zero adapter on it.
+
+    Args:
+      model: the model section of the config.
+      adapter: the adapter section.
+      stop: single-token strings that end a completion beside the end-of-text token.
+      seed: of random weights.
+
+    Raises:
+      InputError: a source, site or stop string that cannot be used.
+    """
+    method = svf.svf(
+        rank_ratio=adapter.rank_ratio,
+        tail=adapter.tail,
+        min_singular_value=adapter.min_singular_value,
+        svd=svf.cached_svd(),
+    )
+    pretrained = hub.load(model.source, seed=seed)
+    if pretrained.tokenizer is None:
+        raise InputError(
+            f"model.source={model.source!r} has no tokenizer and text is needed; use "
+            "random:FOLDER with a folder that holds config.json and the tokenizer's files."
+        )
+    end_ids = [*pretrained.end_ids, *(_single_token(pretrained.tokenizer, s) for s in stop)]
+    record = pretrained.build(method.apply)
+    sites = adapters.select_sites(record.sites, adapter.sites)
+    params = adapters.factor_params(method, pretrained.params, sites)
+    zero = adapters.init(method, jax.random.key(seed), params, sites)
+    params = models.cast_params(params, jnp.dtype(model.dtype))
+    return Policy(
+        model=record,
+        params=params,
+        method=method,
+        sites=sites,
+        zero=zero,
+        tokenizer=pretrained.tokenizer,
+        end_ids=jnp.array(end_ids, jnp.int32),
+        pretrained=pretrained,
+    )
+
+
+def _single_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise InputError(
+            f"generation.stop: {text!r} is {len(ids)} tokens of this tokenizer; a stop string must "
+            "be one."
+        )
+    return ids[0]

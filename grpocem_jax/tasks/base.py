@@ -1,0 +1,61 @@
+"""What a task is: a prompt template, the columns it reads, and rewards of completions.
+
+Reward functions run on the host on decoded text and have TRL's signature,
+``f(prompts, completions, **columns) -> list[float | None]``: ``columns`` holds one list per
+column of the data set, ``None`` abstains, and the values of this package's own rewards lie in
+[-1, 1].
+"""
+
+import dataclasses
+import string
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from grpocem_jax.rewards import ProcessRewardFunction, RewardFunction, StepReward
+
+__all__ = ["Example", "ProcessRewardFunction", "RewardFunction", "StepReward", "Task"]
+
+
+class Example(NamedTuple):
+    """One prompt and the columns its reward function reads."""
+
+    prompt: str
+    columns: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task as data: everything that training and evaluation need to know of it.
+
+    The columns that occur in the template hold text.  A column named ``label`` holds one of the
+    source's label names, and its examples get a further column ``labels`` with all of them.  Every
+    other column holds references: one string or a list of them.
+
+    Attributes:
+      name: the task's name in configs, logs and summaries.
+      columns: required columns of the data set, by name, each with a phrase for error messages.
+      template: the prompt as a format string over ``columns``.
+      reward: outcome reward of whole completions.
+      process_reward: rewards of the steps of each completion (the last step ends where the
+        completion does), or None where only the outcome is judged.
+      shorten: the column whose text may lose its last words so that a prompt fits, or None when a
+        shortened text could make the example unanswerable; such examples are dropped and counted.
+    """
+
+    name: str
+    columns: Mapping[str, str]
+    template: str
+    reward: RewardFunction
+    process_reward: ProcessRewardFunction | None = None
+    shorten: str | None = None
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that the prompt shows."""
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.template) if field}
+        return tuple(name for name in self.columns if name in fields)
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether the rows are running text, with nothing to compare a completion with."""
+        return set(self.columns) == set(self.text_columns)

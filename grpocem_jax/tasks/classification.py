@@ -1,0 +1,12 @@
+"""Naming the topic of a news text (AG News)."""
+
+from grpocem_jax.rewards import label_reward
+from grpocem_jax.tasks.base import Task
+
+TASK = Task(
+    name="classification",
+    columns={"text": "the text", "label": "its topic"},
+    template="Text: {text}\nTopic:",
+    reward=label_reward,
+    shorten="text",
+)

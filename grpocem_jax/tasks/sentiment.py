@@ -1,0 +1,12 @@
+"""Naming the sentiment of a review (SST-2)."""
+
+from grpocem_jax.rewards import label_reward
+from grpocem_jax.tasks.base import Task
+
+TASK = Task(
+    name="sentiment",
+    columns={"text": "the review", "label": "its sentiment"},
+    template="Review: {text}\nSentiment:",
+    reward=label_reward,
+    shorten="text",
+)

@@ -1,0 +1,276 @@
+"""From a data source to the examples of a task."""
+
+import bisect
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from grpocem_jax.errors import InputError
+from grpocem_jax.tasks.base import Example, Task
+from grpocem_jax.tasks.rows import Row, Rows, builtin_rows, hub_rows, local_rows
+
+_HEADING = re.compile(r"=.*=", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where the rows of a task come from, and how its columns are called there.
+
+    Attributes:
+      source: ``builtin``, an id of the Hugging Face Hub, or a local folder of files named after
+        the splits: ``train.jsonl``, ``test.parquet``, ``valid.txt``, ``train-00000.parquet``.
+      subset: the Hub data set's configuration; for a local folder, a folder inside it.
+      revision: the Hub data set's branch, tag or commit; "" is its main branch.
+      train_split: the split trained on.
+      heldout_split: the split held out; "" is the first of test, validation and valid that exists.
+      columns: for each task column, the data set's own, with dots for nested ones
+        (``answers.text``).  A column that is not named here has the task's name for it.
+      label_names: the names of integer labels, in order, and the only strings allowed as labels;
+        () where the data set says them itself.
+      prompt_words: a free text is cut after so many words, to be continued by the model.
+    """
+
+    source: str = "builtin"
+    subset: str = ""
+    revision: str = ""
+    train_split: str = "train"
+    heldout_split: str = ""
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
+    prompt_words: int = 24
+
+
+class Loaded(NamedTuple):
+    """The examples of one split.
+
+    Attributes:
+      examples: at most ``max_samples`` examples, in the order drawn.
+      shortened: how many of them lost words so that the prompt fits.
+      dropped: how many rows were passed over because the prompt does not fit.
+      description: one line for the first screen.
+    """
+
+    examples: tuple[Example, ...]
+    shortened: int
+    dropped: int
+    description: str
+
+
+def load_examples(
+    task: Task,
+    source: SourceConfig,
+    *,
+    split: Literal["train", "heldout"],
+    count_tokens: Callable[[str], int],
+    max_prompt_tokens: int,
+    max_samples: int,
+    seed: int,
+    exclude: Container[str] = frozenset(),
+) -> Loaded:
+    """Draws examples of a task from a source.
+
+    Rows are drawn without replacement in an order that depends on ``seed``, the task and the split
+    only, until ``max_samples`` have made an example.  Blank lines and WikiText's headings
+    (``= Title =``) are no examples of free text.  Published splits overlap now and then: draw the
+    held-out examples first and exclude their prompts from training.
+
+    Args:
+      task: the task.
+      source: where its rows come from.
+      split: which of the source's two splits.
+      count_tokens: the number of tokens of a prompt.
+      max_prompt_tokens: the most tokens a prompt may have; longer ones lose the last words of
+        ``task.shorten``, or are dropped where that is None.
+      max_samples: the most examples to draw, at least 1.
+      seed: of the order.
+      exclude: prompts that must not be drawn.
+
+    Raises:
+      InputError: a source, file, column or value that does not fit (see ``tasks.rows`` too), or
+        no row whose prompt fits.
+    """
+    field = f"data.{task.name}"
+    _check(task, source, max_samples, field)
+    rows, known_labels = _read(task, source, split, field)
+    labels = source.label_names or known_labels.get(source.columns.get("label", "label"), ())
+    order = list(range(len(rows)))
+    random.Random(f"{seed} {task.name} {split}").shuffle(order)
+
+    examples: list[Example] = []
+    shortened = dropped = excluded = 0
+    for index in order:
+        if len(examples) == max_samples:
+            break
+        columns = _columns(task, source, rows[index], labels, field)
+        if columns is None:
+            continue
+        fitting = _fit(task, columns, count_tokens, max_prompt_tokens)
+        if fitting is None:
+            dropped += 1
+            continue
+        prompt = task.template.format_map(fitting)
+        if prompt in exclude:
+            excluded += 1
+            continue
+        shortened += fitting is not columns
+        examples.append(Example(prompt, fitting))
+    if not examples:
+        raise InputError(
+            f"{field}.source is {source.source!r}, in which no {split} prompt of the task "
+            f"{task.name} fits into data.max_prompt_tokens={max_prompt_tokens} ({dropped} are "
+            "longer): raise it."
+            if dropped
+            else f"{field}.source is {source.source!r}, whose {split} split has nothing to draw: "
+            "give other data."
+        )
+    counts = (
+        (shortened, "shortened"),
+        (dropped, "too long and dropped"),
+        (excluded, "in the other split and left out"),
+    )
+    notes = "".join(f", {count} {what}" for count, what in counts if count)
+    description = (
+        f"{task.name}: {source.source}, {len(examples)} {split} examples of {len(rows)} rows{notes}"
+    )
+    return Loaded(tuple(examples), shortened, dropped, description)
+
+
+def _check(task: Task, source: SourceConfig, max_samples: int, field: str) -> None:
+    if max_samples < 1:
+        raise InputError(f"data.max_samples is {max_samples}: give at least 1.")
+    if source.prompt_words < 1:
+        raise InputError(f"{field}.prompt_words is {source.prompt_words}: give at least 1.")
+    if source.train_split == source.heldout_split and source.source != "builtin":
+        raise InputError(
+            f"{field}.heldout_split is {source.heldout_split!r}, which is train_split as well: "
+            "hold out another split."
+        )
+    for column in source.columns:
+        if column not in task.columns:
+            raise InputError(
+                f"{field}.columns names {column!r}, which the task {task.name} does not have: "
+                f"its columns are {', '.join(task.columns)}."
+            )
+
+
+def _read(task: Task, source: SourceConfig, split: str, field: str) -> Rows:
+    if source.source == "builtin":
+        return builtin_rows(task.name, split)
+    name = source.train_split if split == "train" else source.heldout_split
+    field = f"{field}.source"
+    folder = Path(source.source).expanduser()
+    looks_local = source.source.startswith((".", "/", "~")) or source.source.count("/") > 1
+    if folder.is_dir() or looks_local or not source.source:
+        return local_rows(folder / source.subset, name, field=field)
+    return hub_rows(source.source, source.subset, name, source.revision, field=field)
+
+
+def _columns(
+    task: Task, source: SourceConfig, row: Row, labels: tuple[str, ...], field: str
+) -> dict[str, Any] | None:
+    """The task's columns of a row, checked; None for a blank line or heading of free text."""
+    values = row.read()
+    columns: dict[str, Any] = {}
+    for column in task.columns:
+        path = source.columns.get(column, column)
+        value = _value(values, path, row.where, f"{field}.columns.{column}")
+        if column == "label":
+            columns |= {"label": _label(value, labels, row.where, field), "labels": labels}
+        elif column in task.text_columns:
+            if task.is_free_text and isinstance(value, str) and _is_blank(value):
+                return None
+            columns[column] = _text(value, path, row.where)
+        else:
+            listed = value if isinstance(value, list) and value else [value]
+            columns[column] = [_text(text, path, row.where) for text in listed]
+    if task.is_free_text:
+        columns = {name: _opening(text, source.prompt_words) for name, text in columns.items()}
+    return columns
+
+
+def _value(values: Mapping[str, Any], path: str, where: str, field: str) -> Any:
+    if path in values:
+        return values[path]
+    value: Any = values
+    for name in path.split("."):
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, Mapping) and name in part for part in parts):
+            raise InputError(
+                f"{field} is {path!r}, a column that {where} does not have: choose from "
+                f"{', '.join(map(repr, values))}."
+            )
+        value = [part[name] for part in parts] if isinstance(value, list) else value[name]
+    return value
+
+
+def _text(value: Any, path: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where} has {value!r} in column {path!r}, where a string is needed: correct the row "
+            "or choose another column."
+        )
+    if not value.strip():
+        raise InputError(f"{where} has no text in column {path!r}: fill it in or remove the row.")
+    return value.strip()
+
+
+def _label(value: Any, labels: tuple[str, ...], where: str, field: str) -> str:
+    if not labels:
+        raise InputError(
+            f"{field}.label_names is empty, and the data set does not say them either: list the "
+            "label names, in the order of integer labels."
+        )
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise InputError(
+            f"{where} has the label {value!r}, which is neither an integer nor a string: correct "
+            f"the row or {field}.columns."
+        )
+    if isinstance(value, str) and value.strip() in labels:
+        return value.strip()
+    if isinstance(value, int) and 0 <= value < len(labels):
+        return labels[value]
+    raise InputError(
+        f"{where} has the label {value!r}, which {field}.label_names={labels} does not cover: "
+        "complete the names or correct the row."
+    )
+
+
+def _fit(
+    task: Task, columns: dict[str, Any], count_tokens: Callable[[str], int], limit: int
+) -> dict[str, Any] | None:
+    """The columns themselves where the prompt fits, shortened ones, or None where it cannot."""
+    if count_tokens(task.template.format_map(columns)) <= limit:
+        return columns
+    if task.shorten is None:
+        return None
+    shorten, text = task.shorten, columns[task.shorten]
+
+    def tokens(words: int) -> int:
+        return count_tokens(task.template.format_map({**columns, shorten: _opening(text, words)}))
+
+    if tokens(0) > limit:
+        raise InputError(
+            f"data.max_prompt_tokens is {limit}, which a prompt of the task {task.name} exceeds "
+            f"with an empty {shorten} already ({tokens(0)} tokens): raise it."
+        )
+    # Bisection needs counts that rise with the words; a tokenizer that merges across words may
+    # break this by a token, so the result is checked rather than trusted.
+    words = bisect.bisect_right(range(1, len(text.split()) + 1), limit, key=tokens)
+    while words and tokens(words) > limit:
+        words -= 1
+    if not words:
+        return None
+    return {**columns, shorten: _opening(text, words)}
+
+
+def _opening(text: str, words: int) -> str:
+    """The first words of a text, with the white space between them as it is."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    return text[: ends[words - 1] if words else 0] if words < len(ends) else text
+
+
+def _is_blank(text: str) -> bool:
+    return not text.strip() or _HEADING.fullmatch(text.strip()) is not None

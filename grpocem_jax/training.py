@@ -1,0 +1,447 @@
+"""Training: the course of a run from its config to its summary."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from grpocem_jax import checkpoints, evaluation, grpo, metrics, rollouts, sampling
+from grpocem_jax.adapters import base as adapters
+from grpocem_jax.config import Config
+from grpocem_jax.errors import InputError
+from grpocem_jax.policy import Policy
+from grpocem_jax.policy import load as load_policy
+from grpocem_jax.tasks import TASKS, Loaded, load_examples
+
+
+def train(config: Config, settings: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    """Trains an adapter and measures what it did to held-out reward.
+
+    Args:
+      config: the checked settings.
+      settings: the same as plain JSON, for config.json.
+      workdir: the run directory; must not hold a run.
+
+    Returns:
+      the contents of summary.json.
+
+    Raises:
+      InputError: settings, model, data or run directory that cannot be used; before compilation.
+    """
+    started = time.perf_counter()
+    if (workdir / "config.json").exists():
+        raise InputError(
+            f"--workdir={workdir}: holds a run already; give another folder, or delete this one."
+        )
+    policy = load_policy(
+        config.model, config.adapter, stop=config.generation.stop, seed=config.seed
+    )
+    _check_length(config, policy)
+    train_items, heldout_items, data_lines = load_data(config, policy)
+    if len(train_items) < config.prompts_per_step:
+        raise InputError(
+            f"{len(train_items)} training prompts in all, but a step takes "
+            f"{config.prompts_per_step} (train.batch_size * train.accumulation_steps / "
+            "grpo.group_size); give more data or a smaller step."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(workdir / "config.json", settings)
+    print(first_screen(config, policy, data_lines, workdir), flush=True)
+
+    clock = metrics.CompileClock.start()
+    key, eval_key = jax.random.split(jax.random.key(config.seed))
+    before = _evaluate(policy, policy.zero, heldout_items, eval_key, config, "before")
+    run = Run(config, policy, train_items, key, workdir, checkpoints.config_hash(settings))
+    train_started = time.perf_counter()
+    state = run.train()
+    train_seconds = time.perf_counter() - train_started
+    after = _evaluate(policy, state.adapter, heldout_items, eval_key, config, "after")
+    clock.stop()
+
+    tasks = [item.task.name for item in heldout_items]
+    heldout, greedy = (
+        evaluation.compare(config.data.tasks, tasks, b, a)
+        for b, a in zip(before, after, strict=True)
+    )
+    offsets = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.adapter)])
+    pretrained = policy.pretrained
+    summary = {
+        "heldout": {name: dataclasses.asdict(gain) for name, gain in heldout.items()},
+        "heldout_greedy": {name: dataclasses.asdict(gain) for name, gain in greedy.items()},
+        "steps": int(state.step),
+        "trainable_parameters": adapters.num_params(policy.zero),
+        "total_parameters": pretrained.num_params(),
+        "offsets": {
+            "max_abs": float(np.abs(offsets).max()),
+            "rms": float(np.sqrt(np.mean(offsets**2))),
+        },
+        "model": pretrained.source,
+        "builtin_model": pretrained.kind == "builtin",
+        "random_weights": pretrained.kind == "random",
+        "builtin_data": {
+            name: config.data.sources[name].source == "builtin" for name in config.data.tasks
+        },
+        "seconds": time.perf_counter() - started,
+        "train_seconds": train_seconds,
+        "compile_seconds": clock.seconds,
+        **metrics.environment(),
+    }
+    checkpoints.save_adapter(
+        workdir / "adapter",
+        state.adapter,
+        {"base_model": pretrained.source, "type": "svf", **dataclasses.asdict(config.adapter)},
+        model_card(config, summary),
+    )
+    metrics.write_json(workdir / "summary.json", summary)
+    print(closing_screen(heldout, greedy, summary, config, workdir), flush=True)
+    return summary
+
+
+def _check_length(config: Config, policy: Policy) -> None:
+    longest = config.data.max_prompt_tokens + config.generation.max_new_tokens
+    if longest > policy.model.context_length:
+        raise InputError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and "
+            f"generation.max_new_tokens={config.generation.max_new_tokens} make {longest} tokens, "
+            f"but the model's context is {policy.model.context_length}; lower one of them."
+        )
+
+
+def load_data(
+    config: Config, policy: Policy
+) -> tuple[list[rollouts.Item], list[rollouts.Item], list[str]]:
+    """Training and held-out prompts of all tasks, and lines that say where they are from."""
+    tokenizer = policy.tokenizer
+
+    def draw(
+        name: str, split: Literal["train", "heldout"], limit: int, exclude: Container[str]
+    ) -> Loaded:
+        return load_examples(
+            TASKS[name],
+            config.data.sources[name],
+            split=split,
+            count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_samples=limit,
+            seed=config.seed,
+            exclude=exclude,
+        )
+
+    train: list[rollouts.Item] = []
+    heldout: list[rollouts.Item] = []
+    lines = []
+    for name in config.data.tasks:
+        judged = draw(name, "heldout", config.data.heldout_samples, ())
+        # Published splits share rows now and then; what judges must not have been trained on.
+        prompts = {example.prompt for example in judged.examples}
+        trained = draw(name, "train", config.data.max_samples, prompts)
+        train += rollouts.encode(policy, TASKS[name], trained.examples)
+        heldout += rollouts.encode(policy, TASKS[name], judged.examples)
+        lines += [trained.description, judged.description]
+    return train, heldout, lines
+
+
+def _evaluate(
+    policy: Policy,
+    adapter: adapters.Offsets,
+    items: Sequence[rollouts.Item],
+    key: jax.Array,
+    config: Config,
+    when: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sampled and greedy rewards of the held-out prompts."""
+    print(f"held-out reward {when} training ...", file=sys.stderr, flush=True)
+    sampled, _ = evaluation.evaluate(policy, adapter, items, key, config, greedy=False)
+    greedy, _ = evaluation.evaluate(policy, adapter, items, key, config, greedy=True)
+    return sampled, greedy
+
+
+class Run:
+    """The training loop of one run directory."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        items: Sequence[rollouts.Item],
+        key: jax.Array,
+        workdir: Path,
+        config_hash: str,
+    ):
+        self.config, self.policy, self.items, self.key = config, policy, items, key
+        self.config_hash = config_hash
+        self.steps_per_epoch = len(items) // config.prompts_per_step
+        steps = self.steps_per_epoch * config.train.epochs
+        self.total_steps = min(steps, config.train.max_steps or steps)
+        self.num_tokens = 0
+        self.metrics = metrics.JsonLines(workdir / "metrics.jsonl")
+        self.completions = metrics.JsonLines(workdir / "completions.jsonl")
+        self.checkpoints = checkpoints.Checkpoints(workdir)
+
+    def train(self) -> grpo.TrainState:
+        """Runs all steps and returns the last state."""
+        config, hp = self.config, self.config.hyperparameters
+        state = grpo.init_state(self.policy.zero, hp)
+        every = config.train.checkpoint_every_steps
+        progress = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)
+        try:
+            for step in range(self.total_steps):
+                started = time.perf_counter()
+                state, record = self.step(state, step)
+                record["step_time"] = time.perf_counter() - started
+                memory = metrics.peak_memory_bytes()
+                if memory is not None:
+                    record["device_memory_peak_bytes"] = memory
+                self.metrics.write(record)
+                progress.set_postfix(
+                    reward=f"{record['reward']:.3f}",
+                    kl=f"{record['kl']:.4f}",
+                    tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
+                )
+                progress.update()
+                done = step + 1
+                if (
+                    done % self.steps_per_epoch == 0
+                    or done == self.total_steps
+                    or (every and done % every == 0)
+                ):
+                    position = {"step": done, "config_hash": self.config_hash}
+                    self.checkpoints.save(state, self.key, position)
+        finally:
+            progress.close()
+            self.metrics.close()
+            self.completions.close()
+            self.checkpoints.close()
+        return state
+
+    def batch(self, step: int) -> list[rollouts.Item]:
+        """The prompts of a step: a shuffle per epoch, drawn from the seed and the epoch alone."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.items))
+        size = self.config.prompts_per_step
+        return [self.items[i] for i in order[position * size : (position + 1) * size]]
+
+    def step(self, state: grpo.TrainState, step: int) -> tuple[grpo.TrainState, dict[str, Any]]:
+        """One optimizer step: rollouts, rewards, advantages, update."""
+        config = self.config
+        items = self.batch(step)
+        temperature = sampling.anneal(
+            config.generation.temperature,
+            config.generation.final_temperature,
+            step / max(self.total_steps - 1, 1),
+        )
+        length = rollouts.bucket_length(
+            max(len(item.tokens) for item in items),
+            config.generation.prompt_buckets,
+            config.data.max_prompt_tokens,
+        )
+        prompts = rollouts.pad(items, length)
+        out = rollouts.generate(
+            self.policy,
+            state.adapter,
+            prompts,
+            jax.random.split(jax.random.fold_in(self.key, step), len(items)),
+            config.generation,
+            num_samples=config.grpo.group_size,
+            temperature=temperature,
+        )
+        tokens, mask = jax.device_get((out.tokens, out.mask))
+        texts = rollouts.decode(self.policy, tokens, mask)
+        rewards = rollouts.score(items, texts)
+        advantages = self.advantages(items, texts, tokens, mask, rewards)
+        batch = grpo.Batch(
+            jnp.asarray(prompts.tokens),
+            jnp.asarray(prompts.mask),
+            out.tokens,
+            out.mask,
+            out.logps,
+            advantages,
+        )
+        state, update = grpo.update(
+            state,
+            self.policy.params,
+            batch,
+            temperature,
+            model=self.policy.model,
+            hp=config.hyperparameters,
+        )
+        self.step_tokens = int(mask.sum() + prompts.mask.sum() * config.grpo.group_size)
+        self.num_tokens += self.step_tokens
+        record: dict[str, Any] = {
+            "step": step + 1,
+            "epoch": (step + 1) / self.steps_per_epoch,
+            **{name: float(value) for name, value in jax.device_get(update).items()},
+            **reward_metrics(items, rewards),
+            "completions/mean_length": float(mask.sum(-1).mean()),
+            "completions/clipped_ratio": float(self._unended(tokens, mask).mean()),
+            "temperature": temperature,
+            "num_tokens": self.num_tokens,
+        }
+        if not np.isfinite(record["loss"]) or not np.isfinite(record["grad_norm"]):
+            raise InputError(
+                f"train.learning_rate={config.train.learning_rate}: the loss or its gradient is no "
+                f"longer finite at step {step + 1}; lower it."
+            )
+        if step % config.logging.interval == 0 or step + 1 == self.total_steps:
+            self.show(step + 1, items, texts, rewards, np.asarray(advantages))
+        return state, record
+
+    def advantages(
+        self,
+        items: Sequence[rollouts.Item],
+        texts: Sequence[Sequence[str]],
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        rewards: np.ndarray,
+    ) -> jax.Array:
+        """Advantages float32 ``[P, G, N]`` by the config's supervision and rule."""
+        settings = self.config.grpo
+        if settings.supervision == "process":
+            steps = rollouts.score_steps(self.policy, items, texts, tokens, mask, rewards)
+            advantages = grpo.process_advantages(*steps, mask)
+        else:
+            advantages = grpo.outcome_advantages(rewards, mask)
+        if settings.advantage == "scaled":
+            advantages = grpo.scale_and_clip(
+                advantages, scale=settings.reward_scale, clip=settings.reward_clip
+            )
+        return advantages
+
+    def _unended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Which completions were cut at the largest length; bool ``[P, G]``."""
+        ended = np.isin(tokens[..., -1], np.asarray(self.policy.end_ids))
+        return mask[..., -1] & ~ended
+
+    def show(
+        self,
+        step: int,
+        items: Sequence[rollouts.Item],
+        texts: Sequence[Sequence[str]],
+        rewards: np.ndarray,
+        advantages: np.ndarray,
+    ) -> None:
+        """Stores a step's completions, and shows the first of each task."""
+        lines, shown = [f"step {step}"], set()
+        for row, item in enumerate(items):
+            for sample, text in enumerate(texts[row]):
+                reward = float(rewards[row, sample])
+                self.completions.write(
+                    {
+                        "step": step,
+                        "task": item.task.name,
+                        "prompt": item.example.prompt,
+                        "completion": text,
+                        "reward": None if np.isnan(reward) else reward,
+                        "advantage": float(advantages[row, sample, 0]),
+                    }
+                )
+            if item.task.name not in shown:
+                shown.add(item.task.name)
+                prompt, text = (_one_line(x) for x in (item.example.prompt, texts[row][0]))
+                lines.append(f"  {item.task.name:<14}{rewards[row, 0]:+.2f}  {prompt[-60:]}")
+                lines.append(f"  {'':<20} > {text[:70]}")
+        tqdm.write("\n".join(lines), file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    """Text with control characters as escapes, so that it takes one line and moves no cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def reward_metrics(items: Sequence[rollouts.Item], rewards: np.ndarray) -> dict[str, float]:
+    """TRL's reward metrics: mean over completions, mean of group standard deviations, by task."""
+    present = ~np.isnan(rewards)
+    flat = np.asarray(grpo.equal_rewards(jnp.asarray(rewards), jnp.asarray(present)))
+    groups = rewards[present.any(-1)]
+    record = {
+        "reward": float(np.nanmean(rewards)) if present.any() else 0.0,
+        "reward_std": float(np.nanstd(groups, axis=-1).mean()) if len(groups) else 0.0,
+        "frac_reward_zero_std": float(flat.mean()),
+    }
+    names = np.array([item.task.name for item in items])
+    for name in dict.fromkeys(names.tolist()):
+        rows = rewards[names == name]
+        if not np.isnan(rows).all():
+            record[f"rewards/{name}/mean"] = float(np.nanmean(rows))
+    return record
+
+
+def first_screen(config: Config, policy: Policy, data_lines: Sequence[str], workdir: Path) -> str:
+    """What runs on what, with what: shown before anything is compiled."""
+    pretrained, trainable = policy.pretrained, adapters.num_params(policy.zero)
+    total = pretrained.num_params()
+    device = jax.devices()[0]
+    source = {
+        "builtin": "the built-in tiny model",
+        "random": f"{pretrained.source}: RANDOM WEIGHTS, for plumbing and benchmarks only",
+        "folder": f"folder {pretrained.source}",
+        "hub": f"{pretrained.source} from the Hub",
+    }[pretrained.kind]
+    lines = [
+        f"device    {device.platform} ({device.device_kind}), {config.model.dtype}",
+        f"model     {source}, {total:,} parameters, frozen",
+        f"adapter   {trainable:,} singular value scales of {', '.join(config.adapter.sites)} "
+        f"({100 * trainable / total:.3f}%)",
+        *(f"data      {line}" for line in data_lines),
+        f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions",
+        f"run       {workdir}",
+    ]
+    return "\n".join(lines)
+
+
+def closing_screen(
+    heldout: dict[str, evaluation.Gain],
+    greedy: dict[str, evaluation.Gain],
+    summary: dict[str, Any],
+    config: Config,
+    workdir: Path,
+) -> str:
+    """Held-out reward before and after, and what the run took."""
+    sampled = f"sampled at T={config.generation.temperature:g}"
+    return "\n".join(
+        [
+            "",
+            "held-out reward",
+            evaluation.table(heldout, sampled),
+            "",
+            evaluation.table(greedy, "greedy"),
+            "",
+            f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
+            f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
+            f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
+            f"adapter and logs are in {workdir}",
+        ]
+    )
+
+
+def model_card(config: Config, summary: dict[str, Any]) -> str:
+    """README.md of the adapter folder."""
+    rows = [
+        f"| {name} | {g['before']:.3f} | {g['after']:.3f} | {g['gain']:+.3f} "
+        f"[{g['gain_ci95'][0]:+.3f}, {g['gain_ci95'][1]:+.3f}] | {g['n']} |"
+        for name, g in summary["heldout"].items()
+    ]
+    return "\n".join(
+        [
+            f"# Singular value adapter of {summary['model']}",
+            "",
+            f"{summary['trainable_parameters']:,} offsets of singular values "
+            f"({', '.join(config.adapter.sites)}), trained with GRPO for {summary['steps']} steps "
+            "by grpocem_jax. `adapter_model.safetensors` holds one vector a site; zeros are the "
+            "base model.",
+            "",
+            f"Held-out reward, sampled at temperature {config.generation.temperature:g}:",
+            "",
+            "| task | before | after | gain, 95% interval | n |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

@@ -1,0 +1,452 @@
+"""Examples from local folders, the Hub's local cache and the built-in data."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from grpocem_jax import tasks
+from grpocem_jax.errors import InputError
+from grpocem_jax.tasks.sources import Loaded, SourceConfig, load_examples
+
+LABELS = ("negative", "positive")
+REVIEWS = [{"text": f"film {i} was fine", "label": i % 2} for i in range(10)]
+
+
+def write(folder: Path, **files: Any) -> str:
+    """Writes files named SPLIT__EXTENSION, rows as JSON lines, and returns the folder."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else "\n".join(map(json.dumps, content)) + "\n"
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def count_words(prompt: str) -> int:
+    return len(prompt.split())
+
+
+def load(
+    task: str, source: SourceConfig, split: Literal["train", "heldout"] = "train", **changes: Any
+) -> Loaded:
+    options: dict[str, Any] = {
+        "max_prompt_tokens": 50,
+        "max_samples": 100,
+        "seed": 0,
+        "count_tokens": count_words,
+    }
+    return load_examples(tasks.get(task), source, split=split, **(options | changes))
+
+
+def sentiment(folder: str, **changes) -> SourceConfig:
+    return SourceConfig(folder, **({"label_names": LABELS} | changes))
+
+
+def assert_refused(action, *fragments: str) -> None:
+    """One sentence that holds every fragment."""
+    with pytest.raises(InputError) as caught:
+        action()
+    message = str(caught.value)
+    assert all(fragment in message for fragment in fragments), message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert not re.search(r"[.!?] +[A-Z]", message), message
+
+
+# Reading files
+
+
+def test_json_lines_become_prompts_and_columns(tmp_path):
+    folder = write(tmp_path, train__jsonl='{"text": " Fine {film}. ", "label": 1}\n\n')
+    (example,) = load("sentiment", sentiment(folder)).examples
+    assert example.prompt == "Review: Fine {film}.\nSentiment:"
+    assert example.columns == {"text": "Fine {film}.", "label": "positive", "labels": LABELS}
+
+
+def test_every_format_gives_the_same_examples(tmp_path):
+    made = {}
+    for suffix in ("jsonl", "json", "parquet"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        if suffix == "parquet":
+            table = pyarrow.Table.from_pylist(REVIEWS)
+            pyarrow.parquet.write_table(table.slice(0, 6), folder / "train-00000-of-00002.parquet")
+            pyarrow.parquet.write_table(table.slice(6), folder / "train-00001-of-00002.parquet")
+        else:
+            write(folder, **{f"train__{suffix}": REVIEWS})
+        made[suffix] = load("sentiment", sentiment(str(folder))).examples
+    assert len(made["jsonl"]) == 10
+    assert made["jsonl"] == made["json"] == made["parquet"]
+
+
+def test_txt_holds_a_paragraph_a_line_without_blank_lines_and_headings(tmp_path):
+    lines = " \n = Lobster = \n \n = = Life = = \n The lobster is 5 = 5 . \n\n It swims . \n"
+    loaded = load("general", SourceConfig(write(tmp_path, train__txt=lines)))
+    assert sorted(example.prompt for example in loaded.examples) == [
+        "It swims .",
+        "The lobster is 5 = 5 .",
+    ]
+
+
+def test_free_text_is_cut_after_prompt_words(tmp_path):
+    folder = write(tmp_path, train__jsonl=[{"text": "one two\nthree four"}, {"text": "one"}])
+    loaded = load("general", SourceConfig(folder, prompt_words=3))
+    assert sorted(example.prompt for example in loaded.examples) == ["one", "one two\nthree"]
+    assert loaded.shortened == 0  # the cut is the task's, not the token limit's
+
+
+def test_columns_are_renamed_and_found_inside_others(tmp_path):
+    row: dict[str, Any] = {
+        "passage": "Ann has cats.",
+        "q": "Who?",
+        "gold": {"text": ["Ann", "Ms Ann"]},
+    }
+    columns = {"context": "passage", "question": "q", "answers": "gold.text"}
+    source = SourceConfig(write(tmp_path, train__jsonl=[row]), columns=columns)
+    (example,) = load("qa", source).examples
+    assert example.columns["answers"] == ["Ann", "Ms Ann"]
+    row["gold"] = [{"text": "Ann"}, {"text": "Ms Ann"}]  # the other usual nesting
+    write(tmp_path, train__jsonl=[row])
+    assert load("qa", source).examples == (example,)
+
+
+def test_a_single_reference_becomes_a_list(tmp_path):
+    folder = write(tmp_path, train__jsonl=[{"document": "It rained.", "summary": "Rain."}])
+    assert load("summarization", SourceConfig(folder)).examples[0].columns["summary"] == ["Rain."]
+
+
+def test_subset_is_a_folder_inside_the_source(tmp_path):
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "plain", train__jsonl=REVIEWS)
+    assert len(load("sentiment", sentiment(str(tmp_path), subset="plain")).examples) == 10
+
+
+@pytest.mark.parametrize("present", ["test", "validation", "valid"])
+def test_the_held_out_split_is_found_where_it_is_left_open(tmp_path, present):
+    folder = write(tmp_path, **{f"{present}__jsonl": REVIEWS[:2], "train__jsonl": REVIEWS})
+    assert len(load("sentiment", sentiment(folder), "heldout").examples) == 2
+
+
+def test_a_named_held_out_split_is_not_replaced(tmp_path):
+    folder = write(tmp_path, train__jsonl=REVIEWS, valid__jsonl=REVIEWS)
+    source = sentiment(folder, heldout_split="test")
+    assert_refused(lambda: load("sentiment", source, "heldout"), "split test", "test.jsonl")
+
+
+# Drawing and fitting
+
+
+def test_the_draw_is_the_same_every_time_and_differs_by_seed(tmp_path):
+    folder = write(tmp_path, train__jsonl=REVIEWS)
+    draws = [load("sentiment", sentiment(folder), max_samples=5, seed=s) for s in (0, 0, 1)]
+    assert draws[0] == draws[1]
+    assert draws[0].examples != draws[2].examples
+    everything = load("sentiment", sentiment(folder))
+    assert draws[0].examples == everything.examples[:5]
+    expected = Counter(f"Review: {row['text']}\nSentiment:" for row in REVIEWS)
+    assert Counter(example.prompt for example in everything.examples) == expected
+    first_rows = [f"Review: {row['text']}\nSentiment:" for row in REVIEWS[:5]]
+    assert [example.prompt for example in draws[0].examples] != first_rows
+
+
+def test_a_long_text_loses_its_last_words_and_is_counted(tmp_path):
+    rows = [{"text": "one two  three four", "label": 0}, {"text": "one", "label": 0}]
+    source = sentiment(write(tmp_path, train__jsonl=rows))
+    # "Review:" and "Sentiment:" leave 3 of 5 tokens for words.
+    loaded = load("sentiment", source, max_prompt_tokens=5)
+    assert {example.columns["text"] for example in loaded.examples} == {"one two  three", "one"}
+    assert max(count_words(example.prompt) for example in loaded.examples) == 5
+    assert (loaded.shortened, loaded.dropped) == (1, 0)
+    assert "1 shortened" in loaded.description
+
+
+@pytest.mark.parametrize("limit", range(20, 60))
+def test_shortening_keeps_as_many_words_as_fit(tmp_path, limit):
+    text = "a bb ccc dddd eeeee ffffff"
+    source = sentiment(write(tmp_path, train__jsonl=[{"text": text, "label": 0}]))
+    frame = len("Review: \nSentiment:")
+    load_it = lambda: load("sentiment", source, max_prompt_tokens=limit, count_tokens=len)  # noqa: E731
+    words = load_it().examples[0].columns["text"].split()
+    kept = " ".join(words)
+    assert text.startswith(kept)
+    assert frame + len(kept) <= limit
+    if len(words) < 6:
+        assert frame + len(kept) + 1 + len(words) + 1 > limit  # the next word would not fit
+
+
+def test_prompts_of_the_other_split_are_left_out(tmp_path):
+    folder = write(tmp_path, train__jsonl=REVIEWS, test__jsonl=REVIEWS[:2])
+    heldout = load("sentiment", sentiment(folder), "heldout").examples
+    exclude = {example.prompt for example in heldout}
+    train = load("sentiment", sentiment(folder), exclude=exclude)
+    assert len(train.examples) == 8
+    assert not exclude & {example.prompt for example in train.examples}
+    assert "2 in the other split and left out" in train.description
+
+
+def test_a_long_passage_is_dropped_because_the_answer_may_go_with_it(tmp_path):
+    rows = [
+        {"context": "word " * n, "question": "Who?", "answers": ["Ann"]} for n in (1, 2, 40, 3, 60)
+    ]
+    loaded = load("qa", SourceConfig(write(tmp_path, train__jsonl=rows)), max_prompt_tokens=20)
+    assert (len(loaded.examples), loaded.shortened, loaded.dropped) == (3, 0, 2)
+    assert "3 train examples of 5 rows, 2 too long and dropped" in loaded.description
+    # Rows that are dropped do not count against max_samples.
+    source = SourceConfig(write(tmp_path, train__jsonl=rows))
+    assert len(load("qa", source, max_prompt_tokens=20, max_samples=3).examples) == 3
+
+
+# Errors
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    source = sentiment(str(tmp_path))
+
+    def run():
+        return load("sentiment", source)
+
+    assert_refused(
+        lambda: load("sentiment", sentiment("./nowhere/at/all")),
+        "data.sentiment.source",
+        "nowhere/at/all",
+        "no folder",
+    )
+    assert_refused(run, "data.sentiment.source", str(tmp_path), "train.jsonl")
+    write(tmp_path, train__jsonl="\n \n")
+    assert_refused(run, "train.jsonl", "empty")
+    write(tmp_path, train__jsonl='{"text": "x", "label": 0}\n{"text": "x"\n')
+    assert_refused(run, "train.jsonl, line 2", "not valid JSON")
+    write(tmp_path, train__jsonl='\n["text"]\n')
+    assert_refused(run, "train.jsonl, line 2", "a list")
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    assert_refused(run, "train.jsonl", "UTF-8")
+    write(tmp_path, train__parquet="no table")
+    assert_refused(run, "train.jsonl", "train.parquet", "several formats")
+    (tmp_path / "train.jsonl").unlink()
+    assert_refused(run, "train.parquet", "not a readable parquet file")
+
+
+@pytest.mark.parametrize(
+    ("row", "fragments"),
+    [
+        ({"review": "x", "label": 0}, ("columns.text", "line 1", "'review', 'label'")),
+        ({"text": " ", "label": 0}, ("line 1", "no text", "'text'")),
+        ({"text": None, "label": 0}, ("line 1", "None", "'text'", "string")),
+        ({"text": "x", "label": 2}, ("line 1", "label 2", "label_names", "positive")),
+        ({"text": "x", "label": -1}, ("line 1", "label -1", "label_names")),
+        ({"text": "x", "label": "bad"}, ("line 1", "label 'bad'", "label_names")),
+        ({"text": "x", "label": 0.5}, ("line 1", "label 0.5", "neither an integer nor a string")),
+        ({"text": "x", "label": True}, ("line 1", "label True", "neither")),
+        ({"text": "x", "label": None}, ("line 1", "label None", "neither")),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(tmp_path, row, fragments):
+    source = sentiment(write(tmp_path, train__jsonl=[row]))
+    assert_refused(lambda: load("sentiment", source), "train.jsonl", *fragments)
+
+
+@pytest.mark.parametrize("answers", [[], [""], "", [3], None, {"text": ["x"]}])
+def test_references_must_be_text(tmp_path, answers):
+    row = {"context": "x", "question": "x", "answers": answers}
+    source = SourceConfig(write(tmp_path, train__jsonl=[row]))
+    assert_refused(lambda: load("qa", source), "line 1", "'answers'")
+
+
+def test_a_nested_column_that_is_missing_is_named_in_full(tmp_path):
+    row = {"context": "x", "question": "x", "answers": {"start": [0]}}
+    columns = {"answers": "answers.text"}
+    source = SourceConfig(write(tmp_path, train__jsonl=[row]), columns=columns)
+    assert_refused(
+        lambda: load("qa", source), "data.qa.columns.answers", "'answers.text'", "'question'"
+    )
+
+
+def test_configs_that_cannot_work_are_refused(tmp_path):
+    folder = write(tmp_path, train__jsonl=REVIEWS, test__jsonl=REVIEWS)
+
+    def refuse(source, *fragments, **options):
+        assert_refused(lambda: load("sentiment", source, **options), *fragments)
+
+    refuse(sentiment(folder, label_names=()), "data.sentiment.label_names", "empty")
+    refuse(sentiment(folder, heldout_split="train"), "heldout_split", "'train'")
+    refuse(sentiment(folder, columns={"txt": "text"}), "data.sentiment.columns", "'txt'", "label")
+    refuse(sentiment(folder, prompt_words=0), "prompt_words", "0")
+    refuse(sentiment(folder), "data.max_samples", "0", max_samples=0)
+    refuse(sentiment(folder), "data.max_prompt_tokens", "sentiment", "1", max_prompt_tokens=1)
+
+
+def test_nothing_left_is_an_error_that_names_the_limit(tmp_path):
+    row = {"context": "word " * 40, "question": "Who?", "answers": ["Ann"]}
+    source = SourceConfig(write(tmp_path, train__jsonl=[row, row]))
+    assert_refused(
+        lambda: load("qa", source, max_prompt_tokens=9),
+        "task qa",
+        "data.max_prompt_tokens=9",
+        "2 are longer",
+    )
+    headings = SourceConfig(write(tmp_path, valid__txt=" = Title = \n"), train_split="valid")
+    assert_refused(lambda: load("general", headings), "data.general.source", "train", "nothing")
+
+
+# The Hub
+
+
+HUB = """
+import json, os, shutil, sys
+from datasets.packaged_modules.parquet.parquet import Parquet
+from grpocem_jax import tasks
+from grpocem_jax.errors import InputError
+
+def build(repo, subset, path, *splits):
+    # The builder that load_dataset runs for a Hub data set of parquet files; what it has prepared
+    # is moved to where the cache keeps that data set.
+    name = repo.split("/")[1]
+    builder = Parquet(cache_dir=f"{folder}/build", dataset_name=name, config_name=subset,
+                      hash="0" * 16, data_files=dict.fromkeys(splits, path))
+    builder.download_and_prepare()
+    kept = f"{os.environ['HF_HOME']}/datasets/{repo.replace('/', '___')}/{subset}/0.0.0"
+    os.makedirs(kept)
+    shutil.move(builder.cache_dir, kept)
+
+folder = sys.argv[1]
+build("owner/questions", "plain_text", f"{folder}/qa.parquet", "train", "validation")
+build("owner/reviews", "default", f"{folder}/reviews.parquet", "train", "test")
+
+def load(task, split="train", **source):
+    try:
+        loaded = tasks.load_examples(
+            tasks.get(task), tasks.SourceConfig(**source), split=split, count_tokens=len,
+            max_prompt_tokens=500, max_samples=3, seed=0)
+        return [loaded.description, [[e.prompt, e.columns] for e in loaded.examples]]
+    except InputError as error:
+        return str(error)
+
+answers = {"answers": "answers.text"}
+print(json.dumps({
+    "qa": load("qa", source="owner/questions", subset="plain_text", columns=answers),
+    "qa heldout": load("qa", "heldout", source="owner/questions", columns=answers),
+    "sliced": load("sentiment", source="owner/reviews", train_split="train[:2]"),
+    "sentiment": load("sentiment", source="owner/reviews"),
+    "no split": load("sentiment", source="owner/reviews", train_split="dev"),
+    "no subset": load("qa", source="owner/questions", subset="other"),
+    "not cached": load("qa", source="owner/unknown", subset="x"),
+}))
+"""
+
+
+def run_hub(folder: Path, **environment: str) -> dict:
+    """Loads from a cache built for the occasion, in a process that reads its settings anew."""
+    import datasets
+
+    qa = {
+        "context": ["Ann has cats.", "Bob has dogs."],
+        "question": ["Who has cats?", "Who has dogs?"],
+        "answers": [{"text": [name], "answer_start": [0]} for name in ("Ann", "Bob")],
+    }
+    datasets.Dataset.from_dict(qa).to_parquet(folder / "qa.parquet")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(LABELS))}
+    )
+    reviews = {"text": ["bad", "good", "fine"], "label": [0, 1, 1]}
+    datasets.Dataset.from_dict(reviews, features).to_parquet(folder / "reviews.parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(folder)],
+        env=os.environ | {"HF_HOME": str(folder / "home"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HF_HUB_OFFLINE": "1"},
+        {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},  # nothing answers there
+    ],
+    ids=["offline", "no network"],
+)
+def test_a_hub_data_set_loads_from_the_cache_or_says_there_is_no_network(tmp_path, environment):
+    made = run_hub(tmp_path, **environment)
+    description, examples = made["qa"]
+    assert description == "qa: owner/questions, 2 train examples of 2 rows"
+    assert sorted(columns["answers"] for _, columns in examples) == [["Ann"], ["Bob"]]
+    assert "Ann has cats.\nQuestion: Who has cats?\nAnswer:" in [prompt for prompt, _ in examples]
+    assert made["qa heldout"][0].startswith("qa: owner/questions, 2 heldout")
+    assert len(made["sliced"][1]) == 2
+    assert Counter(columns["label"] for _, columns in made["sentiment"][1]) == {
+        "positive": 2,
+        "negative": 1,
+    }
+    assert made["sentiment"][1][0][1]["labels"] == list(LABELS)  # the data set's own names
+    assert all(fragment in made["no split"] for fragment in ("owner/reviews", "dev", "train"))
+    assert all(fragment in made["no subset"] for fragment in ("owner/questions", "other"))
+    for fragment in (
+        "data.qa.source is 'owner/unknown'",
+        "no network",
+        "local folder in data.qa.source",
+        "configs/tiny.py",
+    ):
+        assert fragment in made["not cached"]
+    for name in ("no split", "no subset", "not cached"):
+        assert isinstance(made[name], str)
+        assert "\n" not in made[name]
+
+
+# Real data, and the built-in
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL = {
+    "qa": SourceConfig("squad"),
+    "sentiment": SourceConfig("sst2_sentences", columns={"text": "sentence"}, label_names=LABELS),
+    "summarization": SourceConfig("scitldr_a", columns={"document": "source", "summary": "target"}),
+    "classification": SourceConfig(
+        "ag_news", label_names=("World", "Sports", "Business", "Sci/Tech")
+    ),
+    "general": SourceConfig("wikitext2", train_split="valid", heldout_split="test"),
+}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real slices lie beside the repository")
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_make_examples_whose_references_earn_full_reward(name):
+    task = tasks.get(name)
+    source = dataclasses.replace(REAL[name], source=str(SHARED / REAL[name].source))
+    heldout: set[str] = set()
+    splits: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
+    for split in splits:
+        loaded = load(name, source, split, max_prompt_tokens=150, max_samples=200, exclude=heldout)
+        prompts = [example.prompt for example in loaded.examples]
+        assert len(prompts) == 200
+        assert max(map(count_words, prompts)) <= 150
+        assert not heldout & set(prompts)
+        heldout = heldout or set(prompts)
+        if task.is_free_text:
+            assert max(map(count_words, prompts)) == source.prompt_words
+            assert not any(prompt.startswith("=") for prompt in prompts)
+            continue
+        columns = {
+            column: [example.columns[column] for example in loaded.examples]
+            for column in loaded.examples[0].columns
+        }
+        references = columns[next(c for c in task.columns if c not in task.text_columns)]
+        completions = [given if isinstance(given, str) else given[0] for given in references]
+        assert task.reward(prompts, completions, **columns) == pytest.approx([1.0] * 200)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_built_in_data_make_examples(name):
+    loaded = load(name, SourceConfig(), max_prompt_tokens=200, max_samples=500)
+    assert len(loaded.examples) == 500
+    assert loaded.description.startswith(f"{name}: builtin, 500 train examples")
