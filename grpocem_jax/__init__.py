@@ -1,0 +1,114 @@
+"""GRPO on the singular values of a frozen language model, in JAX.
+
+This module is the public API. Names that need Flax are imported when they are first used, so the
+adapters, the sampler and GRPO can be used without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from grpocem_jax.adapters.base import (
+    Adapter,
+    factor_params,
+    init_adapter,
+    merge_params,
+    num_params,
+    select_sites,
+)
+from grpocem_jax.adapters.svf import SVFFactors, cached_svd, svd, svf
+from grpocem_jax.errors import InputError
+from grpocem_jax.grpo import (
+    Batch,
+    Hyperparameters,
+    TrainState,
+    clipped_objective,
+    completion_logps,
+    group_normalize,
+    init_state,
+    k3_divergence,
+    outcome_advantages,
+    process_advantages,
+    scale_and_clip,
+    token_logps,
+    token_weights,
+    update,
+)
+from grpocem_jax.models.base import Context, KeyValues, Model, cast_params
+from grpocem_jax.sampling import Rollouts, sample
+
+if TYPE_CHECKING:
+    from grpocem_jax.checkpoints import load_adapter, save_adapter
+    from grpocem_jax.config import Config, parse_config
+    from grpocem_jax.models.hub import Pretrained, load_model, save_model
+    from grpocem_jax.policy import Policy, load_policy
+    from grpocem_jax.tasks import TASKS, Example, Task
+    from grpocem_jax.training import train
+
+_LAZY = {
+    "Config": "config",
+    "Example": "tasks",
+    "Policy": "policy",
+    "Pretrained": "models.hub",
+    "TASKS": "tasks",
+    "Task": "tasks",
+    "load_adapter": "checkpoints",
+    "load_model": "models.hub",
+    "load_policy": "policy",
+    "parse_config": "config",
+    "save_adapter": "checkpoints",
+    "save_model": "models.hub",
+    "train": "training",
+}
+
+__all__ = [
+    "TASKS",
+    "Adapter",
+    "Batch",
+    "Config",
+    "Context",
+    "Example",
+    "Hyperparameters",
+    "InputError",
+    "KeyValues",
+    "Model",
+    "Policy",
+    "Pretrained",
+    "Rollouts",
+    "SVFFactors",
+    "Task",
+    "TrainState",
+    "cached_svd",
+    "cast_params",
+    "clipped_objective",
+    "completion_logps",
+    "factor_params",
+    "group_normalize",
+    "init_adapter",
+    "init_state",
+    "k3_divergence",
+    "load_adapter",
+    "load_model",
+    "load_policy",
+    "merge_params",
+    "num_params",
+    "outcome_advantages",
+    "parse_config",
+    "process_advantages",
+    "sample",
+    "save_adapter",
+    "save_model",
+    "scale_and_clip",
+    "select_sites",
+    "svd",
+    "svf",
+    "token_logps",
+    "token_weights",
+    "train",
+    "update",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

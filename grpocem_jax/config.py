@@ -1,7 +1,7 @@
 """The settings of a run: every field with its type, range and meaning, and how they are checked.
 
-Configs are Python files that return an `ml_collections.ConfigDict` (configs/); `parse` turns one
-into the frozen record that the workflows read, or says in one sentence what is wrong with it.
+Configs (configs/) are Python files that return an `ml_collections.ConfigDict`; `parse_config`
+turns one into the frozen record that the workflows read, or says in one sentence what is wrong.
 """
 
 import dataclasses
@@ -213,7 +213,7 @@ class Config:
         )
 
 
-def parse(config: ml_collections.ConfigDict) -> Config:
+def parse_config(config: ml_collections.ConfigDict) -> Config:
     """Checks a config and returns it as a frozen record.
 
     Raises:

@@ -126,15 +126,3 @@ def _gain(before: float, after: float, variance: float, n: int) -> Gain:
     half = 1.96 * math.sqrt(variance)
     gain = after - before
     return Gain(before, after, gain, (gain - half, gain + half), n)
-
-
-def table(gains: dict[str, Gain], title: str) -> str:
-    """The gains as text, one task a line."""
-    lines = [f"{title:<24}{'before':>8}{'after':>8}{'gain':>8}   95% interval       n"]
-    for name, g in gains.items():
-        low, high = g.gain_ci95
-        lines.append(
-            f"  {name:<22}{g.before:8.3f}{g.after:8.3f}{g.gain:+8.3f}   [{low:+.3f}, {high:+.3f}]"
-            f"{g.n:6d}"
-        )
-    return "\n".join(lines)

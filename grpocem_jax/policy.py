@@ -40,7 +40,7 @@ class Policy:
     pretrained: hub.Pretrained
 
 
-def load(
+def load_policy(
     model: ModelConfig, adapter: AdapterConfig, *, stop: Iterable[str] = (), seed: int = 0
 ) -> Policy:
     """Loads the model and puts a zero adapter on it.
@@ -60,7 +60,7 @@ def load(
         min_singular_value=adapter.min_singular_value,
         svd=svf.cached_svd(),
     )
-    pretrained = hub.load(model.source, seed=seed)
+    pretrained = hub.load_model(model.source, seed=seed)
     if pretrained.tokenizer is None:
         raise InputError(
             f"model.source={model.source!r} has no tokenizer and text is needed; use "
@@ -70,7 +70,7 @@ def load(
     record = pretrained.build(method.apply)
     sites = adapters.select_sites(record.sites, adapter.sites)
     params = adapters.factor_params(method, pretrained.params, sites)
-    zero = adapters.init(method, jax.random.key(seed), params, sites)
+    zero = adapters.init_adapter(method, jax.random.key(seed), params, sites)
     params = models.cast_params(params, jnp.dtype(model.dtype))
     return Policy(
         model=record,

@@ -164,13 +164,13 @@ def sample(
         token, logp, entropy = (jnp.where(ended, 0, x) for x in chosen)
         values = Rollouts(token, ~ended, logp, entropy)
         out = jax.tree.map(lambda x, v: x.at[..., index].set(v), out, values)
-        ended = ended | jnp.any(token[..., None] == end_ids, axis=-1)
+        ended = ended | jnp.isin(token, end_ids)
         return out, token, ended
 
     def mark(seen, token):
         if repetition_penalty == 1.0:
             return seen
-        return seen | (token[..., None] == jnp.arange(model.vocab_size))
+        return seen | jax.nn.one_hot(token, model.vocab_size, dtype=bool)
 
     shape = (*group, max_new_tokens)
     out = Rollouts(

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from grpocem_jax import checkpoints, evaluation, grpo, metrics, rollouts, sampling
+from grpocem_jax import checkpoints, evaluation, grpo, metrics, rollouts, sampling, screens
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import Config
 from grpocem_jax.errors import InputError
-from grpocem_jax.policy import Policy
-from grpocem_jax.policy import load as load_policy
+from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.tasks import TASKS, Loaded, load_examples
 
 
@@ -53,7 +52,7 @@ def train(config: Config, settings: dict[str, Any], workdir: Path) -> dict[str, 
         )
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(workdir / "config.json", settings)
-    print(first_screen(config, policy, data_lines, workdir), flush=True)
+    print(screens.first(config, policy, data_lines, workdir), flush=True)
 
     clock = metrics.CompileClock.start()
     key, eval_key = jax.random.split(jax.random.key(config.seed))
@@ -97,10 +96,10 @@ def train(config: Config, settings: dict[str, Any], workdir: Path) -> dict[str, 
         workdir / "adapter",
         state.adapter,
         {"base_model": pretrained.source, "type": "svf", **dataclasses.asdict(config.adapter)},
-        model_card(config, summary),
+        screens.model_card(config, summary),
     )
     metrics.write_json(workdir / "summary.json", summary)
-    print(closing_screen(heldout, greedy, summary, config, workdir), flush=True)
+    print(screens.closing(heldout, greedy, summary, config, workdir), flush=True)
     return summary
 
 
@@ -190,7 +189,10 @@ class Run:
         config, hp = self.config, self.config.hyperparameters
         state = grpo.init_state(self.policy.zero, hp)
         every = config.train.checkpoint_every_steps
-        progress = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)
+        interval = 0.2 if sys.stderr.isatty() else 30.0  # a file gets a line now and then
+        progress = tqdm(
+            total=self.total_steps, unit="step", dynamic_ncols=True, mininterval=interval
+        )
         try:
             for step in range(self.total_steps):
                 started = time.perf_counter()
@@ -204,6 +206,7 @@ class Run:
                     reward=f"{record['reward']:.3f}",
                     kl=f"{record['kl']:.4f}",
                     tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
+                    refresh=False,
                 )
                 progress.update()
                 done = step + 1
@@ -328,7 +331,6 @@ class Run:
         advantages: np.ndarray,
     ) -> None:
         """Stores a step's completions, and shows the first of each task."""
-        lines, shown = [f"step {step}"], set()
         for row, item in enumerate(items):
             for sample, text in enumerate(texts[row]):
                 reward = float(rewards[row, sample])
@@ -342,17 +344,7 @@ class Run:
                         "advantage": float(advantages[row, sample, 0]),
                     }
                 )
-            if item.task.name not in shown:
-                shown.add(item.task.name)
-                prompt, text = (_one_line(x) for x in (item.example.prompt, texts[row][0]))
-                lines.append(f"  {item.task.name:<14}{rewards[row, 0]:+.2f}  {prompt[-60:]}")
-                lines.append(f"  {'':<20} > {text[:70]}")
-        tqdm.write("\n".join(lines), file=sys.stderr)
-
-
-def _one_line(text: str) -> str:
-    """Text with control characters as escapes, so that it takes one line and moves no cursor."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        tqdm.write(screens.completions(step, items, texts, rewards), file=sys.stderr)
 
 
 def reward_metrics(items: Sequence[rollouts.Item], rewards: np.ndarray) -> dict[str, float]:
@@ -371,77 +363,3 @@ def reward_metrics(items: Sequence[rollouts.Item], rewards: np.ndarray) -> dict[
         if not np.isnan(rows).all():
             record[f"rewards/{name}/mean"] = float(np.nanmean(rows))
     return record
-
-
-def first_screen(config: Config, policy: Policy, data_lines: Sequence[str], workdir: Path) -> str:
-    """What runs on what, with what: shown before anything is compiled."""
-    pretrained, trainable = policy.pretrained, adapters.num_params(policy.zero)
-    total = pretrained.num_params()
-    device = jax.devices()[0]
-    source = {
-        "builtin": "the built-in tiny model",
-        "random": f"{pretrained.source}: RANDOM WEIGHTS, for plumbing and benchmarks only",
-        "folder": f"folder {pretrained.source}",
-        "hub": f"{pretrained.source} from the Hub",
-    }[pretrained.kind]
-    lines = [
-        f"device    {device.platform} ({device.device_kind}), {config.model.dtype}",
-        f"model     {source}, {total:,} parameters, frozen",
-        f"adapter   {trainable:,} singular value scales of {', '.join(config.adapter.sites)} "
-        f"({100 * trainable / total:.3f}%)",
-        *(f"data      {line}" for line in data_lines),
-        f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions",
-        f"run       {workdir}",
-    ]
-    return "\n".join(lines)
-
-
-def closing_screen(
-    heldout: dict[str, evaluation.Gain],
-    greedy: dict[str, evaluation.Gain],
-    summary: dict[str, Any],
-    config: Config,
-    workdir: Path,
-) -> str:
-    """Held-out reward before and after, and what the run took."""
-    sampled = f"sampled at T={config.generation.temperature:g}"
-    return "\n".join(
-        [
-            "",
-            "held-out reward",
-            evaluation.table(heldout, sampled),
-            "",
-            evaluation.table(greedy, "greedy"),
-            "",
-            f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
-            f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
-            f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
-            f"adapter and logs are in {workdir}",
-        ]
-    )
-
-
-def model_card(config: Config, summary: dict[str, Any]) -> str:
-    """README.md of the adapter folder."""
-    rows = [
-        f"| {name} | {g['before']:.3f} | {g['after']:.3f} | {g['gain']:+.3f} "
-        f"[{g['gain_ci95'][0]:+.3f}, {g['gain_ci95'][1]:+.3f}] | {g['n']} |"
-        for name, g in summary["heldout"].items()
-    ]
-    return "\n".join(
-        [
-            f"# Singular value adapter of {summary['model']}",
-            "",
-            f"{summary['trainable_parameters']:,} offsets of singular values "
-            f"({', '.join(config.adapter.sites)}), trained with GRPO for {summary['steps']} steps "
-            "by grpocem_jax. `adapter_model.safetensors` holds one vector a site; zeros are the "
-            "base model.",
-            "",
-            f"Held-out reward, sampled at temperature {config.generation.temperature:g}:",
-            "",
-            "| task | before | after | gain, 95% interval | n |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )

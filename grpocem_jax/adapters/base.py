@@ -81,7 +81,7 @@ def factor_params(adapter: Adapter, params: Any, sites: Sites) -> Any:
     return params
 
 
-def init(adapter: Adapter, key: jax.Array, params: Any, sites: Sites) -> Offsets:
+def init_adapter(adapter: Adapter, key: jax.Array, params: Any, sites: Sites) -> Offsets:
     """Offsets at the base model, one entry a site, for parameters made by `factor_params`."""
     keys = jax.random.split(key, len(sites))
     return {

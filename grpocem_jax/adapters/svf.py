@@ -70,7 +70,7 @@ def cached_svd(folder: Path | None = None) -> SVD:
             partial = path.with_suffix(f".{os.getpid()}")
             save_file({"u": u, "s": s, "vt": vt}, partial)
             partial.replace(path)
-        except OSError:
+        except (OSError, SafetensorError):
             pass
         return u, s, vt
 
@@ -127,9 +127,10 @@ def svf(
         return factors.s * (1.0 + jnp.pad(offsets, (0, factors.s.shape[0] - offsets.shape[0])))
 
     def apply(factors: SVFFactors, offsets: jax.Array, x: jax.Array) -> jax.Array:
-        return dense(factors.vt, dense(factors.u, x) * scaled(factors, offsets))
+        inner = dense(factors.u, x)
+        return dense(factors.vt, inner * jnp.broadcast_to(scaled(factors, offsets), inner.shape))
 
     def merge(factors: SVFFactors, offsets: jax.Array) -> jax.Array:
-        return jnp.dot(factors.u * scaled(factors, offsets), factors.vt)
+        return jnp.dot(factors.u * scaled(factors, offsets)[None], factors.vt)
 
     return Adapter(factor, init, apply, merge)

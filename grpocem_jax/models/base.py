@@ -94,7 +94,7 @@ def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Arra
     scale = query.shape[-1] ** -0.5
     scores = [
         jnp.where(
-            allowed,
+            allowed[None],
             scale
             * jnp.einsum(
                 "thd,shd->hts",

@@ -65,13 +65,13 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, adapter: AdapterParams) -> jax.Array:
-        """Maps ``[..., in]`` to ``[..., features]`` float32."""
+        """Maps ``[T, in]`` to ``[T, features]`` float32."""
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if self.site in adapter and self.site_fn is not None:
             factors: Any = self.get_variable("params", "kernel")
-            return self.site_fn(factors, adapter[self.site], x) + bias
+            return self.site_fn(factors, adapter[self.site], x) + bias[None]
         shape = (x.shape[-1], self.features)
-        return dense(self.param("kernel", nn.initializers.normal(0.02), shape), x) + bias
+        return dense(self.param("kernel", nn.initializers.normal(0.02), shape), x) + bias[None]
 
 
 class Block(nn.Module):
@@ -80,6 +80,7 @@ class Block(nn.Module):
     config: GPT2Config
     name_in_checkpoint: str
     site_fn: SiteFunction | None
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, adapter, allowed, past, cache, index):
@@ -96,12 +97,14 @@ class Block(nn.Module):
             return nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name=name)
 
         qkv = linear(3 * width, "attn.c_attn")(norm("ln_1")(x), adapter)
-        query, key, value = (part.reshape(length, *heads) for part in jnp.split(qkv, 3, axis=-1))
+        query, key, value = (
+            part.reshape(length, *heads).astype(self.dtype) for part in jnp.split(qkv, 3, axis=-1)
+        )
         if cache is None:
             keys, values = key, value
         else:
             keys, values = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (index, 0, 0))
+                jax.lax.dynamic_update_slice(old, new, (index, 0, 0))
                 for old, new in zip(cache, (key, value), strict=True)
             )
         segments = [] if past is None else [past]
@@ -139,7 +142,8 @@ class GPT2(nn.Module):
         init = nn.initializers.normal(0.02)
         wte = self.param("wte", init, (config.vocab_size, config.width))
         wpe = self.param("wpe", init, (config.context_length, config.width))
-        x = wte[tokens].astype(jnp.float32) + wpe[positions].astype(jnp.float32)
+        x = jnp.take(wte, tokens, axis=0).astype(jnp.float32)
+        x = x + jnp.take(wpe, positions, axis=0).astype(jnp.float32)
         keys, values = [], []
         for i in range(config.num_layers):
             past = own = None
@@ -148,10 +152,10 @@ class GPT2(nn.Module):
                 past = (context.key_values.keys[i], context.key_values.values[i], reach)
             if cache is not None:
                 own = (cache.keys[i], cache.values[i])
-            block = Block(config, f"h.{i}", self.site_fn, name=f"h_{i}")
+            block = Block(config, f"h.{i}", self.site_fn, wte.dtype, name=f"h_{i}")
             x, k, v = block(x, adapter, allowed, past, own, index)
-            keys.append(k.astype(wte.dtype))
-            values.append(v.astype(wte.dtype))
+            keys.append(k)
+            values.append(v)
         x = nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name="ln_f")(x)
         return x, KeyValues(tuple(keys), tuple(values))
 
@@ -198,7 +202,7 @@ def build(config: GPT2Config, site_fn: SiteFunction | None = None) -> Model:
     def full(params, adapter, tokens, mask, context):
         positions = jnp.maximum(jnp.cumsum(mask) - 1, 0) + after(context)
         causal = jnp.tril(jnp.ones((len(tokens), len(tokens)), bool))
-        return run(params, adapter, tokens, positions, causal & mask, context)
+        return run(params, adapter, tokens, positions, causal & mask[None], context)
 
     def forward(params, adapter, tokens, mask, context=None):
         return full(params, adapter, tokens, mask, context)[0]
@@ -290,6 +294,9 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> GPT2Config:
         raise InputError(
             f"{where}: the field {error} is missing; a GPT-2 config.json has it."
         ) from None
+    for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        if type(fields[field]) is not int or fields[field] < 1:
+            raise InputError(f"{where}: {field}={fields[field]!r}: must be a positive integer.")
     if fields.get("n_inner") not in (None, 4 * config.width):
         raise InputError(
             f"{where}: n_inner={fields['n_inner']} is not implemented; it must be 4 * n_embd."
@@ -330,7 +337,12 @@ def params_from_state(
     Raises:
       InputError: a tensor is missing, left over or of another shape; it names the tensor.
     """
-    left = {name.removeprefix("transformer."): name for name in state}
+    left: dict[str, str] = {}
+    for name in state:
+        bare = name.removeprefix("transformer.")
+        if bare in left:
+            raise InputError(f"{where}: {left[bare]} and {name} are the same tensor; keep one.")
+        left[bare] = name
     params: dict[str, Any] = {}
     for name, (path, shape) in _names(config).items():
         if name not in left:
@@ -363,5 +375,6 @@ def params_to_state(params: Params, config: GPT2Config) -> dict[str, np.ndarray]
         leaf = params
         for part in path:
             leaf = leaf[part]
-        state[f"transformer.{name}"] = np.asarray(leaf, np.float32)
+        # safetensors writes the buffer as it lies in memory, whatever the strides say.
+        state[f"transformer.{name}"] = np.ascontiguousarray(leaf, np.float32)
     return state

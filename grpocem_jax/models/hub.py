@@ -55,7 +55,7 @@ class Pretrained:
         return sum(int(np.size(x)) for x in jax.tree.leaves(self.params))
 
 
-def load(source: str, *, seed: int = 0) -> Pretrained:
+def load_model(source: str, *, seed: int = 0) -> Pretrained:
     """Loads a model.
 
     Args:
@@ -72,12 +72,7 @@ def load(source: str, *, seed: int = 0) -> Pretrained:
     architecture, config, end_ids = _read_config(folder)
     state = _read_state(folder)
     params = architecture.params_from_state(state, config, str(folder))
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens but config.json says "
-            f"vocab_size={config.vocab_size}; use the tokenizer that belongs to the checkpoint."
-        )
+    tokenizer = _fitting_tokenizer(folder, config.vocab_size)
     return Pretrained(source, kind, architecture, config, params, tokenizer, end_ids)
 
 
@@ -88,10 +83,10 @@ def _random(source: str, seed: int) -> Pretrained:
     architecture: types.ModuleType = gpt2
     if shape in gpt2.SHAPES:
         config = gpt2.SHAPES[shape]
-    elif Path(shape).is_dir():
+    elif shape and Path(shape).is_dir():
         architecture, config, end_ids = _read_config(Path(shape))
         if any(Path(shape).glob("tokenizer*")) or any(Path(shape).glob("vocab*")):
-            tokenizer = load_tokenizer(Path(shape))
+            tokenizer = _fitting_tokenizer(Path(shape), config.vocab_size)
     else:
         raise InputError(
             f"model.source={source!r}: no such shape; use random: with one of "
@@ -104,7 +99,7 @@ def _random(source: str, seed: int) -> Pretrained:
 def _resolve(source: str) -> tuple[str, Path]:
     if source == "builtin":
         return "builtin", BUILTIN
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         return "folder", Path(source)
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source.strip("/"):
         raise InputError(
@@ -155,7 +150,9 @@ def _read_config(folder: Path) -> tuple[types.ModuleType, Any, tuple[int, ...]]:
             "model.safetensors and tokenizer files."
         )
     fields = _read_json(path)
-    kind = fields.get("model_type")
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: not a JSON object; fetch the file again.")
+    kind = str(fields.get("model_type"))
     if kind not in ARCHITECTURES:
         raise InputError(
             f"{path}: model_type={kind!r} is not implemented; use a checkpoint of one of: "
@@ -163,7 +160,7 @@ def _read_config(folder: Path) -> tuple[types.ModuleType, Any, tuple[int, ...]]:
         )
     architecture = ARCHITECTURES[kind]
     end = fields.get("eos_token_id", 50256)
-    end_ids = tuple(end) if isinstance(end, list) else (end,)
+    end_ids = tuple(end) if isinstance(end, list) else (end,) if end is not None else ()
     return architecture, architecture.config_from_hf(fields, str(path)), end_ids
 
 
@@ -172,7 +169,12 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif index.is_file():
-        files = sorted(set(_read_json(index)["weight_map"].values()))
+        try:
+            files = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(
+                f"{index}: has no weight_map from tensors to shards; fetch the file again."
+            ) from None
     else:
         pickle = next((name for name in PICKLES if (folder / name).is_file()), None)
         if pickle is not None:
@@ -224,8 +226,18 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def save(folder: str | Path, config: Any, params: Params, tokenizer: Any) -> None:
-    """Writes a Hugging Face folder that transformers and `load` read.
+def _fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens but config.json says "
+            f"vocab_size={vocab_size}; use the tokenizer that belongs to the checkpoint."
+        )
+    return tokenizer
+
+
+def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) -> None:
+    """Writes a Hugging Face folder that transformers and `load_model` read.
 
     Args:
       folder: made if it is not there.

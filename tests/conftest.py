@@ -1,0 +1,75 @@
+"""What all tests share: strict arrays, a small random GPT-2, and the shared folder."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grpocem_jax.adapters import base as adapters
+from grpocem_jax.adapters import svf
+from grpocem_jax.models import base as models
+from grpocem_jax.models import gpt2
+from tests.parity import weights
+
+ROOT = Path(__file__).parents[1]
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# GPUs would otherwise round the operands of float32 products to 10 bits.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+class Tiny(NamedTuple):
+    """A random GPT-2 of 2 layers and width 40 whose attention output carries a zero SVF adapter.
+
+    Attributes:
+      config: its shape.
+      params: plain float32 parameters.
+      base: model functions without an adapter, for ``params``.
+      method: the adapter, ``svf()``.
+      sites: the adapted sites, ``attn.c_proj`` of every layer.
+      factored: parameters with factors at the sites.
+      model: model functions that carry the adapter, for ``factored``.
+      zero: offsets of the base model, 32 a site.
+    """
+
+    config: gpt2.GPT2Config
+    params: models.Params
+    base: models.Model
+    method: adapters.Adapter
+    sites: adapters.Sites
+    factored: models.Params
+    model: models.Model
+    zero: adapters.Offsets
+
+    def adapted(self, seed: int = 1, scale: float = 0.3) -> Any:
+        """Random offsets, normal with the given standard deviation."""
+        keys = jax.random.split(jax.random.key(seed), len(self.zero))
+        return {
+            name: scale * jax.random.normal(key, self.zero[name].shape)
+            for key, name in zip(keys, self.zero, strict=True)
+        }
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    fields = weights.SHAPES["small"]
+    config = gpt2.config_from_hf(fields, "small")
+    state = gpt2.params_from_state(weights.state(fields), config, "small")
+    params = models.cast_params(state, jnp.float32)
+    method = svf.svf()
+    model = gpt2.build(config, method.apply)
+    sites = adapters.select_sites(model.sites, gpt2.DEFAULT_SITES)
+    factored = adapters.factor_params(method, params, sites)
+    zero = adapters.init_adapter(method, jax.random.key(0), factored, sites)
+    return Tiny(config, params, gpt2.build(config), method, sites, factored, model, zero)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and the real GPT-2 tokenizer, beside the repository where there are any."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"there is no folder {folder.name}/ beside the repository")
+    return folder

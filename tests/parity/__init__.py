@@ -1,0 +1,1 @@
+"""Reference numbers from PyTorch and transformers, and what makes them reproducible."""

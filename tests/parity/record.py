@@ -1,0 +1,103 @@
+"""Records what PyTorch and transformers compute, for tests/test_parity.py to replay without them.
+
+    python -m tests.parity.record            # every case
+    python -m tests.parity.record builtin    # after the built-in model was pretrained again
+
+Run from the root of the repository, in an environment with torch and transformers.  Hidden states
+and logits are stored at some coordinates, with norms over all of them, so that a file is small.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from tests.parity import weights
+
+REFERENCE = Path(__file__).parent / "reference"
+BUILTIN = Path(__file__).parents[2] / "grpocem_jax" / "builtin" / "model"
+TEXT = "A short text with a name, Anna, and a number, 42. Question: what is the number? Answer:"
+
+
+def build(fields: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> GPT2LMHeadModel:
+    """transformers' model with the given weights, in float32 and without dropout."""
+    model = GPT2LMHeadModel(GPT2Config(**fields, attn_implementation="eager"))
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()}
+    report = model.load_state_dict(tensors, strict=False)
+    if report.missing_keys != ["lm_head.weight"] or report.unexpected_keys:
+        raise ValueError(f"the weights do not fit: {report}")
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: GPT2LMHeadModel, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Every block's output ``blocks [L, T, D]``, ``hidden [T, D]`` and ``logits [T, V]``."""
+    blocks: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        blocks.append(output[0][0] if isinstance(output, tuple) else output[0])
+
+    hooks = [block.register_forward_hook(keep) for block in model.transformer.h]
+    out = model(torch.from_numpy(tokens)[None].long(), output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    return {
+        "blocks": torch.stack(blocks).numpy(),
+        "hidden": out.hidden_states[-1][0].numpy(),
+        "logits": out.logits[0].numpy(),
+    }
+
+
+def some(size: int, count: int) -> np.ndarray:
+    """The first eight coordinates and ``count`` others, ascending."""
+    rng = np.random.default_rng(size)
+    first = min(8, size)
+    others = first + rng.choice(size - first, min(count, size - first), replace=False)
+    return np.concatenate([np.arange(first), np.sort(others)])
+
+
+def record(case: str) -> None:
+    """Writes ``reference/CASE.npz``."""
+    if case == "builtin":
+        fields = json.loads((BUILTIN / "config.json").read_text(encoding="utf-8"))
+        state = load_file(BUILTIN / "model.safetensors")
+        tokens = np.array(AutoTokenizer.from_pretrained(BUILTIN)(TEXT)["input_ids"], np.int32)
+        model = GPT2LMHeadModel.from_pretrained(BUILTIN, attn_implementation="eager").eval()
+    else:
+        fields = weights.SHAPES[case]
+        state = weights.state(fields)
+        tokens = weights.tokens(fields, 12)
+        model = build(fields, state)
+    full = outputs(model, tokens)
+    at_hidden, at_logits = some(full["hidden"].shape[-1], 24), some(full["logits"].shape[-1], 248)
+    path = REFERENCE / f"{case}.npz"
+    np.savez_compressed(
+        path,
+        digest=weights.digest(state),
+        text=TEXT if case == "builtin" else "",
+        tokens=tokens,
+        at_hidden=at_hidden,
+        blocks=full["blocks"][..., at_hidden],
+        block_norms=np.linalg.norm(full["blocks"].astype(np.float64), axis=-1),
+        hidden=full["hidden"][..., at_hidden],
+        at_logits=at_logits,
+        logits=full["logits"][..., at_logits],
+        logsumexp=np.logaddexp.reduce(full["logits"].astype(np.float64), axis=-1),
+        best=full["logits"].argmax(-1),
+    )
+    print(
+        f"{path.name}: {path.stat().st_size} bytes, {len(tokens)} tokens, largest hidden state "
+        f"{np.abs(full['blocks']).max():.1f}, largest logit {np.abs(full['logits']).max():.1f}"
+    )
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or (*weights.SHAPES, "builtin"):
+        record(name)

@@ -1,0 +1,201 @@
+"""Live comparison with PyTorch and transformers; ``make parity`` has an environment with both."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from grpocem_jax import sampling
+from grpocem_jax.models import base, gpt2, hub
+from tests.parity import weights
+from tests.test_parity import REFERENCE, TOLERANCE, run
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed; use make parity")
+
+from transformers import (  # noqa: E402 (after the skip)
+    GPT2LMHeadModel,
+    RepetitionPenaltyLogitsProcessor,
+    TopPLogitsWarper,
+)
+
+from tests.parity import record  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+SHAPES = {
+    **weights.SHAPES,
+    "wide heads": weights.SHAPES["small"] | {"n_embd": 64, "n_head": 1, "n_layer": 4},
+    "narrow heads": weights.SHAPES["small"] | {"n_embd": 48, "n_head": 24, "n_layer": 1},
+}
+SMALL = weights.SHAPES["small"]
+
+
+def ours(fields, state=None):
+    """Config, parameters and model functions of the same weights on our side."""
+    config = gpt2.config_from_hf(fields, "live")
+    params = gpt2.params_from_state(state or weights.state(fields), config, "live")
+    return config, base.cast_params(params, jnp.float32), gpt2.build(config)
+
+
+def compare(name, found, expected, capsys):
+    """Asserts the tolerance and prints what was measured."""
+    error = {key: float(np.abs(found[key] - expected[key]).max()) for key in expected}
+    size = {key: float(np.abs(expected[key]).max()) for key in expected}
+    with capsys.disabled():
+        parts = (f"{key} {error[key]:.1e} of {size[key]:.1f}" for key in expected)
+        print(f"\n{name}: largest difference {', '.join(parts)}")
+    assert max(error.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_layers_and_logits_equal_transformers(case, capsys):
+    fields = SHAPES[case]
+    state = weights.state(fields)
+    tokens = weights.tokens(fields, 12)
+    expected = record.outputs(record.build(fields, state), tokens)
+    config, params, _ = ours(fields, state)
+    compare(case, run(config, params, tokens), expected, capsys)
+    if case in weights.SHAPES:
+        stored = np.load(REFERENCE / f"{case}.npz")
+        for key, at in (("blocks", "at_hidden"), ("hidden", "at_hidden"), ("logits", "at_logits")):
+            np.testing.assert_allclose(
+                stored[key], expected[key][..., stored[at]], rtol=0, atol=TOLERANCE
+            )
+
+
+def test_the_builtin_model_equals_transformers(capsys):
+    if not (hub.BUILTIN / "config.json").is_file():
+        pytest.skip("the built-in model is not there yet")
+    model = GPT2LMHeadModel.from_pretrained(hub.BUILTIN, attn_implementation="eager").eval()
+    pretrained = hub.load_model("builtin")
+    tokens = np.array(pretrained.tokenizer.encode(record.TEXT), np.int32)
+    found = run(pretrained.config, pretrained.params, tokens)
+    compare("builtin", found, record.outputs(model, tokens), capsys)
+
+
+def test_every_position_of_the_context_and_left_padding_equal_transformers():
+    model = record.build(SMALL, weights.state(SMALL))
+    _, params, functions = ours(SMALL)
+    tokens = np.stack([weights.tokens(SMALL, 24, seed=seed) for seed in range(3)])
+    mask = np.arange(24) >= np.array([[0], [5], [20]])
+    with torch.no_grad():
+        expected = model(
+            torch.from_numpy(tokens).long(),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)),
+            position_ids=torch.from_numpy(np.maximum(mask.cumsum(-1) - 1, 0)),
+        ).logits.numpy()
+    hidden = jax.vmap(functions.forward, (None, None, 0, 0))(params, {}, tokens, mask)
+    found = np.asarray(functions.logits(params, hidden))
+    np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {f"w{i}": i for i in range(61)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w3", unk_token="w0")
+
+
+def test_transformers_loads_what_we_save(tmp_path, tokenizer, capsys):
+    config, params, _ = ours(SMALL)
+    hub.save_model(tmp_path, config, params, tokenizer)
+    model, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    assert model.config.eos_token_id == model.config.bos_token_id == 3
+    for name, x in weights.state(SMALL).items():
+        np.testing.assert_array_equal(model.state_dict()[name].numpy(), x, err_msg=name)
+    tokens = weights.tokens(SMALL, 12)
+    compare("saved", run(config, params, tokens), record.outputs(model.eval(), tokens), capsys)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
+def test_we_load_what_transformers_saves(tmp_path, tokenizer, shard_size, capsys):
+    model = record.build(SMALL, weights.state(SMALL))
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file() == (shard_size == "1GB")
+    pretrained = hub.load_model(str(tmp_path))
+    for name, x in gpt2.params_to_state(pretrained.params, pretrained.config).items():
+        np.testing.assert_array_equal(x, weights.state(SMALL)[name], err_msg=name)
+    tokens = weights.tokens(SMALL, 12)
+    found = run(pretrained.config, pretrained.params, tokens)
+    compare(f"loaded, {shard_size}", found, record.outputs(model, tokens), capsys)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 5.0])
+def test_the_repetition_penalty_equals_transformers(penalty):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (8, 1000)).astype(np.float32)
+    tokens = rng.integers(0, 1000, (8, 40))
+    process = RepetitionPenaltyLogitsProcessor(penalty)
+    expected = process(torch.from_numpy(tokens), torch.from_numpy(logits)).numpy()
+    for row in range(8):
+        seen = np.isin(np.arange(1000), tokens[row])
+        found = sampling.penalize_repetition(logits[row], seen, penalty)
+        np.testing.assert_allclose(found, expected[row], rtol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [1e-4, 0.1, 0.5, 0.85, 0.95, 0.999])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_the_nucleus_equals_transformers(top_p, spread):
+    logits = np.random.default_rng(0).normal(0, spread, (8, 1000)).astype(np.float32)
+    kept = torch.isfinite(TopPLogitsWarper(top_p)(None, torch.from_numpy(logits))).numpy()
+    found = jax.vmap(lambda x: sampling.top_p_mask(jax.nn.softmax(x), top_p))(logits)
+    np.testing.assert_array_equal(found, kept)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_completions_equal_transformers_token_by_token(penalty):
+    """Prompts of several lengths padded together here, one at a time there."""
+    model = record.build(SMALL, weights.state(SMALL))
+    _, params, functions = ours(SMALL)
+    prompts = [weights.tokens(SMALL, length, seed=length) for length in (1, 5, 9, 12)]
+    padded, mask = np.zeros((4, 12), np.int32), np.zeros((4, 12), bool)
+    for row, prompt in enumerate(prompts):
+        padded[row, 12 - len(prompt) :] = prompt
+        mask[row, 12 - len(prompt) :] = True
+
+    def generate(end):
+        out = sampling.sample(
+            params,
+            {},
+            padded,
+            mask,
+            jax.random.split(jax.random.key(0), 4),
+            jnp.array([end]),
+            1.0,
+            model=functions,
+            num_samples=1,
+            max_new_tokens=12,
+            repetition_penalty=penalty,
+            greedy=True,
+        )
+        rows = zip(np.asarray(out.tokens[:, 0]), np.asarray(out.mask[:, 0]), strict=True)
+        return [tokens[kept].tolist() for tokens, kept in rows]
+
+    def expected(end):
+        return [
+            model.generate(
+                torch.from_numpy(prompt)[None].long(),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                repetition_penalty=penalty,
+                max_new_tokens=12,
+                eos_token_id=end,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+
+    endless = generate(-1)
+    assert endless == expected(None)
+    assert {len(tokens) for tokens in endless} == {12}
+    end = endless[1][4]
+    ended = generate(end)
+    assert ended == expected(end)
+    assert len(ended[1]) <= 5

@@ -1,0 +1,116 @@
+"""Configs: the files parse, and every kind of mistake is named in one sentence."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from grpocem_jax.config import parse_config
+from grpocem_jax.errors import InputError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def changed(name, **changes):
+    config = load(name).get_config()
+    for path, value in changes.items():
+        *sections, field = path.split("__")
+        section = config
+        for part in sections:
+            section = section[part]
+        with config.unlocked(), section.ignore_type():
+            section[field] = value
+    return config
+
+
+def test_the_reports_config_carries_the_reports_numbers():
+    config = parse_config(load("gpt2").get_config())
+    assert config.prompts_per_step == 8
+    assert config.grpo.group_size == 8
+    assert config.train.batch_size * config.train.accumulation_steps == 64
+    hp = config.hyperparameters
+    assert (hp.learning_rate, hp.warmup_steps, hp.weight_decay) == (5e-5, 100, 0.01)
+    assert (hp.clip, hp.beta, hp.entropy, hp.max_grad_norm) == (0.2, 0.01, 0.08, 0.5)
+    assert (config.adapter.rank_ratio, config.adapter.min_singular_value) == (0.8, 1e-5)
+    generation = config.generation
+    assert (generation.temperature, generation.top_p) == (0.6, 0.85)
+    assert generation.repetition_penalty == 1.3
+    assert config.data.max_prompt_tokens + generation.max_new_tokens == 256
+    assert config.data.sources["qa"].columns["answers"] == "answers.text"
+
+
+def test_the_recipes_differ_and_others_are_refused():
+    report, tuned = (parse_config(load("gpt2").get_config(r)) for r in ("report", "tuned"))
+    assert tuned.train.learning_rate > 10 * report.train.learning_rate
+    assert tuned.data == report.data
+    with pytest.raises(ValueError, match="recipes are report and tuned"):
+        load("gpt2").get_config("fast")
+
+
+def test_the_tiny_config_needs_nothing_but_the_package():
+    config = parse_config(load("tiny").get_config())
+    assert config.model.source == "builtin"
+    assert {s.source for s in config.data.sources.values()} == {"builtin"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"train__learning_rat": 1.0}, ["config.train.learning_rat", "'learning_rate'"]),
+        ({"optimizer": 1}, ["config.optimizer", "no such field"]),
+        ({"data__qa__sourc": "x"}, ["config.data.qa.sourc", "'source'"]),
+        ({"data__tasks": ("qa", "sentimnt")}, ["config.data.tasks", "'sentimnt'", "'sentiment'"]),
+        ({"data__tasks": ()}, ["config.data.tasks", "not empty"]),
+        ({"data__translation": {"source": "x"}}, ["config.data.translation", "no such field"]),
+        ({"grpo__group_size": 5}, ["grpo.group_size=5", "train.batch_size=64", "multiple"]),
+        ({"grpo__group_size": 1}, ["config.grpo.group_size=1", "at least 2"]),
+        ({"grpo__supervision": "both"}, ["config.grpo.supervision='both'", "'process'"]),
+        ({"grpo__aggregation": "mean"}, ["config.grpo.aggregation='mean'", "'sequence'"]),
+        ({"adapter__rank_ratio": 0.0}, ["config.adapter.rank_ratio=0.0", "above 0"]),
+        ({"adapter__rank_ratio": 1.5}, ["config.adapter.rank_ratio=1.5", "at most 1"]),
+        ({"adapter__tail": "cut"}, ["config.adapter.tail='cut'", "'keep'"]),
+        ({"adapter__sites": "attn.c_proj"}, ["config.adapter.sites", "tuple"]),
+        ({"generation__temperature": 0.0}, ["config.generation.temperature=0.0", "above 0"]),
+        ({"generation__top_p": 1.1}, ["config.generation.top_p=1.1", "at most 1"]),
+        ({"generation__repetition_penalty": 0.5}, ["repetition_penalty=0.5", "at least 1"]),
+        ({"generation__prompt_buckets": (64, 32)}, ["prompt_buckets", "ascending"]),
+        ({"model__dtype": "int8"}, ["config.model.dtype='int8'", "'float32'"]),
+        ({"model__source": ""}, ["config.model.source=''", "not empty"]),
+        ({"train__epochs": 0}, ["config.train.epochs=0", "at least 1"]),
+        ({"train__epochs": "3"}, ["config.train.epochs='3'", "type int"]),
+        ({"train__learning_rate": float("nan")}, ["config.train.learning_rate=nan", "above 0"]),
+        ({"train__lr_scale_range": (2.0, 1.0)}, ["lr_scale_range", "ascending"]),
+        ({"train": 3}, ["config.train=3", "section"]),
+        ({"seed": -1}, ["config.seed=-1", "from 0"]),
+    ],
+)
+def test_a_mistake_is_named_with_field_value_and_fix(changes, fragments):
+    with pytest.raises(InputError) as error:
+        parse_config(changed("tiny", **changes))
+    message = str(error.value)
+    for fragment in fragments:
+        assert fragment in message
+    assert "\n" not in message
+
+
+def test_a_missing_field_is_named():
+    config = load("tiny").get_config()
+    with config.unlocked():
+        del config.train["epochs"]
+    with pytest.raises(InputError, match=r"config\.train\.epochs is missing"):
+        parse_config(config)
+
+
+def test_a_task_without_a_source_is_named():
+    config = load("tiny").get_config()
+    with config.unlocked():
+        del config.data["qa"]
+    with pytest.raises(InputError, match=r"config\.data\.qa is missing"):
+        parse_config(config)

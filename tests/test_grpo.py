@@ -1,0 +1,339 @@
+"""GRPO: advantages, weights and losses against hand-computed numbers; properties of a step."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpocem_jax import grpo
+
+PROMPTS, GROUP, LENGTH, PROMPT_LENGTH = 4, 4, 6, 5
+
+
+# Advantages
+
+
+def test_group_normalize_uses_the_population_standard_deviation():
+    # Mean 2.5, population std sqrt(5/4) = 1.1180 (the sample std, 1.2910, would give -1.1619).
+    z = grpo.group_normalize(jnp.array([[1.0, 2.0, 3.0, 4.0]]))
+    np.testing.assert_allclose(z, [[-1.3416, -0.4472, 0.4472, 1.3416]], atol=1e-4)
+
+
+def test_equal_rewards_give_zero_advantage_even_when_rounding_differs():
+    rewards = jnp.array([[0.3, 0.1 + 0.2, 0.3, 0.3], [0.0, 0.0, 0.0, 1.0]])
+    z = grpo.group_normalize(rewards)
+    np.testing.assert_array_equal(z[0], 0.0)
+    # One of four differs: z = (3/4) / sqrt(3/16) = sqrt(3), the others -1/sqrt(3).
+    np.testing.assert_allclose(z[1], [-(3**-0.5)] * 3 + [3**0.5], rtol=1e-6)
+
+
+def test_abstained_rewards_neither_count_nor_move():
+    z = grpo.group_normalize(jnp.array([[1.0, np.nan, 3.0], [np.nan, np.nan, np.nan]]))
+    np.testing.assert_allclose(z, [[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]], atol=1e-6)
+
+
+def test_a_group_of_eight_never_reaches_the_reports_clip():
+    # The largest z-score of n values is sqrt(n - 1): 2.6458, scaled 0.26458, far below 3.
+    z = grpo.group_normalize(jnp.array([[0.0] * 7 + [1.0]]))
+    assert float(z.max()) == pytest.approx(math.sqrt(7), rel=1e-6)
+    assert float(grpo.scale_and_clip(z).max()) == pytest.approx(0.1 * math.sqrt(7), rel=1e-6)
+    np.testing.assert_allclose(
+        grpo.scale_and_clip(jnp.array([-50.0, 2.0, 50.0])), [-3.0, 0.2, 3.0], rtol=1e-6
+    )
+
+
+def test_outcome_advantage_is_the_same_at_every_token_and_zero_beyond_the_end():
+    mask = jnp.array([[[True, True, False], [True, False, False]]])
+    advantages = grpo.outcome_advantages(jnp.array([[0.0, 2.0]]), mask)
+    np.testing.assert_allclose(advantages, [[[-1, -1, 0], [1, 0, 0]]], atol=1e-6)
+
+
+def test_process_advantage_sums_the_steps_to_come():
+    # Completion 0: steps of 1 and 3 end at tokens 1 and 3; completion 1: one step of 2 at token 2.
+    # Over the three steps: mean 2, std sqrt(2/3), so z = -1.2247, 1.2247 and 0.
+    z = math.sqrt(1.5)
+    rewards = jnp.array([[[0.0, 1.0, 0.0, 3.0], [0.0, 0.0, 2.0, 0.0]]])
+    ends = jnp.array([[[False, True, False, True], [False, False, True, False]]])
+    mask = jnp.array([[[True] * 4, [True, True, True, False]]])
+    advantages = grpo.process_advantages(rewards, ends, mask)
+    # Tokens 0 and 1 see both steps (-z + z = 0), tokens 2 and 3 only the second.
+    np.testing.assert_allclose(advantages[0, 0], [0, 0, z, z], atol=1e-6)
+    np.testing.assert_allclose(advantages[0, 1], [0, 0, 0, 0], atol=1e-6)
+
+
+def test_a_single_step_at_the_end_is_outcome_supervision():
+    key = jax.random.key(0)
+    lengths = jax.random.randint(key, (3, 5), 1, 8)
+    mask = jnp.arange(8)[None, None] < lengths[..., None]
+    rewards = jax.random.normal(jax.random.key(1), (3, 5))
+    ends = jnp.arange(8)[None, None] == lengths[..., None] - 1
+    steps = jnp.where(ends, rewards[..., None], 0.0)
+    np.testing.assert_allclose(
+        grpo.process_advantages(steps, ends, mask),
+        grpo.outcome_advantages(rewards, mask),
+        atol=1e-5,
+    )
+
+
+# Losses
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        (1.0, 2.0, 2.0),
+        (1.5, 2.0, 2.4),  # clipped at 1.2; unclipped would be 3.0
+        (0.5, 2.0, 1.0),  # the minimum is the unclipped one; clipped would be 1.6
+        (1.5, -2.0, -3.0),  # not clipped: min(-3.0, -2.4)
+        (0.5, -2.0, -1.6),  # clipped at 0.8; unclipped would be -1.0
+    ],
+)
+def test_clipped_objective(ratio, advantage, expected):
+    value = grpo.clipped_objective(
+        jnp.log(jnp.array([ratio])), jnp.zeros(1), jnp.array([advantage]), clip=0.2
+    )
+    np.testing.assert_allclose(value, [expected], rtol=1e-6)
+
+
+def test_k3_by_hand_and_as_an_unbiased_estimate_of_kl():
+    # u = ln 2: 2 - ln 2 - 1 = 0.3069; u = -ln 2: 0.5 + ln 2 - 1 = 0.1931.
+    value = grpo.k3_divergence(jnp.log(jnp.array([0.25, 0.5])), jnp.log(jnp.array([0.5, 0.25])))
+    np.testing.assert_allclose(value, [0.306853, 0.193147], atol=1e-6)
+    policy, reference = (
+        jax.nn.softmax(jax.random.normal(jax.random.key(i), (50,))) for i in (0, 1)
+    )
+    expected = jnp.sum(policy * grpo.k3_divergence(jnp.log(policy), jnp.log(reference)))
+    kl = jnp.sum(policy * (jnp.log(policy) - jnp.log(reference)))
+    np.testing.assert_allclose(expected, kl, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "first", "second"),
+    [
+        # Completions of 1 and 3 tokens. Eq. 1: each completion weighs 1/2, shared by its tokens.
+        ("sequence", 1 / 2, 1 / 6),
+        ("token", 1 / 4, 1 / 4),
+        ("constant", 1 / 8, 1 / 8),  # largest length 4, two completions
+    ],
+)
+def test_token_weights(aggregation, first, second):
+    mask = jnp.array([[[True, False, False, False], [True, True, True, False]]])
+    weights = grpo.token_weights(mask, aggregation)
+    expected = [[[first, 0, 0, 0], [second, second, second, 0]]]
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_unknown_aggregation_is_named():
+    with pytest.raises(ValueError, match="aggregation='median'"):
+        grpo.token_weights(jnp.ones((1, 1, 1), bool), "median")
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 6, 32])
+def test_chunks_of_the_head_do_not_change_the_log_probabilities(tiny, chunk):
+    hidden = jax.random.normal(jax.random.key(0), (LENGTH, tiny.factored["wte"].shape[1]))
+    tokens = jnp.arange(LENGTH)
+    logps, entropies = grpo.token_logps(tiny.model, tiny.factored, hidden, tokens, 0.7, chunk=chunk)
+    logits = np.asarray(tiny.model.logits(tiny.factored, hidden), np.float64) / 0.7
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(logps, np.log(p[np.arange(LENGTH), tokens]), atol=1e-5)
+    np.testing.assert_allclose(entropies, -(p * np.log(p)).sum(-1), atol=1e-5)
+
+
+# The step
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    keys = jax.random.split(jax.random.key(7), 5)
+    shape = (PROMPTS, GROUP, LENGTH)
+    vocab = tiny.model.vocab_size
+    lengths = jax.random.randint(keys[0], shape[:2], 1, LENGTH + 1)
+    mask = jnp.arange(LENGTH)[None, None] < lengths[..., None]
+    prompt_lengths = jax.random.randint(keys[1], (PROMPTS, 1), 1, PROMPT_LENGTH + 1)
+    return grpo.Batch(
+        prompts=jax.random.randint(keys[2], (PROMPTS, PROMPT_LENGTH), 0, vocab),
+        prompt_mask=jnp.arange(PROMPT_LENGTH)[None] >= PROMPT_LENGTH - prompt_lengths,
+        completions=jax.random.randint(keys[3], shape, 0, vocab),
+        mask=mask,
+        old_logps=jnp.where(mask, -5.0, 0.0),
+        advantages=grpo.outcome_advantages(jax.random.normal(keys[4], shape[:2]), mask),
+    )
+
+
+@pytest.fixture(scope="module")
+def offsets(tiny):
+    return tiny.adapted()
+
+
+def hyperparameters(**changes):
+    return grpo.Hyperparameters(**{"micro_batch": 2 * GROUP, "logit_chunk": 4, **changes})
+
+
+def test_the_vmapped_loss_equals_a_loop_over_unpadded_samples(tiny, batch, offsets):
+    hp = hyperparameters(beta=0.3, entropy=0.2)
+    batch = jax.tree.map(lambda x: x[:2], batch)
+    weights = grpo.token_weights(batch.mask, "sequence")
+    temperature = 0.8
+    loss = jax.jit(functools.partial(grpo.loss, model=tiny.model, hp=hp))
+    value, parts = loss(offsets, tiny.factored, batch, weights, temperature)
+    forward = jax.jit(tiny.model.forward)
+
+    def distributions(adapter, prompt, completion):
+        tokens = jnp.concatenate([prompt, completion])
+        hidden = forward(tiny.factored, adapter, tokens, jnp.ones(len(tokens), bool))
+        logits = np.asarray(tiny.model.logits(tiny.factored, hidden), np.float64) / temperature
+        logits = logits[len(prompt) - 1 : -1]
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    zero = jax.tree.map(jnp.zeros_like, offsets)
+    total = 0.0
+    for p, g in itertools.product(range(2), range(GROUP)):
+        n = int(batch.mask[p, g].sum())
+        prompt = batch.prompts[p][batch.prompt_mask[p]]
+        completion = batch.completions[p, g, :n]
+        policy, reference = (distributions(a, prompt, completion) for a in (offsets, zero))
+        per_token = 0.0
+        for t, token in enumerate(np.asarray(completion)):
+            advantage = float(batch.advantages[p, g, t])
+            ratio = math.exp(policy[t, token] + 5.0)
+            clipped = min(max(ratio, 0.8), 1.2)
+            u = reference[t, token] - policy[t, token]
+            per_token += min(ratio * advantage, clipped * advantage)
+            per_token -= 0.3 * (math.exp(u) - u - 1)
+            per_token -= 0.2 * float((np.exp(policy[t]) * policy[t]).sum())
+        total -= per_token / n / (2 * GROUP)
+    assert float(value) == pytest.approx(total, abs=2e-5)
+    assert float(parts["loss"]) == float(value)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tiny, batch, offsets):
+    # By tokens: where each micro-batch divided by its own count, the sums would differ.
+    results = []
+    for micro in (GROUP, PROMPTS * GROUP):
+        hp = hyperparameters(micro_batch=micro, aggregation="token")
+        state = grpo.init_state(offsets, hp)
+        results.append(grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, hp=hp))
+    (many, many_metrics), (one, one_metrics) = results
+    assert len({int(n) for n in batch.mask.sum((1, 2))}) > 1
+    for name, value in one_metrics.items():
+        np.testing.assert_allclose(many_metrics[name], value, rtol=1e-4, atol=1e-7)
+    for mine, other in zip(
+        jax.tree.leaves(many.opt_state), jax.tree.leaves(one.opt_state), strict=True
+    ):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-6)
+
+
+def test_at_the_base_model_kl_and_its_gradient_are_exactly_zero(tiny, batch):
+    weights = grpo.token_weights(batch.mask, "sequence")
+    flat = batch._replace(advantages=jnp.zeros_like(batch.advantages))
+    hp = hyperparameters(beta=1.0, entropy=0.0)
+    loss = jax.jit(
+        jax.value_and_grad(functools.partial(grpo.loss, model=tiny.model, hp=hp), has_aux=True)
+    )
+    (_, parts), gradient = loss(tiny.zero, tiny.factored, flat, weights, 1.0)
+    assert float(parts["kl"]) == 0.0
+    assert max(float(jnp.abs(g).max()) for g in gradient.values()) == 0.0
+
+
+def test_without_beta_the_reference_is_not_computed(tiny, batch, offsets):
+    def operations(beta):
+        hp = hyperparameters(beta=beta)
+        weights = grpo.token_weights(batch.mask, "sequence")
+        run = jax.jit(
+            lambda o: grpo.loss(o, tiny.factored, batch, weights, 1.0, model=tiny.model, hp=hp)[0]
+        )
+        return run.lower(offsets).cost_analysis()["flops"]
+
+    assert operations(0.0) < 0.6 * operations(0.1)
+
+
+def test_first_adamw_step_moves_against_the_gradients_sign_and_decays(tiny, batch, offsets):
+    hp = hyperparameters(learning_rate=0.01, warmup_steps=4, weight_decay=0.5)
+    state = grpo.init_state(offsets, hp)
+    after, metrics = grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, hp=hp)
+    # Step 1 of 4 of warmup; Adam's first direction is g / (|g| + eps), the sign.
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01 / 4)
+    weights = grpo.token_weights(batch.mask, "sequence")
+    gradient = jax.jit(
+        jax.grad(functools.partial(grpo.loss, model=tiny.model, hp=hp), has_aux=True)
+    )(offsets, tiny.factored, batch, weights, 1.0)[0]
+    for site, old in offsets.items():
+        clear = np.abs(gradient[site]) > 1e-5
+        expected = old - 0.0025 * (jnp.sign(gradient[site]) + 0.5 * old)
+        np.testing.assert_allclose(after.adapter[site][clear], expected[clear], atol=2e-5)
+        assert clear.any()
+    assert int(after.step) == 1
+
+
+def test_gradients_are_clipped_by_their_global_norm(tiny, batch, offsets):
+    # Adam's own direction hides the scale, so look at its first moment: (1 - 0.9) * clipped g.
+    hp = hyperparameters(max_grad_norm=1e-3)
+    state = grpo.init_state(offsets, hp)
+    after, metrics = grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, hp=hp)
+    moment = math.sqrt(sum(float((m**2).sum()) for m in after.opt_state[1].mu.values()))
+    assert float(metrics["grad_norm"]) > 1e-3
+    assert moment == pytest.approx(0.1 * 1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(0.03, 1 / 1.5), (0.004, 1.5), (0.01, 1.0), (0.02, 1.0)]
+)
+def test_learning_rate_follows_the_kl(kl, expected):
+    hp = hyperparameters(target_kl=0.01)
+    scale = grpo.adapt_lr_scale(jnp.float32(1.0), jnp.float32(kl), hp)
+    assert float(scale) == pytest.approx(expected)
+
+
+def test_learning_rate_factor_stays_in_its_range():
+    hp = hyperparameters(target_kl=0.01, lr_scale_range=(0.5, 1.2))
+    scales = [grpo.adapt_lr_scale(jnp.float32(1.0), jnp.float32(kl), hp) for kl in (1.0, 0.0)]
+    np.testing.assert_allclose(scales, [1 / 1.5, 1.2], rtol=1e-6)
+    assert float(grpo.adapt_lr_scale(scales[0], jnp.float32(1.0), hp)) == 0.5
+
+
+def test_micro_batches_hold_whole_groups(tiny, batch, offsets):
+    for micro in (GROUP + 2, 3 * GROUP):
+        hp = hyperparameters(micro_batch=micro)
+        with pytest.raises(ValueError, match=f"micro_batch={micro}"):
+            grpo.update(
+                grpo.init_state(offsets, hp), tiny.factored, batch, 1.0, model=tiny.model, hp=hp
+            )
+
+
+def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
+    """A bandit: of one-token completions, those with an even id are rewarded."""
+    model, params = tiny.model, tiny.factored
+    hp = hyperparameters(
+        micro_batch=256, learning_rate=0.1, warmup_steps=0, beta=0.0, entropy=0.0, clip=0.2
+    )
+    prompt = jnp.array([[1, 2, 3]])
+    mask = jnp.ones_like(prompt, bool)
+
+    @jax.jit
+    def log_policy(adapter):
+        hidden, _ = model.prefill(params, adapter, prompt[0], mask[0])
+        return jax.nn.log_softmax(model.logits(params, hidden))
+
+    def even_mass(adapter):
+        return float(jnp.exp(log_policy(adapter))[::2].sum())
+
+    state = grpo.init_state(tiny.zero, hp)
+    before = even_mass(state.adapter)
+    for step in range(30):
+        logps = log_policy(state.adapter)
+        tokens = jax.random.categorical(jax.random.key(step), logps, shape=(1, 256, 1))
+        batch = grpo.Batch(
+            prompt,
+            mask,
+            tokens,
+            jnp.ones_like(tokens, bool),
+            logps[tokens],
+            grpo.group_normalize(1.0 - (tokens[..., 0] % 2))[..., None],
+        )
+        state, _ = grpo.update(state, params, batch, 1.0, model=model, hp=hp)
+    assert even_mass(state.adapter) > before + 0.1

@@ -1,0 +1,290 @@
+"""GPT-2's functions agree with each other, whatever the padding, batch, cache and precision.
+
+Lengths are the same throughout, so that few programs are compiled: texts have up to 19 tokens, the
+first 11 of them a prompt.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpocem_jax.models import base, gpt2
+from tests.parity import weights
+
+FIELDS = weights.SHAPES["small"]
+TEXT = weights.tokens(FIELDS, 19)
+LENGTH, PROMPT = 19, 11
+
+
+def pad(tokens, left, length, filler=0):
+    """Tokens and mask of a given length, with padding on the left and, if need be, the right."""
+    mask = np.zeros(length, bool)
+    mask[left : left + len(tokens)] = True
+    padded = np.full(length, filler, np.int32)
+    padded[mask] = tokens
+    return padded, mask
+
+
+def close(x, y, tolerance=1e-5):
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
+def forward(tiny, tokens, mask, adapter=None, params=None):
+    params = tiny.factored if params is None else params
+    return jax.jit(tiny.model.forward)(params, adapter or tiny.adapted(), tokens, mask)
+
+
+def whole(tiny, tokens, params=None):
+    """Hidden states of a text on its own, padded on the right."""
+    return forward(tiny, *pad(tokens, 0, LENGTH), params=params)[: len(tokens)]
+
+
+def prefill(tiny, tokens, params=None):
+    params = tiny.factored if params is None else params
+    padded = pad(tokens, PROMPT - len(tokens), PROMPT)
+    return jax.jit(tiny.model.prefill)(params, tiny.adapted(), *padded)
+
+
+def decode(tiny, context, tokens, params=None):
+    """Hidden states of tokens decoded one by one after a context, the cache longer than needed."""
+    params = tiny.factored if params is None else params
+    cache = tiny.model.init_cache(params, LENGTH - PROMPT + 2)
+    step = jax.jit(tiny.model.decode_step)
+    states = []
+    for index, token in enumerate(tokens):
+        hidden, cache = step(params, tiny.adapted(), context, cache, token, jnp.int32(index))
+        states.append(hidden)
+    return jnp.stack(states)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_cached_decoding_equals_the_full_forward(tiny, start):
+    """With a prompt that fills its slots, and with four tokens of padding before it."""
+    prompt, rest = TEXT[start:PROMPT], TEXT[PROMPT:]
+    hidden, context = prefill(tiny, prompt)
+    expected = whole(tiny, TEXT[start:])
+    close(hidden, expected[len(prompt) - 1])
+    close(decode(tiny, context, rest), expected[len(prompt) :])
+
+
+@pytest.mark.parametrize(("start", "left", "count"), [(0, 0, 8), (4, 0, 8), (4, 2, 5)])
+def test_forward_after_a_context_equals_the_full_forward(tiny, start, left, count):
+    prompt, rest = TEXT[start:PROMPT], TEXT[PROMPT : PROMPT + count]
+    _, context = prefill(tiny, prompt)
+    tokens, mask = pad(rest, left, LENGTH - PROMPT)
+    found = jax.jit(tiny.model.forward)(tiny.factored, tiny.adapted(), tokens, mask, context)
+    close(found[mask], whole(tiny, TEXT[start : PROMPT + count])[len(prompt) :])
+
+
+def test_padding_anywhere_changes_nothing(tiny):
+    text = TEXT[:12]
+    expected = forward(tiny, text, np.ones(12, bool))
+    holes = np.isin(np.arange(LENGTH), (0, 3, 4, 8, 11, 17, 18))
+    scattered = np.zeros(LENGTH, np.int32)
+    scattered[~holes] = text
+    for tokens, mask in (pad(text, 7, LENGTH), pad(text, 0, LENGTH), (scattered, ~holes)):
+        close(forward(tiny, tokens, mask)[mask], expected)
+
+
+def test_the_content_of_padding_and_the_neighbours_change_not_one_bit(tiny):
+    run = jax.jit(jax.vmap(tiny.model.prefill, (None, None, 0, 0)))
+
+    def batch(*rows):
+        hidden, _ = run(tiny.factored, tiny.adapted(), *map(np.stack, zip(*rows, strict=True)))
+        return np.asarray(hidden)
+
+    row, other = pad(TEXT[:6], 5, PROMPT), pad(TEXT[8:], 0, PROMPT)
+    short = pad(TEXT[:2], 9, PROMPT)
+    expected = batch(row, short, short)[0]
+    np.testing.assert_array_equal(batch(row, other, short)[0], expected)
+    np.testing.assert_array_equal(batch(other, short, row)[2], expected)
+    np.testing.assert_array_equal(batch(pad(TEXT[:6], 5, PROMPT, 9), other, row)[0], expected)
+
+
+def test_no_token_sees_a_later_one_and_every_token_sees_the_earlier(tiny):
+    changed = TEXT.copy()
+    changed[6] = (changed[6] + 1) % FIELDS["vocab_size"]
+    difference = np.abs(whole(tiny, TEXT) - whole(tiny, changed)).max(-1)
+    np.testing.assert_array_equal(difference[:6], 0.0)
+    assert (difference[6:] > 1e-3).all()
+
+
+def test_order_matters(tiny):
+    """Positions are used: without them the last token would see a mere set."""
+    swapped = TEXT[[1, 0, *range(2, LENGTH)]]
+    assert np.abs(whole(tiny, TEXT)[-1] - whole(tiny, swapped)[-1]).max() > 1e-3
+
+
+def test_norms_survive_a_large_common_offset_of_the_hidden_state(tiny):
+    """A norm removes it; E[x^2] - E[x]^2 would lose all but two digits of the variance."""
+    shifted = tiny.factored | {"wpe": tiny.factored["wpe"] + 300.0}
+    close(whole(tiny, TEXT, shifted), whole(tiny, TEXT), 2e-3)
+
+
+def test_vmaps_over_texts_and_candidates_equal_loops(tiny):
+    texts = [pad(TEXT[:12], 7, LENGTH), pad(TEXT[5:], 0, LENGTH)]
+    candidates = [tiny.adapted(seed) for seed in range(3)]
+    over_texts = jax.vmap(tiny.model.forward, (None, None, 0, 0))
+    over_candidates = jax.jit(jax.vmap(over_texts, (None, 0, None, None)))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *candidates)
+    found = over_candidates(tiny.factored, stacked, *map(np.stack, zip(*texts, strict=True)))
+    looped = [[forward(tiny, *text, candidate) for text in texts] for candidate in candidates]
+    close(found, np.array(looped))
+    assert np.abs(found[0] - found[1]).max() > 1e-2
+
+
+def test_vmapped_decoding_of_a_group_equals_a_loop(tiny):
+    _, context = prefill(tiny, TEXT[:8])
+    group = np.stack([weights.tokens(FIELDS, 4, seed=seed) for seed in range(3)])
+    cache = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (3, *x.shape)), tiny.model.init_cache(tiny.factored, 4)
+    )
+    step = jax.jit(jax.vmap(tiny.model.decode_step, (None, None, None, 0, 0, None)))
+    states = []
+    for index in range(4):
+        tokens = group[:, index]
+        hidden, cache = step(
+            tiny.factored, tiny.adapted(), context, cache, tokens, jnp.int32(index)
+        )
+        states.append(hidden)
+    looped = [decode(tiny, context, tokens) for tokens in group]
+    close(jnp.stack(states, axis=1), np.array(looped))
+
+
+def test_masked_rows_are_finite_and_so_are_their_gradients(tiny):
+    def total(adapter):
+        hidden = tiny.model.forward(tiny.factored, adapter, TEXT, np.zeros(LENGTH, bool))
+        return jnp.sum(hidden), hidden
+
+    gradient, hidden = jax.jit(jax.grad(total, has_aux=True))(tiny.adapted())
+    assert np.isfinite(hidden).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+
+
+def test_attention_over_segments_equals_attention_over_them_joined():
+    rng = np.random.default_rng(0)
+    query, keys, values = (rng.normal(size=(n, 2, 4)).astype(np.float32) for n in (3, 9, 9))
+    allowed = rng.random((3, 9)) < 0.6
+    allowed[:, 0] = True
+    found = base.attend(
+        query, [(keys[a:b], values[a:b], allowed[:, a:b]) for a, b in ((0, 2), (2, 3), (3, 9))]
+    )
+    for head in range(2):
+        scores = query[:, head] @ keys[:, head].T / 2.0  # sqrt(4)
+        shares = np.where(allowed, np.exp(scores), 0.0)
+        expected = shares / shares.sum(-1, keepdims=True) @ values[:, head]
+        close(found[:, head], expected, 1e-6)
+
+
+def dots(function, *args):
+    """Operand and result types of every matrix product in a function."""
+    found = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append([v.aval.dtype.name for v in (*equation.invars, *equation.outvars)])
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_mixed_precision_multiplies_matrices_in_half_and_keeps_the_rest(tiny, dtype):
+    params, adapter, name = base.cast_params(tiny.factored, dtype), tiny.adapted(), dtype.__name__
+    for leaf in jax.tree.leaves(params):
+        assert leaf.dtype == (dtype if leaf.ndim == 2 else jnp.float32)
+    text = pad(TEXT[:9], 2, PROMPT)
+    hidden, context = jax.eval_shape(tiny.model.prefill, params, adapter, *text)
+    cache = tiny.model.init_cache(params, 4)
+    assert {x.dtype.name for x in jax.tree.leaves((context.key_values, cache))} == {name}
+    assert hidden.dtype == jnp.float32
+    assert jax.eval_shape(tiny.model.logits, params, hidden).dtype == jnp.float32
+
+    products = [
+        *dots(tiny.model.forward, params, adapter, *text),
+        *dots(tiny.model.decode_step, params, adapter, context, cache, TEXT[0], jnp.int32(0)),
+        *dots(tiny.model.logits, params, hidden),
+    ]
+    # Five maps, one of them in two factors, and two products of attention, doubled by a context.
+    assert len(products) == 2 * 7 + 2 * 9 + 1
+    assert all(product == [name, name, "float32"] for product in products)
+
+
+def test_bfloat16_decodes_what_its_forward_computes_near_float32(tiny):
+    """Both round the same operands, so the policy that samples is the policy that learns."""
+    params = base.cast_params(tiny.factored, jnp.bfloat16)
+    _, context = prefill(tiny, TEXT[:PROMPT], params)
+    decoded = decode(tiny, context, TEXT[PROMPT:], params)
+    half, single = (whole(tiny, TEXT, p)[PROMPT:] for p in (params, tiny.factored))
+    assert np.std(single) == pytest.approx(1.0, rel=0.2)
+    rounding = np.abs(half - single).mean()
+    assert 1e-3 < rounding < 0.03  # a bfloat16 holds 8 bits: 0.002 is lost on average
+    assert np.abs(half - decoded).mean() < 0.1 * rounding
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_published_shapes_have_the_published_sizes(shape, count):
+    init = functools.partial(gpt2.init_params, config=gpt2.SHAPES[shape])
+    params = jax.eval_shape(init, jax.random.key(0))
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)) == count
+
+
+def test_initial_parameters_have_the_published_statistics():
+    config = gpt2.GPT2Config(
+        vocab_size=500, context_length=100, width=64, num_layers=2, num_heads=2
+    )
+    init = jax.jit(functools.partial(gpt2.init_params, config=config))
+    params = init(jax.random.key(0))
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        assert x.dtype == jnp.float32
+        if x.ndim == 1:
+            np.testing.assert_array_equal(x, 1.0 if "scale" in name else 0.0, err_msg=name)
+        else:
+            # 0.02 / sqrt(2 * 2) = 0.01 for what is added to the residual stream.
+            std = 0.01 if "c_proj" in name else 0.02
+            assert np.std(x) == pytest.approx(std, rel=0.05), name
+            assert abs(np.mean(x)) < 4 * std / x.size**0.5, name
+    np.testing.assert_array_equal(init(jax.random.key(0))["wte"], params["wte"])
+    assert np.abs(init(jax.random.key(1))["wte"] - params["wte"]).max() > 0.01
+
+
+def test_every_kernel_is_a_site_under_its_checkpoint_name(tiny):
+    kernels = {
+        path: leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tiny.params)
+        if path[-1].key == "kernel"
+    }
+    paths = {tuple(part.key for part in path) for path in kernels}
+    assert set(tiny.base.sites.values()) == paths
+    assert list(tiny.base.sites) == [f"h.{i}.{site}" for i in range(2) for site in gpt2.SITES]
+    assert tiny.base.sites["h.1.mlp.c_fc"] == ("h_1", "mlp_c_fc", "kernel")
+
+
+def test_a_record_may_be_a_static_argument(tiny):
+    traced = []
+
+    @functools.partial(jax.jit, static_argnames="model")
+    def logits(params, hidden, model):
+        traced.append(model)
+        return model.logits(params, hidden)
+
+    hidden = jnp.ones(tiny.config.width)
+    logits(tiny.params, hidden, model=tiny.base)
+    logits(tiny.params, hidden, model=tiny.base)
+    logits(tiny.params, hidden, model=gpt2.build(tiny.config))
+    assert len(traced) == 2

@@ -1,0 +1,121 @@
+"""Between text and arrays: padding, buckets, decoding, scoring, step rewards."""
+
+import types
+
+import numpy as np
+import pytest
+
+from grpocem_jax import rollouts
+from grpocem_jax.errors import InputError
+from grpocem_jax.tasks.base import Example, StepReward, Task
+
+
+class Letters:
+    """A tokenizer of one token a letter; token 0 ends a text."""
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(c) for c in text]
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(i) for i in ids if i)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+
+POLICY = types.SimpleNamespace(tokenizer=Letters(), end_ids=np.array([0]))
+
+
+def make_task(reward, process_reward=None):
+    return Task("echo", {"text": ""}, "{text}", reward, process_reward)
+
+
+def items(task, *prompts):
+    examples = [Example(p, {"answer": p.upper()}) for p in prompts]
+    return rollouts.encode(POLICY, task, examples)
+
+
+def completions(*groups):
+    length = max(len(text) for group in groups for text in group)
+    tokens = np.zeros((len(groups), len(groups[0]), length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for p, group in enumerate(groups):
+        for g, text in enumerate(group):
+            tokens[p, g, : len(text)] = [ord(c) for c in text]
+            mask[p, g, : len(text)] = True
+    return tokens, mask
+
+
+def test_prompts_are_padded_on_the_left():
+    prompts = rollouts.pad(items(make_task(None), "ab", "c"), 3)
+    np.testing.assert_array_equal(prompts.tokens, [[0, 97, 98], [0, 0, 99]])
+    np.testing.assert_array_equal(prompts.mask, [[False, True, True], [False, False, True]])
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(InputError, match="echo: a prompt is empty"):
+        items(make_task(None), "a", "")
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(1, 8), (8, 8), (9, 16), (17, 20), (20, 20)])
+def test_the_smallest_bucket_that_holds_the_prompt(longest, expected):
+    assert rollouts.bucket_length(longest, (8, 16, 64), 20) == expected
+
+
+def test_decoding_leaves_out_the_end_token_only():
+    tokens, mask = completions(["ab\0", "abc"])
+    assert rollouts.decode(POLICY, tokens, mask) == [["ab", "abc"]]
+
+
+def test_rewards_come_back_in_place_and_columns_are_repeated_by_group():
+    def reward(prompts, completions, *, answer):
+        return [
+            None if c == "?" else float(len(c)) if a == p.upper() else -1.0
+            for p, c, a in zip(prompts, completions, answer, strict=True)
+        ]
+
+    scores = rollouts.score(items(make_task(reward), "x", "y"), [["a", "bb"], ["?", "cccc"]])
+    np.testing.assert_array_equal(scores, [[1.0, 2.0], [np.nan, 4.0]])
+
+
+def test_a_reward_that_is_not_finite_names_function_and_sample():
+    def broken(prompts, completions, **columns):
+        return [float("inf")] * len(completions)
+
+    with pytest.raises(InputError, match=r"broken returned inf for the completion 'a'"):
+        rollouts.score(items(make_task(broken), "x"), [["a", "b"]])
+
+
+def test_a_reward_function_that_returns_too_few_values_is_named():
+    def short(prompts, completions, **columns):
+        return [0.0]
+
+    with pytest.raises(InputError, match="short returned 1 values for 2 completions"):
+        rollouts.score(items(make_task(short), "x"), [["a", "b"]])
+
+
+def test_step_rewards_stand_at_the_tokens_that_end_the_steps():
+    def steps(prompts, completions, **columns):
+        return [[StepReward(2, 0.5), StepReward(len(c), -0.5)] for c in completions]
+
+    task = make_task(None, steps)
+    tokens, mask = completions(["abcd\0", "abc"])
+    texts = rollouts.decode(POLICY, tokens, mask)
+    rewards, ends = rollouts.score_steps(
+        POLICY, items(task, "x"), texts, tokens, mask, np.zeros((1, 2), np.float32)
+    )
+    # The first step ends with the second letter, the last with the end token (or the last letter).
+    np.testing.assert_array_equal(rewards[0], [[0, 0.5, 0, 0, -0.5], [0, 0.5, -0.5, 0, 0]])
+    np.testing.assert_array_equal(ends[0], rewards[0] != 0)
+
+
+def test_without_a_process_reward_the_outcome_is_the_only_step():
+    tokens, mask = completions(["ab\0", "abc"])
+    outcomes = np.array([[0.25, np.nan]], np.float32)
+    rewards, ends = rollouts.score_steps(
+        POLICY, items(make_task(None), "x"), [["ab", "abc"]], tokens, mask, outcomes
+    )
+    np.testing.assert_array_equal(rewards[0], [[0, 0, 0.25], [0, 0, 0]])
+    np.testing.assert_array_equal(ends[0], [[False, False, True], [False] * 3])

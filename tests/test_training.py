@@ -1,0 +1,299 @@
+"""Whole runs: the built-in default through the command, and real text through a real tokenizer."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from grpocem_jax import checkpoints, grpo, training
+from grpocem_jax.config import parse_config
+from grpocem_jax.errors import InputError
+from grpocem_jax.policy import load_policy
+
+ROOT = Path(__file__).parent.parent
+TASKS = ["qa", "sentiment", "summarization", "classification", "general"]
+SMALL = {
+    "train.max_steps": 3,
+    "train.warmup_steps": 1,
+    "train.checkpoint_every_steps": 2,
+    "train.batch_size": 32,
+    "train.accumulation_steps": 2,
+    "train.eval_batch_size": 10,
+    "train.eval_samples": 2,
+    "data.heldout_samples": 4,
+    "data.max_samples": 40,
+    "generation.max_new_tokens": 8,
+    "logging.interval": 2,
+}
+
+
+def get_config(name, **changes):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict({**SMALL, **changes})
+    return config
+
+
+def run(config, workdir):
+    return training.train(parse_config(config), config.to_dict(), workdir)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """One run of the real command."""
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    result = subprocess.run(
+        [sys.executable, "train.py", "--config", "configs/tiny.py", "--workdir", workdir, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_the_command_leaves_the_run_directory_of_the_contract(command):
+    workdir, _ = command
+    names = {path.name for path in workdir.iterdir()}
+    assert {"config.json", "summary.json", "metrics.jsonl", "completions.jsonl"} <= names
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "3"}
+    adapter = {path.name for path in (workdir / "adapter").iterdir()}
+    assert adapter == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["train"]["max_steps"] == 3
+
+
+def test_metrics_have_trls_names_once_a_step(command):
+    lines = read_lines(command[0] / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for name in (
+        "loss",
+        "policy_loss",
+        "kl",
+        "entropy",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "step_time",
+    ):
+        assert all(np.isfinite(line[name]) for line in lines), name
+    assert lines[0]["kl"] == 0.0
+    assert lines[-1]["kl"] > 0.0
+    for line in lines:
+        by_task = [v for k, v in line.items() if k.startswith("rewards/")]
+        assert by_task
+        assert min(by_task) - 1e-6 <= line["reward"] <= max(by_task) + 1e-6
+    assert lines[0]["num_tokens"] < lines[1]["num_tokens"] < lines[2]["num_tokens"]
+
+
+def test_completions_carry_prompt_reward_and_advantage(command):
+    lines = read_lines(command[0] / "completions.jsonl")
+    assert {line["step"] for line in lines} == {1, 3}
+    assert len(lines) == 2 * 64
+    for start in range(0, len(lines), 8):
+        group = lines[start : start + 8]
+        assert len({line["prompt"] for line in group}) == 1
+        rewards = np.array([line["reward"] for line in group])
+        advantages = np.array([line["advantage"] for line in group])
+        expected = np.zeros(8) if np.ptp(rewards) < 1e-6 else rewards - rewards.mean()
+        expected = expected / (rewards.std() if np.ptp(rewards) >= 1e-6 else 1.0)
+        np.testing.assert_allclose(advantages, expected, atol=1e-4)
+
+
+def test_the_summary_agrees_with_the_printed_table(command):
+    workdir, result = command
+    summary = json.loads((workdir / "summary.json").read_text())
+    for table in ("heldout", "heldout_greedy"):
+        assert list(summary[table]) == [*TASKS, "overall"]
+        for gain in summary[table].values():
+            assert gain["gain"] == pytest.approx(gain["after"] - gain["before"])
+            assert gain["gain_ci95"][0] <= gain["gain"] <= gain["gain_ci95"][1]
+    overall = summary["heldout"]["overall"]
+    assert overall["n"] == 20
+    assert f"{overall['before']:.3f}" in result.stdout
+    assert summary["trainable_parameters"] == 4 * 102
+    assert summary["builtin_model"] is True
+    assert summary["random_weights"] is False
+    assert all(summary["builtin_data"].values())
+    assert 0 < summary["compile_seconds"] < summary["seconds"]
+    assert summary["platform"] == jax.devices()[0].platform
+
+
+def test_the_first_screen_says_what_runs_and_the_log_shows_completions(command):
+    _, result = command
+    assert "the built-in tiny model" in result.stdout
+    assert "408 singular value scales of attn.c_proj" in result.stdout
+    assert all(f"data      {name}: builtin" in result.stdout for name in TASKS)
+    assert "step 1\n" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_checkpoint_and_the_adapter_folder_hold_the_trained_offsets(command):
+    workdir, _ = command
+    config = parse_config(get_config("tiny"))
+    policy = load_policy(config.model, config.adapter)
+    adapter = checkpoints.load_adapter(workdir / "adapter", policy.zero)
+    template = grpo.init_state(policy.zero, config.hyperparameters)
+    stored = checkpoints.Checkpoints(workdir)
+    state, _, position = stored.restore(template, 3)
+    stored.close()
+    for name, value in adapter.items():
+        np.testing.assert_array_equal(state.adapter[name], value)
+        assert np.abs(value).max() > 0
+    assert int(state.step) == position["step"] == 3
+    # Three steps of Adam: no offset can have moved much further than three learning rates.
+    largest = max(float(np.abs(v).max()) for v in adapter.values())
+    assert largest < 3.1 * config.train.learning_rate
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(command, tmp_path):
+    adapters = []
+    for seed, name in ((0, "again"), (1, "other")):
+        run(get_config("tiny", seed=seed), tmp_path / name)
+        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    first = load_file(command[0] / "adapter" / "adapter_model.safetensors")
+    again, other = adapters
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
+    assert any(not np.array_equal(value, other[name]) for name, value in first.items())
+
+
+def test_process_supervision_and_the_reports_advantages_run_end_to_end(tmp_path):
+    config = get_config(
+        "tiny", **{"grpo.supervision": "process", "grpo.advantage": "scaled", "seed": 2}
+    )
+    run(config, tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "completions.jsonl")
+    advantages = np.array([line["advantage"] for line in lines])
+    assert 0 < np.abs(advantages).max() < 1.0
+    general = [line for line in lines if line["task"] == "general"]
+    assert general
+
+
+def test_real_text_of_five_tasks_through_the_real_tokenizer(shared, tmp_path, capsys):
+    """GPT-2's tokenizer, positions and heads, with two thin layers so that it compiles fast."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shared / "gpt2" / name, model)
+    fields = json.loads((shared / "gpt2" / "config.json").read_text())
+    fields |= {"n_layer": 2, "n_embd": 48}
+    (model / "config.json").write_text(json.dumps(fields))
+    data = shared / "data"
+    config = get_config("gpt2")
+    config.update_from_flattened_dict(
+        {
+            **SMALL,
+            "model.source": f"random:{model}",
+            "train.max_steps": 5,
+            "train.batch_size": 16,
+            "train.accumulation_steps": 4,
+            "logging.interval": 1,
+            "data.qa.source": str(data / "squad"),
+            "data.qa.subset": "",
+            "data.qa.heldout_split": "test",
+            "data.qa.columns.answers": "answers",
+            "data.sentiment.source": str(data / "sst2_sentences"),
+            "data.sentiment.heldout_split": "test",
+            "data.summarization.source": str(data / "scitldr_a"),
+            "data.summarization.revision": "",
+            "data.summarization.heldout_split": "test",
+            "data.summarization.columns.document": "source",
+            "data.summarization.columns.summary": "target",
+            "data.classification.source": str(data / "ag_news"),
+            "data.general.source": str(data / "wikitext2"),
+            "data.general.subset": "",
+            "data.general.train_split": "valid",
+            "data.general.heldout_split": "test",
+        }
+    )
+    summary = run(config, tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert "RANDOM WEIGHTS" in out
+    assert summary["random_weights"] is True
+    lines = read_lines(tmp_path / "run" / "completions.jsonl")
+    assert {line["task"] for line in lines} == set(TASKS)
+    for name in TASKS:
+        assert f"  {name} " in err
+    endings = {"qa": "Answer:", "sentiment": "Sentiment:", "summarization": "TL;DR:"}
+    for line in lines:
+        assert line["prompt"].endswith(endings.get(line["task"], ""))
+        assert -1.0 <= line["reward"] <= 1.0
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 5
+
+
+# Mistakes, each before anything is compiled
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"data.max_prompt_tokens": 200}, ["data.max_prompt_tokens=200", "context is 128"]),
+        ({"adapter.sites": ("attn.q_proj",)}, ["adapter.sites", "'attn.q_proj'", "attn.c_proj"]),
+        ({"data.max_samples": 1}, ["5 training prompts", "takes 8"]),
+        ({"generation.stop": ("two words",)}, ["generation.stop", "'two words'"]),
+        ({"model.source": "/no/such/folder"}, ["model.source='/no/such/folder'", "no such folder"]),
+        ({"model.source": "random:gpt2"}, ["random:gpt2", "no tokenizer"]),
+        ({"data.max_prompt_tokens": 3}, ["data.max_prompt_tokens"]),
+    ],
+)
+def test_mistakes_are_named_before_compilation(changes, fragments, tmp_path, monkeypatch):
+    def compiled(*args, **kwargs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(training.rollouts, "generate", compiled)
+    with pytest.raises(InputError) as error:
+        run(get_config("tiny", **changes), tmp_path / "run")
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_in_use_is_left_alone(command):
+    workdir, _ = command
+    before = (workdir / "summary.json").read_bytes()
+    with pytest.raises(InputError, match="holds a run already"):
+        run(get_config("tiny"), workdir)
+    assert (workdir / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        ([], "--config is missing"),
+        (["--config", "configs/tiny.py", "--config.grpo.group_size=5"], "grpo.group_size=5"),
+        (["--config", "configs/tiny.py", "--config.grpo.groupsize=5"], "groupsize"),
+        (["--config", "configs/nothing.py"], "configs/nothing.py"),
+        (["--config", "configs/gpt2.py:fast"], "the recipes are report and tuned"),
+        (["--config", "configs/tiny.py", "--config.train.epochs=many"], "many"),
+        (["--config", "configs/tiny.py", "extra"], "extra"),
+    ],
+)
+def test_the_command_ends_mistakes_with_a_sentence_and_no_traceback(flags, fragment):
+    result = subprocess.run(
+        [sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert fragment in result.stderr
