@@ -10,7 +10,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpocem_jax import commands
-from grpocem_jax.config import parse_config
 from grpocem_jax.training import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny.py.")
@@ -22,7 +21,7 @@ def main(argv: list[str]) -> None:
     del argv
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(WORKDIR.value or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    train(parse_config(CONFIG.value), CONFIG.value.to_dict(), workdir)
+    train(CONFIG.value, workdir)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,23 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from tqdm import tqdm
 
 from grpocem_jax import checkpoints, evaluation, grpo, metrics, rollouts, sampling, screens
 from grpocem_jax.adapters import base as adapters
-from grpocem_jax.config import Config
+from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.tasks import TASKS, Loaded, load_examples
 
 
-def train(config: Config, settings: dict[str, Any], workdir: Path) -> dict[str, Any]:
+def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains an adapter and measures what it did to held-out reward.
 
     Args:
-      config: the checked settings.
-      settings: the same as plain JSON, for config.json.
+      settings: a config, such as those in configs/.
       workdir: the run directory; must not hold a run.
 
     Returns:
@@ -35,6 +35,7 @@ def train(config: Config, settings: dict[str, Any], workdir: Path) -> dict[str, 
       InputError: settings, model, data or run directory that cannot be used; before compilation.
     """
     started = time.perf_counter()
+    config, workdir = parse_config(settings), Path(workdir)
     if (workdir / "config.json").exists():
         raise InputError(
             f"--workdir={workdir}: holds a run already; give another folder, or delete this one."
@@ -51,13 +52,15 @@ def train(config: Config, settings: dict[str, Any], workdir: Path) -> dict[str, 
             "grpo.group_size); give more data or a smaller step."
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(workdir / "config.json", settings)
+    metrics.write_json(workdir / "config.json", settings.to_dict())
     print(screens.first(config, policy, data_lines, workdir), flush=True)
 
     clock = metrics.CompileClock.start()
     key, eval_key = jax.random.split(jax.random.key(config.seed))
     before = _evaluate(policy, policy.zero, heldout_items, eval_key, config, "before")
-    run = Run(config, policy, train_items, key, workdir, checkpoints.config_hash(settings))
+    run = Run(
+        config, policy, train_items, key, workdir, checkpoints.config_hash(settings.to_dict())
+    )
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started

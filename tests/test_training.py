@@ -44,7 +44,7 @@ def get_config(name, **changes):
 
 
 def run(config, workdir):
-    return training.train(parse_config(config), config.to_dict(), workdir)
+    return training.train(config, workdir)
 
 
 def read_lines(path):
