@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from grpocem_jax import grpo
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.errors import InputError
-from grpocem_jax.metrics import write_json
+from grpocem_jax.files import write_json, write_safetensors
 
 
 class Checkpoints:
@@ -74,13 +74,12 @@ def save_adapter(folder: Path, offsets: Offsets, config: dict[str, Any], card: s
 
     Args:
       folder: made if it is not there.
-      offsets: the trained offsets, arrays by site name.
+      offsets: the trained offsets; arrays inside a site are named ``SITE/KEY``.
       config: what is needed to use them: base model, kind of adapter, settings.
       card: text of README.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(value) for name, value in offsets.items()}
-    save_file(arrays, folder / "adapter_model.safetensors")
+    write_safetensors(folder / "adapter_model.safetensors", _named(offsets))
     write_json(folder / "adapter_config.json", config)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -101,7 +100,7 @@ def load_adapter(folder: Path, template: Offsets) -> Offsets:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: no adapter can be read there ({error}).") from None
     found = {name: value.shape for name, value in arrays.items()}
-    wanted = {name: np.shape(value) for name, value in template.items()}
+    wanted = {name: np.shape(value) for name, value in _named(template).items()}
     if found != wanted:
         odd = sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name))
         raise InputError(
@@ -109,4 +108,11 @@ def load_adapter(folder: Path, template: Offsets) -> Offsets:
             f"{wanted.get(odd[0])} here; load it with the model and adapter settings it was "
             "trained with."
         )
-    return {name: jax.numpy.asarray(value) for name, value in arrays.items()}
+    leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _named(offsets: Offsets) -> dict[str, Any]:
+    """The arrays of an adapter by name, in the order of its leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(offsets)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}

@@ -26,14 +26,6 @@ class JsonLines:
         self._file.close()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that is either whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 class CompileClock:
     """Seconds that JAX spent lowering and compiling since `start`; tracing is not in it."""
 

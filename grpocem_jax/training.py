@@ -17,6 +17,7 @@ from grpocem_jax import checkpoints, evaluation, grpo, metrics, rollouts, sampli
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import write_json
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.tasks import TASKS, Loaded, load_examples
 
@@ -52,7 +53,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             "grpo.group_size); give more data or a smaller step."
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(workdir / "config.json", settings.to_dict())
+    write_json(workdir / "config.json", settings.to_dict())
     print(screens.first(config, policy, data_lines, workdir), flush=True)
 
     clock = metrics.CompileClock.start()
@@ -101,7 +102,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         {"base_model": pretrained.source, "type": "svf", **dataclasses.asdict(config.adapter)},
         screens.model_card(config, summary),
     )
-    metrics.write_json(workdir / "summary.json", summary)
+    write_json(workdir / "summary.json", summary)
     print(screens.closing(heldout, greedy, summary, config, workdir), flush=True)
     return summary
 

@@ -415,7 +415,7 @@ def test_a_cache_that_cannot_be_written_to_does_not_matter(tmp_path, calls, monk
         # What safetensors raises on a full disk or in a read-only folder.
         raise svf.SafetensorError("Error while serializing: I/O error")
 
-    monkeypatch.setattr(svf, "save_file", full)
+    monkeypatch.setattr(svf, "write_safetensors", full)
     assert_factors(svf.cached_svd(tmp_path / "svd")(kernel()), kernel())
     assert len(calls) == 2
 
@@ -467,3 +467,16 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path, tiny):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * 50)
     with refused("adapter_model.safetensors", "no adapter"):
         checkpoints.load_adapter(tmp_path, tiny.zero)
+
+
+def test_offsets_of_several_arrays_a_site_are_saved_and_read(tmp_path):
+    offsets = {
+        "h.0.attn.c_proj": {"down": np.arange(6.0).reshape(3, 2), "up": np.ones((2, 3))},
+        "h.1.attn.c_proj": {"down": np.zeros((3, 2)), "up": 2 * np.ones((2, 3))},
+    }
+    checkpoints.save_adapter(tmp_path, offsets, {}, "card")
+    template = jax.tree.map(np.zeros_like, offsets)
+    loaded = checkpoints.load_adapter(tmp_path, template)
+    assert jax.tree.structure(loaded) == jax.tree.structure(offsets)
+    for mine, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(offsets), strict=True):
+        np.testing.assert_array_equal(mine, other)

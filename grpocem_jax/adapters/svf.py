@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from grpocem_jax.adapters.base import Adapter
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import write_safetensors
 from grpocem_jax.models.base import dense
 
 
@@ -67,9 +68,7 @@ def cached_svd(folder: Path | None = None) -> SVD:
             u, s, vt = svd(kernel)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            save_file({"u": u, "s": s, "vt": vt}, partial)
-            partial.replace(path)
+            write_safetensors(path, {"u": u, "s": s, "vt": vt})
         except (OSError, SafetensorError):
             pass
         return u, s, vt

@@ -375,6 +375,5 @@ def params_to_state(params: Params, config: GPT2Config) -> dict[str, np.ndarray]
         leaf = params
         for part in path:
             leaf = leaf[part]
-        # safetensors writes the buffer as it lies in memory, whatever the strides say.
-        state[f"transformer.{name}"] = np.ascontiguousarray(leaf, np.float32)
+        state[f"transformer.{name}"] = np.asarray(leaf, np.float32)
     return state

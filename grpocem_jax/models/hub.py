@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import write_json, write_safetensors
 from grpocem_jax.models import gpt2
 from grpocem_jax.models.base import Model, Params, SiteFunction
 
@@ -251,7 +251,6 @@ def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields = architecture.config_to_hf(config, end_token=tokenizer.eos_token_id)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    state = architecture.params_to_state(params, config)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", fields)
+    write_safetensors(folder / "model.safetensors", architecture.params_to_state(params, config))
     tokenizer.save_pretrained(str(folder))
