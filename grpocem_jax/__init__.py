@@ -22,17 +22,16 @@ from grpocem_jax.grpo import (
     Hyperparameters,
     TrainState,
     clipped_objective,
-    completion_logps,
     group_normalize,
     init_state,
     k3_divergence,
     outcome_advantages,
     process_advantages,
     scale_and_clip,
-    token_logps,
     token_weights,
     update,
 )
+from grpocem_jax.likelihood import completion_logps, token_logps
 from grpocem_jax.models.base import Context, KeyValues, Model, cast_params
 from grpocem_jax.sampling import Rollouts, sample
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo
+from grpocem_jax import grpo, likelihood
 
 PROMPTS, GROUP, LENGTH, PROMPT_LENGTH = 4, 4, 6, 5
 
@@ -136,7 +136,9 @@ def test_unknown_aggregation_is_named():
 def test_chunks_of_the_head_do_not_change_the_log_probabilities(tiny, chunk):
     hidden = jax.random.normal(jax.random.key(0), (LENGTH, tiny.factored["wte"].shape[1]))
     tokens = jnp.arange(LENGTH)
-    logps, entropies = grpo.token_logps(tiny.model, tiny.factored, hidden, tokens, 0.7, chunk=chunk)
+    logps, entropies = likelihood.token_logps(
+        tiny.model, tiny.factored, hidden, tokens, 0.7, chunk=chunk
+    )
     logits = np.asarray(tiny.model.logits(tiny.factored, hidden), np.float64) / 0.7
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo, sampling
+from grpocem_jax import likelihood, sampling
 
 PROMPTS, GROUP, LENGTH = 3, 4, 8
 NO_END = jnp.array([-1])
@@ -52,7 +52,7 @@ def test_log_probabilities_and_entropies_are_those_of_the_full_forward(
     tiny, prompts, offsets, options
 ):
     out = draw(tiny, offsets, prompts, end_ids=some_end(tiny, offsets, prompts), **options)
-    completion_logps = jax.jit(functools.partial(grpo.completion_logps, tiny.model))
+    completion_logps = jax.jit(functools.partial(likelihood.completion_logps, tiny.model))
     for p in range(PROMPTS):
         logps, entropies = completion_logps(
             tiny.factored,

@@ -166,16 +166,15 @@ def test_the_checkpoint_and_the_adapter_folder_hold_the_trained_offsets(command)
     assert largest < 3.1 * config.train.learning_rate
 
 
-def test_the_same_seed_gives_the_same_adapter_and_another_does_not(command, tmp_path):
-    adapters = []
-    for seed, name in ((0, "again"), (1, "other")):
-        run(get_config("tiny", seed=seed), tmp_path / name)
-        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
-    first = load_file(command[0] / "adapter" / "adapter_model.safetensors")
-    again, other = adapters
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(command, tmp_path):
+    run(get_config("tiny"), tmp_path / "again")
+    first, again = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (command[0], tmp_path / "again")
+    )
+    assert first.keys() == again.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
-    assert any(not np.array_equal(value, other[name]) for name, value in first.items())
 
 
 def test_process_supervision_and_the_reports_advantages_run_end_to_end(tmp_path):
@@ -186,8 +185,7 @@ def test_process_supervision_and_the_reports_advantages_run_end_to_end(tmp_path)
     lines = read_lines(tmp_path / "run" / "completions.jsonl")
     advantages = np.array([line["advantage"] for line in lines])
     assert 0 < np.abs(advantages).max() < 1.0
-    general = [line for line in lines if line["task"] == "general"]
-    assert general
+    assert "general" in {line["task"] for line in lines}
 
 
 def test_real_text_of_five_tasks_through_the_real_tokenizer(shared, tmp_path, capsys):
