@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.max_steps = 0
     config.train.batch_size = 64
     config.train.accumulation_steps = 1
-    config.train.learning_rate = 1e-2
+    config.train.learning_rate = 2e-2
     config.train.warmup_steps = 10
     config.train.weight_decay = 0.01
     config.train.max_grad_norm = 0.5
