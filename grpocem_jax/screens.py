@@ -96,8 +96,10 @@ def completions(
         if item.task.name not in shown:
             shown.add(item.task.name)
             prompt, text = (_one_line(x) for x in (item.example.prompt, texts[row][0]))
-            lines.append(f"  {item.task.name:<14} {rewards[row, 0]:+.2f}  {prompt[-60:]}")
-            lines.append(f"  {'':<21} >{text[:70]}")
+            prompt = prompt if len(prompt) <= 64 else f"…{prompt[-63:]}"
+            text = text if len(text) <= 70 else f"{text[:69]}…"
+            lines.append(f"  {item.task.name:<14} {rewards[row, 0]:+.2f}  {prompt}")
+            lines.append(f"  {'':<21} >{text}")
     return "\n".join(lines)
 
 
