@@ -111,8 +111,8 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.logging.interval = 10
 
     if recipe == "tuned":
-        # At 5e-5 AdamW moves no offset by more than 5e-5 a step; docs/reproduction.md has both rates on
-        # the built-in model. These values are from there and untried on GPT-2 itself.
+        # At 5e-5 AdamW moves no offset by more than 5e-5 a step. docs/reproduction.md has both
+        # rates on the built-in model; these values come from there and are untried on GPT-2.
         config.train.learning_rate = 1e-2
         config.train.warmup_steps = 10
         config.train.target_kl = 0.0

@@ -1,6 +1,9 @@
 """The built-in default: a tiny GPT-2 and five tasks that come with the package; no network.
 
-python train.py --config configs/tiny.py
+    python train.py --config configs/tiny.py
+
+About two minutes on 2 CPU cores. Held-out reward rises by 0.23 sampled and 0.53 greedy
+(docs/reproduction.md).
 """
 
 import ml_collections
@@ -54,6 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.max_steps = 0
     config.train.batch_size = 64
     config.train.accumulation_steps = 1
+    # 1e-2 gives less (+0.20 sampled), the report's 5e-5 nothing.
     config.train.learning_rate = 2e-2
     config.train.warmup_steps = 10
     config.train.weight_decay = 0.01
