@@ -54,10 +54,6 @@ class Checkpoints:
         state = grpo.TrainState(**restored.train["state"])
         return state, jax.random.wrap_key_data(restored.train["key"]), restored.position
 
-    def steps(self) -> list[int]:
-        """The steps there are checkpoints of, ascending."""
-        return sorted(self._manager.all_steps())
-
     def close(self) -> None:
         """Waits for saves under way."""
         self._manager.wait_until_finished()

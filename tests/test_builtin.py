@@ -1,5 +1,6 @@
 """The built-in data and the built-in model's folder."""
 
+import importlib
 import itertools
 import re
 from collections import Counter
@@ -39,7 +40,7 @@ SPLITS = ("train", "heldout")
 
 
 def prompts(task, split):
-    return [data.TEMPLATES[task].format(**row) for row in data.rows(task, split)]
+    return [TASKS[task].template.format(**row) for row in data.rows(task, split)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,8 @@ def test_question_frames_are_not_shared():
 
 @pytest.mark.parametrize("task", COLUMNS)
 def test_templates_are_the_tasks(task):
-    assert data.TEMPLATES[task] == TASKS[task].template
+    module = importlib.import_module(f"grpocem_jax.builtin.{task}")
+    assert TASKS[task].template == module.TEMPLATE
 
 
 @pytest.mark.parametrize("task", data.LABELS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from grpocem_jax.models import base, gpt2
+from tests.conftest import SITES
 from tests.parity import weights
 
 FIELDS = weights.SHAPES["small"]
@@ -271,7 +272,7 @@ def test_every_kernel_is_a_site_under_its_checkpoint_name(tiny):
     }
     paths = {tuple(part.key for part in path) for path in kernels}
     assert set(tiny.base.sites.values()) == paths
-    assert list(tiny.base.sites) == [f"h.{i}.{site}" for i in range(2) for site in gpt2.SITES]
+    assert list(tiny.base.sites) == [f"h.{i}.{site}" for i in range(2) for site in SITES]
     assert tiny.base.sites["h.1.mlp.c_fc"] == ("h_1", "mlp_c_fc", "kernel")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax.errors import InputError
@@ -100,8 +99,3 @@ def merge_params(adapter: Adapter, params: Any, offsets: Offsets, sites: Sites) 
 def num_params(offsets: Offsets) -> int:
     """The number of trainable scalars."""
     return sum(int(np.size(x)) for x in jax.tree.leaves(offsets))
-
-
-def zeros_like(offsets: Offsets) -> Offsets:
-    """The zero adapter of the same structure: the base model."""
-    return jax.tree.map(jnp.zeros_like, offsets)

@@ -18,13 +18,6 @@ LABELS: dict[str, tuple[str, ...]] = {
     "sentiment": sentiment.LABELS,
     "classification": classification.LABELS,
 }
-TEMPLATES: dict[str, str] = {
-    "qa": qa.TEMPLATE,
-    "sentiment": sentiment.TEMPLATE,
-    "summarization": summarization.TEMPLATE,
-    "classification": classification.TEMPLATE,
-    "general": general.TEMPLATE,
-}
 SPLITS = {"train": 500, "heldout": 120}
 REWARDED_SHARE = {
     "qa": 0.4,

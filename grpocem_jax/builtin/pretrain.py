@@ -149,8 +149,7 @@ def pretrain(out: Path, *, steps: int, seed: int) -> float:
       the mean loss of the last tenth of the steps, in nats a token, weighted as in training.
     """
     started = time.perf_counter()
-    sample = data.pretraining_pairs(seed, 20_000)
-    tokenizer = train_tokenizer(prompt + answer for prompt, answer in sample)
+    tokenizer = train_tokenizer(data.pretraining_texts(seed, 20_000))
     model, optimizer = gpt2.build(CONFIG), make_optimizer(steps)
 
     @jax.jit

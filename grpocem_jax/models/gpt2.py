@@ -26,11 +26,6 @@ from grpocem_jax.models.base import (
     dense,
 )
 
-SITES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-"""The four projections of a block that an adapter may take over."""
-
-DEFAULT_SITES = ("attn.c_proj",)
-
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
