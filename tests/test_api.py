@@ -1,5 +1,6 @@
 """The public API: every name is there, the parts need no Flax, and README's example runs."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -45,3 +46,26 @@ def test_the_example_of_the_readme_runs():
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient))
     value = names["log_likelihood"](names["offsets"])
     assert -5.0 < float(value) < -0.1
+
+
+def test_imports_point_down_the_layout_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    layout = readme[readme.index("    grpocem_jax/\n") : readme.index("Imports point down")]
+    names = [re.match(r" {6}(?:\S+(?:\.py|/) ?)+", line) for line in layout.splitlines()]
+    layers = [re.findall(r"(\w+)(?:\.py|/)", found.group()) for found in names if found]
+    level = {name: depth for depth, layer in enumerate(layers) for name in layer}
+    package = ROOT / "grpocem_jax"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
+    assert modules == set(level)
+    upward = []
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if own == "__init__" or not isinstance(node, ast.ImportFrom):
+                continue
+            parts = (node.module or "").split(".")
+            if parts[0] == "grpocem_jax":
+                used = [parts[1]] if parts[1:] else [alias.name for alias in node.names]
+                upward += [(own, name) for name in used if level[name] < level[own]]
+    assert upward == []

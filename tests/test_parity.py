@@ -67,8 +67,6 @@ def test_layers_and_logits_equal_transformers(case):
 
 
 def test_the_builtin_model_equals_transformers():
-    if not (hub.BUILTIN / "config.json").is_file():
-        pytest.skip("the built-in model is not there yet")
     again = "run python -m tests.parity.record builtin"
     path = REFERENCE / "builtin.npz"
     assert path.is_file(), again
