@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError
@@ -15,6 +17,11 @@ from grpocem_jax import grpo
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import write_json, write_safetensors
+
+
+TRAJECTORY = "trajectory.safetensors"
+MAX_EXPERTS = 8
+"""The report's number of experts."""
 
 
 class Checkpoints:
@@ -54,6 +61,10 @@ class Checkpoints:
         state = grpo.TrainState(**restored.train["state"])
         return state, jax.random.wrap_key_data(restored.train["key"]), restored.position
 
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
     def close(self) -> None:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
@@ -90,7 +101,10 @@ def load_adapter(folder: Path, template: Offsets) -> Offsets:
     Raises:
       InputError: no adapter there, or one of other sites or sizes.
     """
-    path = folder / "adapter_model.safetensors"
+    return _read_arrays(folder / "adapter_model.safetensors", template)
+
+
+def _read_arrays(path: Path, template: Offsets) -> Offsets:
     try:
         arrays = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -104,8 +118,54 @@ def load_adapter(folder: Path, template: Offsets) -> Offsets:
             f"{wanted.get(odd[0])} here; load it with the model and adapter settings it was "
             "trained with."
         )
-    leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
+    leaves = [jnp.asarray(arrays[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copies an adapter folder; makes the folders above ``target``."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, target)
+
+
+def save_trajectory(library: Path, snapshots: Offsets) -> None:
+    """Writes a library's snapshots of trainings, ``[S, ...]`` a site."""
+    write_safetensors(library / TRAJECTORY, _named(snapshots))
+
+
+def load_library(folder: Path, template: Offsets) -> tuple[dict[str, Offsets], Offsets]:
+    """Reads a library of expert adapters, as `grpocem_jax.experts` writes it.
+
+    Args:
+      folder: with one adapter folder for each expert.
+      template: offsets of the same shape, `Policy.zero`.
+
+    Returns:
+      the experts by name, sorted, and all vectors at hand, ``[S, ...]`` a site: the experts and,
+      where the library has them, snapshots of their training.
+
+    Raises:
+      InputError: no library there, more than `MAX_EXPERTS` in it, or experts of another model.
+    """
+    folders = sorted(path.parent for path in folder.glob("*/adapter_model.safetensors"))
+    if not folders:
+        raise InputError(
+            f"cem.experts={str(folder)!r}: no library of experts there; make one with "
+            "python -m grpocem_jax.experts --config CONFIG --workdir DIR and give DIR/library."
+        )
+    if len(folders) > MAX_EXPERTS:
+        raise InputError(
+            f"cem.experts={str(folder)!r}: holds {len(folders)} experts; at most {MAX_EXPERTS} "
+            "can be mixed, so move the others away."
+        )
+    experts = {path.name: load_adapter(path, template) for path in folders}
+    vectors = jax.tree.map(lambda *x: jnp.stack(x), *experts.values())
+    if (folder / TRAJECTORY).is_file():
+        count = len(next(iter(load_file(folder / TRAJECTORY).values())))
+        shape = jax.tree.map(lambda x: jnp.zeros((count, *x.shape)), template)
+        snapshots = _read_arrays(folder / TRAJECTORY, shape)
+        vectors = jax.tree.map(lambda *x: jnp.concatenate(x), vectors, snapshots)
+    return experts, vectors
 
 
 def _named(offsets: Offsets) -> dict[str, Any]:

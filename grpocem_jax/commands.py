@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import cache_folder
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -15,6 +17,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv: list[str]) -> None:
         # Orbax reports every step of a save at the level of info.
         logging.set_verbosity(logging.WARNING)
+        keep_compiled_programs()
         if len(argv) > 1:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
         if flags.FLAGS["config"].value is None:
@@ -25,6 +28,17 @@ def run(main: Callable[[list[str]], None]) -> None:
             _fail(str(error))
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs on disk, so that a second start finds them.
+
+    They lie in ``xla`` of `grpocem_jax.files.cache_folder`; ``JAX_COMPILATION_CACHE_DIR`` names
+    another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

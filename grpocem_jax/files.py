@@ -28,6 +28,12 @@ def write_safetensors(path: Path, arrays: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def cache_folder() -> Path:
+    """``grpocem_jax`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``; it may not be there yet."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "grpocem_jax"
+
+
 def _partial(path: Path) -> Path:
     """A name beside ``path`` that no other process writes to."""
     return path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -10,7 +10,6 @@ as SVF.  ``U`` and ``V`` are shared by all candidates and never multiplied out.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from safetensors.numpy import load_file
 
 from grpocem_jax.adapters.base import Adapter
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_safetensors
+from grpocem_jax.files import cache_folder, write_safetensors
 from grpocem_jax.models.base import dense
 
 
@@ -48,14 +47,13 @@ def cached_svd(folder: Path | None = None) -> SVD:
     """`svd` behind a cache on disk, one file a kernel, named by the SHA-256 of its bytes.
 
     Args:
-      folder: of the cache; by default ``grpocem_jax/svd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+      folder: of the cache; by default ``svd`` in `grpocem_jax.files.cache_folder`.
 
     Returns:
       a function like `svd`. A damaged file is computed anew; a cache that cannot be written to is
       only a cache that does not help.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder or root / "grpocem_jax" / "svd"
+    folder = folder or cache_folder() / "svd"
 
     def lookup(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         kernel = np.ascontiguousarray(kernel, np.float32)
