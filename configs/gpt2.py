@@ -10,6 +10,7 @@ reasons and what came of it.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
@@ -106,6 +107,38 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.train.checkpoint_every_steps = 0  # "save every epoch"
     config.train.eval_batch_size = 16
     config.train.eval_samples = 1
+
+    config.cem = ml_collections.ConfigDict()
+    config.cem.method = "cem"
+    config.cem.fitness = "likelihood"
+    config.cem.task = ""
+    config.cem.support = 0
+    config.cem.samples = 1
+    config.cem.warm_start = False
+    config.cem.space = "full"
+    config.cem.experts = ""
+    config.cem.rank = 32  # "adaptation rank 32", not defined there
+    config.cem.per_site = False
+    config.cem.population_size = 100
+    config.cem.elite_ratio = 0.3
+    config.cem.noise_std = 0.3
+    config.cem.generations = 50
+    config.cem.threshold = 5e-3
+    config.cem.momentum = 0.3
+    config.cem.std_momentum = 0.3
+    config.cem.min_std = 0.0
+    config.cem.mirrored = False
+    config.cem.evaluate_mean = False
+    config.cem.anchor = 0.0
+    config.cem.common_random_numbers = True
+    config.cem.learning_rate = 1e-2
+    config.cem.returned = "mean"
+    config.cem.gate = False
+    config.cem.gate_z = 1.0
+    config.cem.held_back = 0.3
+    config.cem.budget_s = config_dict.placeholder(float)
+    config.cem.population_chunk = 0
+    config.cem.buckets = (16, 32, 64, 128, 256)
 
     config.logging = ml_collections.ConfigDict()
     config.logging.interval = 10

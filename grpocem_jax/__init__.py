@@ -1,7 +1,7 @@
-"""GRPO on the singular values of a frozen language model, in JAX.
+"""GRPO and CEM on the singular values of a frozen language model, in JAX.
 
 This module is the public API. Names that need Flax are imported when they are first used, so the
-adapters, the sampler and GRPO can be used without it.
+adapters, the sampler, GRPO and CEM can be used without it.
 """
 
 import importlib
@@ -15,8 +15,17 @@ from grpocem_jax.adapters.base import (
     num_params,
     select_sites,
 )
+from grpocem_jax.adapters.spaces import (
+    Space,
+    decode,
+    expert_space,
+    full_space,
+    principal_space,
+)
 from grpocem_jax.adapters.svf import SVFFactors, cached_svd, svd, svf
+from grpocem_jax.cem import CEM, CEMState, GradientAscent
 from grpocem_jax.errors import InputError
+from grpocem_jax.fitness import Likelihood, Texts
 from grpocem_jax.grpo import (
     Batch,
     Hyperparameters,
@@ -34,8 +43,19 @@ from grpocem_jax.grpo import (
 from grpocem_jax.likelihood import completion_logps, token_logps
 from grpocem_jax.models.base import Context, KeyValues, Model, cast_params
 from grpocem_jax.sampling import Rollouts, sample
+from grpocem_jax.searching import SearchResult, search, search_on_host
 
 if TYPE_CHECKING:
+    from grpocem_jax.adaptation import (
+        Adaptation,
+        Text,
+        TrainedRun,
+        adapt,
+        adapt_to_reward,
+        complete,
+        load_run,
+        log_likelihoods,
+    )
     from grpocem_jax.checkpoints import load_adapter, save_adapter
     from grpocem_jax.config import Config, parse_config
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
@@ -44,15 +64,23 @@ if TYPE_CHECKING:
     from grpocem_jax.training import train
 
 _LAZY = {
+    "Adaptation": "adaptation",
     "Config": "config",
     "Example": "tasks",
     "Policy": "policy",
     "Pretrained": "models.hub",
     "TASKS": "tasks",
     "Task": "tasks",
+    "Text": "adaptation",
+    "TrainedRun": "adaptation",
+    "adapt": "adaptation",
+    "adapt_to_reward": "adaptation",
+    "complete": "adaptation",
     "load_adapter": "checkpoints",
     "load_model": "models.hub",
     "load_policy": "policy",
+    "load_run": "adaptation",
+    "log_likelihoods": "adaptation",
     "parse_config": "config",
     "save_adapter": "checkpoints",
     "save_model": "models.hub",
@@ -60,27 +88,43 @@ _LAZY = {
 }
 
 __all__ = [
+    "CEM",
     "TASKS",
+    "Adaptation",
     "Adapter",
     "Batch",
+    "CEMState",
     "Config",
     "Context",
     "Example",
+    "GradientAscent",
     "Hyperparameters",
     "InputError",
     "KeyValues",
+    "Likelihood",
     "Model",
     "Policy",
     "Pretrained",
     "Rollouts",
     "SVFFactors",
+    "SearchResult",
+    "Space",
     "Task",
+    "Text",
+    "Texts",
     "TrainState",
+    "TrainedRun",
+    "adapt",
+    "adapt_to_reward",
     "cached_svd",
     "cast_params",
     "clipped_objective",
+    "complete",
     "completion_logps",
+    "decode",
+    "expert_space",
     "factor_params",
+    "full_space",
     "group_normalize",
     "init_adapter",
     "init_state",
@@ -88,15 +132,20 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_policy",
+    "load_run",
+    "log_likelihoods",
     "merge_params",
     "num_params",
     "outcome_advantages",
     "parse_config",
+    "principal_space",
     "process_advantages",
     "sample",
     "save_adapter",
     "save_model",
     "scale_and_clip",
+    "search",
+    "search_on_host",
     "select_sites",
     "svd",
     "svf",

@@ -18,7 +18,6 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import write_json, write_safetensors
 
-
 TRAJECTORY = "trajectory.safetensors"
 MAX_EXPERTS = 8
 """The report's number of experts."""
@@ -91,16 +90,31 @@ def save_adapter(folder: Path, offsets: Offsets, config: dict[str, Any], card: s
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_adapter(folder: Path, template: Offsets) -> Offsets:
+def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = None) -> Offsets:
     """Reads the offsets of a saved adapter.
 
     Args:
       folder: an ``adapter/`` folder.
       template: offsets of the same shape, `Policy.zero`.
+      base_sha256: `Pretrained.sha256` of the model it is for; None does not compare.
 
     Raises:
-      InputError: no adapter there, or one of other sites or sizes.
+      InputError: no adapter there, one of other sites or sizes, or one of another model.
     """
+    if base_sha256 is not None:
+        path = folder / "adapter_config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            trained_on, name = config["base_sha256"], config["base_model"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: does not say which model the adapter is for ({error!r}); train it again."
+            ) from None
+        if trained_on != base_sha256:
+            raise InputError(
+                f"{path}: the adapter was trained on {name!r}, whose weights are not those of "
+                "this model; use the model it was trained on."
+            )
     return _read_arrays(folder / "adapter_model.safetensors", template)
 
 
@@ -133,12 +147,15 @@ def save_trajectory(library: Path, snapshots: Offsets) -> None:
     write_safetensors(library / TRAJECTORY, _named(snapshots))
 
 
-def load_library(folder: Path, template: Offsets) -> tuple[dict[str, Offsets], Offsets]:
+def load_library(
+    folder: Path, template: Offsets, *, base_sha256: str | None = None
+) -> tuple[dict[str, Offsets], Offsets]:
     """Reads a library of expert adapters, as `grpocem_jax.experts` writes it.
 
     Args:
       folder: with one adapter folder for each expert.
       template: offsets of the same shape, `Policy.zero`.
+      base_sha256: as in `load_adapter`.
 
     Returns:
       the experts by name, sorted, and all vectors at hand, ``[S, ...]`` a site: the experts and,
@@ -158,7 +175,7 @@ def load_library(folder: Path, template: Offsets) -> tuple[dict[str, Offsets], O
             f"cem.experts={str(folder)!r}: holds {len(folders)} experts; at most {MAX_EXPERTS} "
             "can be mixed, so move the others away."
         )
-    experts = {path.name: load_adapter(path, template) for path in folders}
+    experts = {path.name: load_adapter(path, template, base_sha256=base_sha256) for path in folders}
     vectors = jax.tree.map(lambda *x: jnp.stack(x), *experts.values())
     if (folder / TRAJECTORY).is_file():
         count = len(next(iter(load_file(folder / TRAJECTORY).values())))

@@ -1,5 +1,6 @@
 """What the commands share: flags in; one sentence and an exit status out for a mistake."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -36,7 +37,7 @@ def keep_compiled_programs() -> None:
     They lie in ``xla`` of `grpocem_jax.files.cache_folder`; ``JAX_COMPILATION_CACHE_DIR`` names
     another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -4,6 +4,7 @@ Configs (configs/) are Python files that return an `ml_collections.ConfigDict`; 
 turns one into the frozen record that the workflows read, or says in one sentence what is wrong.
 """
 
+import collections.abc
 import dataclasses
 import difflib
 import types
@@ -13,8 +14,10 @@ from typing import Any
 
 import ml_collections
 
+from grpocem_jax.cem import CEM, GradientAscent
 from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import ADVANTAGES, AGGREGATIONS, Hyperparameters
+from grpocem_jax.searching import FOLLOWED
 from grpocem_jax.tasks import TASKS, SourceConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -170,6 +173,79 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CEMConfig:
+    """Adaptation at inference: what is searched for, where, how, and how the result is judged."""
+
+    method: str = _field(
+        "`cem`: the Cross-Entropy Method; `gradient`: Adam, where the fitness is a likelihood.",
+        _one_of("cem", "gradient"),
+    )
+    fitness: str = _field(
+        "`likelihood` of the prompt or of the examples; `reward` of completions of the prompts.",
+        _one_of("likelihood", "reward"),
+    )
+    task: str = _field("Whose reward it is, and whose prompts, where the fitness is `reward`.")
+    support: int = _field(
+        "Training examples of a task that `adapt.py --evaluate` adapts to; 0: every held-out "
+        "prompt by itself.",
+        _at_least(0),
+    )
+    samples: int = _field("Completions of each prompt by each candidate.", _at_least(1))
+    warm_start: bool = _field(
+        "With `reward`: start at the result of a gradient search on the likelihood of the "
+        "examples' own completions."
+    )
+    space: str = _field(
+        "`full`: every offset; `subspace`: principal directions of the experts and their training; "
+        "`experts`: weights of the experts.",
+        _one_of("full", "subspace", "experts"),
+    )
+    experts: str = _field("Folder of the expert library, or `builtin`; empty where none is needed.")
+    rank: int = _field("Dimensions of `subspace`.", _at_least(1))
+    per_site: bool = _field("Experts have a weight at every site, not one for all.")
+    population_size: int = _field("Candidates of a generation.", _at_least(2))
+    elite_ratio: float = _field("Share of the candidates that are elites.", _share())
+    noise_std: float = _field("Standard deviation of the first generation.", _above(0))
+    generations: int = _field("Generations, or steps of the gradient, at most.", _at_least(1))
+    threshold: float = _field("Converged when the mean moves by less.", _at_least(0))
+    momentum: float = _field("Weight of the old mean.", _within(0, 1))
+    std_momentum: float = _field("Weight of the old standard deviation.", _within(0, 1))
+    min_std: float = _field("The standard deviation falls no lower.", _at_least(0))
+    mirrored: bool = _field("Candidates in pairs on either side of the mean.")
+    evaluate_mean: bool = _field("One candidate of a generation is the mean itself.")
+    anchor: float = _field("Penalty on the squared distance from the start.", _at_least(0))
+    common_random_numbers: bool = _field("Candidates of a generation share the random numbers.")
+    learning_rate: float = _field("Of the gradient method.", _above(0))
+    returned: str = _field("Which point: `mean` or `best` ever seen.", _one_of(*FOLLOWED))
+    gate: bool = _field(
+        "Return the start unless another point is better on a part of the text that is held back."
+    )
+    gate_z: float = _field("Standard errors by which it must be better.", _at_least(0))
+    held_back: float = _field("Share of the text that the gate holds back.", _within(0.05, 0.95))
+    budget_s: float | None = _field("Seconds for the search, or None for no bound.", _above(0))
+    population_chunk: int = _field(
+        "Candidates in memory at a time; 0 for the whole population.", _at_least(0)
+    )
+    buckets: tuple[int, ...] = _field(
+        "Lengths to which texts are padded, each a compiled program; the last is the limit.",
+        _ascending(2),
+    )
+
+    @property
+    def search_method(self) -> CEM | GradientAscent:
+        """The method's own record."""
+        if self.method == "gradient":
+            return self.gradient
+        names = [field.name for field in dataclasses.fields(CEM)]
+        return CEM(**{name: getattr(self, name) for name in names})
+
+    @property
+    def gradient(self) -> GradientAscent:
+        """The gradient method's own record."""
+        return GradientAscent(learning_rate=self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What a run shows."""
 
@@ -187,6 +263,7 @@ class Config:
     generation: GenerationConfig
     grpo: GRPOConfig
     train: TrainConfig
+    cem: CEMConfig
     logging: LoggingConfig
 
     @property
@@ -227,7 +304,27 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             f"grpo.group_size={group} does not divide train.batch_size={train.batch_size}: a "
             "micro-batch holds whole groups; make the batch size a multiple of the group size."
         )
+    _check_cem(parsed.cem)
     return parsed
+
+
+def _check_cem(cem: CEMConfig) -> None:
+    cem.search_method  # noqa: B018 (refuses settings that do not fit each other)
+    if cem.space != "full" and not cem.experts:
+        raise InputError(
+            f"config.cem.space={cem.space!r} needs a library of experts in config.cem.experts; "
+            "make one with python -m grpocem_jax.experts."
+        )
+    if cem.fitness == "reward" and cem.method == "gradient":
+        raise InputError(
+            "config.cem.method='gradient': a reward has no gradient; use 'cem', with "
+            "config.cem.warm_start where a gradient should come first."
+        )
+    if cem.fitness == "reward" and cem.task not in TASKS:
+        raise InputError(
+            f"config.cem.task={cem.task!r}: config.cem.fitness='reward' needs a task"
+            f"{_nearest(cem.task, TASKS)}"
+        )
 
 
 def _parse(value: Any, kind: Any, path: str) -> Any:
@@ -236,9 +333,11 @@ def _parse(value: Any, kind: Any, path: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_parse(x, args[0], f"{path}[{i}]") for i, x in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+    if origin is collections.abc.Mapping and isinstance(value, Mapping):
         parsed = {name: _parse(x, args[1], f"{path}.{name}") for name, x in value.items()}
         return types.MappingProxyType(parsed)
+    if origin is types.UnionType and type(None) in args:
+        return None if value is None else _parse(value, args[0], path)
     if kind is float and type(value) is int:
         return float(value)
     if origin is None and type(value) is kind:
@@ -267,7 +366,7 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
             where = path if name == "sources" else f"{prefix}{name}"
             parsed[name] = _parse(value[name], hints[name], where)
             allowed = field.metadata.get("range")
-            if allowed is not None and not allowed.holds(parsed[name]):
+            if allowed is not None and parsed[name] is not None and not allowed.holds(parsed[name]):
                 raise InputError(f"config.{where}={value[name]!r}: must be {allowed.text}.")
         elif field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(

@@ -40,16 +40,18 @@ def evaluate(
     config: Config,
     *,
     greedy: bool,
+    own_adapters: bool = False,
 ) -> tuple[np.ndarray, list[list[str]]]:
     """Rewards on held-out prompts.
 
     Args:
       policy: the policy.
-      adapter: its offsets.
+      adapter: its offsets; with ``own_adapters`` one for each prompt, a leading axis ``n``.
       items: ``n`` prompts.
       key: PRNG key; consumed. A prompt's samples depend on it and the prompt's place in ``items``.
       config: for sampling settings; samples are drawn at ``generation.temperature``.
       greedy: one greedy completion a prompt, instead of ``train.eval_samples`` drawn ones.
+      own_adapters: whether each prompt has an adapter of its own.
 
     Returns:
       mean reward per prompt, float64 ``[n]`` (NaN where all samples abstained), and the texts
@@ -73,13 +75,14 @@ def evaluate(
         filled = np.array(rows + rows[:1] * (size - len(rows)))
         out = rollouts.generate(
             policy,
-            adapter,
-            rollouts.pad([items[i] for i in filled], length),
+            jax.tree.map(lambda x, rows=filled: x[rows], adapter) if own_adapters else adapter,
+            rollouts.pad([items[i].tokens for i in filled], length),
             keys[filled],
             config.generation,
             num_samples=1 if greedy else config.train.eval_samples,
             temperature=config.generation.temperature,
             greedy=greedy,
+            own_adapters=own_adapters,
         )
         groups = rollouts.decode(policy, *jax.device_get((out.tokens, out.mask)))[: len(rows)]
         scores = rollouts.score(chosen, groups)

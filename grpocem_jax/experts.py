@@ -31,7 +31,7 @@ SNAPSHOTS = 5
 
 def mixtures(tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The experts' names and what each is trained on: single tasks, then mixtures of several."""
-    experts = {name: (name,) for name in tasks}
+    experts: dict[str, tuple[str, ...]] = {name: (name,) for name in tasks}
     kinds = {
         "labels": tuple(name for name in tasks if "label" in TASKS[name].columns),
         "texts": tuple(name for name in tasks if "label" not in TASKS[name].columns),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax import sampling
@@ -50,13 +51,13 @@ def bucket_length(longest: int, buckets: Sequence[int], limit: int) -> int:
     return min((b for b in buckets if longest <= b <= limit), default=limit)
 
 
-def pad(items: Sequence[Item], length: int) -> Prompts:
-    """Pads prompts on the left to ``length`` tokens."""
-    tokens = np.zeros((len(items), length), np.int32)
-    mask = np.zeros((len(items), length), bool)
-    for row, item in enumerate(items):
-        tokens[row, length - len(item.tokens) :] = item.tokens
-        mask[row, length - len(item.tokens) :] = True
+def pad(prompts: Sequence[np.ndarray], length: int) -> Prompts:
+    """Pads the tokens of prompts on the left to ``length``."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
     return Prompts(tokens, mask)
 
 
@@ -70,6 +71,7 @@ def generate(
     num_samples: int,
     temperature: float,
     greedy: bool = False,
+    own_adapters: bool = False,
 ) -> sampling.Rollouts:
     """`sampling.sample` with the settings of a config."""
     return sampling.sample(
@@ -86,6 +88,7 @@ def generate(
         top_p=generation.top_p,
         repetition_penalty=generation.repetition_penalty,
         greedy=greedy,
+        own_adapters=own_adapters,
     )
 
 
@@ -147,6 +150,67 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> np.ndarray:
                         f"completion {completion!r}; rewards are finite numbers, or None."
                     )
                 rewards[row, sample] = value
+    return rewards
+
+
+def population_rewards(
+    policy: Policy,
+    adapters: Offsets,
+    items: Sequence[Item],
+    key: jax.Array,
+    generation: GenerationConfig,
+    *,
+    num_samples: int,
+    buckets: Sequence[int],
+    chunk: int = 0,
+    common_random_numbers: bool = True,
+) -> np.ndarray:
+    """The reward fitness: every candidate answers all prompts, in one program.
+
+    Args:
+      policy: the policy.
+      adapters: offsets of ``C`` candidates, ``[C, ...]`` a site.
+      items: ``P`` prompts.
+      key: PRNG key; consumed.
+      generation: sampling settings, at ``generation.temperature``.
+      num_samples: completions of each prompt by each candidate.
+      buckets: lengths to which the prompts may be padded.
+      chunk: candidates at a time, 0 for all.
+      common_random_numbers: candidates share the prompts' keys.
+
+    Returns:
+      float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained.
+    """
+    count = len(jax.tree.leaves(adapters)[0])
+    chunk = min(chunk or count, count)
+    longest = max(len(item.tokens) for item in items)
+    length = bucket_length(longest, buckets, longest)
+    prompts = pad([item.tokens for item in items], length)
+    rewards = np.full((count, len(items)), np.nan)
+    for start in range(0, count, chunk):
+        # The last chunk repeats its last candidate: one compiled shape.
+        rows = np.minimum(np.arange(start, start + chunk), count - 1)
+        if common_random_numbers:
+            keys = jnp.tile(jax.random.split(key, len(items)), chunk)
+        else:
+            folded = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+            keys = jax.vmap(lambda k: jax.random.split(k, len(items)))(folded).ravel()
+        out = generate(
+            policy,
+            jax.tree.map(lambda x, rows=rows: jnp.repeat(x[rows], len(items), axis=0), adapters),
+            Prompts(*(np.tile(x, (chunk, 1)) for x in prompts)),
+            keys,
+            generation,
+            num_samples=num_samples,
+            temperature=generation.temperature,
+            own_adapters=True,
+        )
+        texts = decode(policy, *jax.device_get((out.tokens, out.mask)))
+        scores = score([*items] * chunk, texts).reshape(chunk, len(items), num_samples)
+        present = ~np.isnan(scores)
+        total = np.where(present, scores, 0.0).sum(-1)
+        means = np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)
+        rewards[start : start + chunk] = means[: min(chunk, count - start)]
     return rewards
 
 

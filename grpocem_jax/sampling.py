@@ -79,6 +79,7 @@ def top_p_mask(probs: jax.Array, top_p: float) -> jax.Array:
         "top_p",
         "repetition_penalty",
         "greedy",
+        "own_adapters",
     ),
 )
 def sample(
@@ -96,6 +97,7 @@ def sample(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     greedy: bool = False,
+    own_adapters: bool = False,
 ) -> Rollouts:
     """Samples completions.
 
@@ -104,7 +106,8 @@ def sample(
 
     Args:
       params: the model's parameters, with factors at the adapter's sites.
-      adapter: offsets of the adapter.
+      adapter: offsets of the adapter; with ``own_adapters`` one for each prompt, a leading axis
+        ``P``.
       prompts: int32 ``[P, S]``, padded on the left.
       prompt_mask: bool ``[P, S]``, False on padding; at least one True in each row.
       keys: PRNG keys ``[P]``; consumed. Token ``t`` of sample ``g`` uses
@@ -118,12 +121,14 @@ def sample(
       top_p: nucleus mass in (0, 1].
       repetition_penalty: at least 1, over the prompt and the completion.
       greedy: take the most probable token instead of drawing one.
+      own_adapters: every prompt has an adapter of its own, as the candidates of a population have.
 
     Returns:
       `Rollouts`.
     """
     num_prompts = prompts.shape[0]
-    hidden, context = jax.vmap(model.prefill, in_axes=(None, None, 0, 0))(
+    axis = 0 if own_adapters else None
+    hidden, context = jax.vmap(model.prefill, in_axes=(None, axis, 0, 0))(
         params, adapter, prompts, prompt_mask
     )
     keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys)
@@ -144,12 +149,13 @@ def sample(
             token = jax.random.categorical(jax.random.fold_in(key, index), logits)
         return token.astype(jnp.int32), logps[token], entropy
 
-    def advance(context, cache, token, index):
+    def advance(adapter, context, cache, token, index):
         return model.decode_step(params, adapter, context, cache, token, index)
 
     over_samples = functools.partial(jax.vmap, in_axes=(0, 0, 0, None))
     choose_all = jax.vmap(over_samples(choose), in_axes=(0, 0, 0, None))
-    advance_all = jax.vmap(jax.vmap(advance, in_axes=(None, 0, 0, None)), in_axes=(0, 0, 0, None))
+    advance_group = jax.vmap(advance, in_axes=(None, None, 0, 0, None))
+    advance_all = jax.vmap(advance_group, in_axes=(axis, 0, 0, 0, None))
 
     group = (num_prompts, num_samples)
     if repetition_penalty != 1.0:
@@ -191,7 +197,7 @@ def sample(
 
     def extend(state):
         index, token, ended, seen, cache, out = state
-        hidden, cache = advance_all(context, cache, token, index - 1)
+        hidden, cache = advance_all(adapter, context, cache, token, index - 1)
         seen = mark(seen, token)
         out, token, ended = record(out, index, choose_all(hidden, keys, seen, index), ended)
         return index + 1, token, ended, seen, cache, out

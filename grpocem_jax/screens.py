@@ -8,13 +8,89 @@ import jax
 import numpy as np
 
 from grpocem_jax import evaluation, rollouts
+from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import Config
 from grpocem_jax.policy import Policy
 
 
 def first(config: Config, policy: Policy, data_lines: Sequence[str], workdir: Path) -> str:
-    """What runs on what, with what: shown before anything is compiled."""
+    """What a training runs on what, with what: shown before anything is compiled."""
+    return "\n".join(
+        [
+            *_setting(config, policy),
+            *(f"data      {line}" for line in data_lines),
+            f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions",
+            f"run       {workdir}",
+        ]
+    )
+
+
+def adapting(run: TrainedRun, workdir: str) -> str:
+    """What an adaptation runs on what: shown before anything is compiled."""
+    cem = run.config.cem
+    space = {"subspace": f"subspace of {cem.rank} directions", "full": "all offsets"}
+    where = space.get(cem.space, f"weights of experts ({cem.experts})")
+    how = (
+        f"gradient, Adam {cem.learning_rate:g} x {cem.generations} steps"
+        if cem.method == "gradient"
+        else f"CEM, {cem.generations} generations of {cem.population_size} candidates"
+    )
+    gate = f"gate at {cem.gate_z:g} standard errors" if cem.gate else "no gate"
+    budget = "" if cem.budget_s is None else f", at most {cem.budget_s:g} s"
+    return "\n".join(
+        [
+            *_setting(run.config, run.policy),
+            f"run       {workdir}",
+            f"search    {how}{budget}, on the {cem.fitness}, in {where}, {gate}",
+        ]
+    )
+
+
+def adapted(record: dict[str, Any]) -> str:
+    """One adapted prompt: fitness and text before and after."""
+    verdict = {
+        "start": "not adapted: " + (record["note"] or "nothing did better on held-back text"),
+    }.get(record["returned"], f"adapted: the {record['returned']} of the search")
+    gain = record["held_back_gain"]
+    held = f", held-back {gain:+.3f}" if gain else ""
+    before, after = record["fitness_before"], record["fitness_after"]
+    lines = ["", f"fitness   {before:.3f} before, {after:.3f} after{held}"]
+    if "heldout_before" in record:
+        lines.append(
+            f"held out  {record['heldout_before']:.3f} before, {record['heldout_after']:.3f} after"
+        )
+    lines += [
+        f"search    {record['generations']} generations, {record['candidates']} candidates in "
+        f"{record['seconds']:.2f} s, and {record['compile_seconds']:.1f} s to compile"
+        + (", converged" if record["converged"] else ""),
+        f"result    {verdict}",
+    ]
+    if record["prompt"]:
+        lines += [
+            f"prompt    {one_line(record['prompt'])}",
+            f"before   >{one_line(record['text_before'])}",
+            f"after    >{one_line(record['text_after'])}",
+        ]
+    return "\n".join(lines)
+
+
+def adapted_card(run: TrainedRun, record: dict[str, Any]) -> str:
+    """README.md of a folder that holds an adapted adapter."""
+    return "\n".join(
+        [
+            f"# Adapted singular value adapter of {run.policy.pretrained.source}",
+            "",
+            f"{adapters.num_params(run.policy.zero):,} offsets of singular values "
+            f"({', '.join(run.config.adapter.sites)}), found at inference by grpocem_jax: "
+            f"{record['candidates']} candidates in {record['generations']} generations; fitness "
+            f"{record['fitness_before']:.3f} before, {record['fitness_after']:.3f} after.",
+            "",
+        ]
+    )
+
+
+def _setting(config: Config, policy: Policy) -> list[str]:
     pretrained, trainable = policy.pretrained, adapters.num_params(policy.zero)
     total = pretrained.num_params()
     device = jax.devices()[0]
@@ -24,16 +100,12 @@ def first(config: Config, policy: Policy, data_lines: Sequence[str], workdir: Pa
         "folder": f"folder {pretrained.source}",
         "hub": f"{pretrained.source} from the Hub",
     }[pretrained.kind]
-    lines = [
+    return [
         f"device    {device.platform} ({device.device_kind}), {config.model.dtype}",
         f"model     {source}, {total:,} parameters, frozen",
         f"adapter   {trainable:,} singular value scales of {', '.join(config.adapter.sites)} "
         f"({100 * trainable / total:.3f}%)",
-        *(f"data      {line}" for line in data_lines),
-        f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions",
-        f"run       {workdir}",
     ]
-    return "\n".join(lines)
 
 
 def closing(
@@ -95,7 +167,7 @@ def completions(
     for row, item in enumerate(items):
         if item.task.name not in shown:
             shown.add(item.task.name)
-            prompt, text = (_one_line(x) for x in (item.example.prompt, texts[row][0]))
+            prompt, text = (one_line(x) for x in (item.example.prompt, texts[row][0]))
             prompt = prompt if len(prompt) <= 64 else f"…{prompt[-63:]}"
             text = text if len(text) <= 70 else f"{text[:69]}…"
             lines.append(f"  {item.task.name:<14} {rewards[row, 0]:+.2f}  {prompt}")
@@ -115,6 +187,6 @@ def table(gains: dict[str, evaluation.Gain], title: str) -> str:
     return "\n".join(lines)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Text with control characters as escapes, so that it takes one line and moves no cursor."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -99,7 +99,12 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     checkpoints.save_adapter(
         workdir / "adapter",
         state.adapter,
-        {"base_model": pretrained.source, "type": "svf", **dataclasses.asdict(config.adapter)},
+        {
+            "base_model": pretrained.source,
+            "base_sha256": pretrained.sha256(),
+            "type": "svf",
+            **dataclasses.asdict(config.adapter),
+        },
         screens.model_card(config, summary),
     )
     write_json(workdir / "summary.json", summary)
@@ -249,7 +254,7 @@ class Run:
             config.generation.prompt_buckets,
             config.data.max_prompt_tokens,
         )
-        prompts = rollouts.pad(items, length)
+        prompts = rollouts.pad([item.tokens for item in items], length)
         out = rollouts.generate(
             self.policy,
             state.adapter,

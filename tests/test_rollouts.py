@@ -49,7 +49,7 @@ def completions(*groups):
 
 
 def test_prompts_are_padded_on_the_left():
-    prompts = rollouts.pad(items(make_task(None), "ab", "c"), 3)
+    prompts = rollouts.pad([item.tokens for item in items(make_task(None), "ab", "c")], 3)
     np.testing.assert_array_equal(prompts.tokens, [[0, 97, 98], [0, 0, 99]])
     np.testing.assert_array_equal(prompts.mask, [[False, True, True], [False, False, True]])
 

@@ -1,6 +1,7 @@
 """Loads and saves Hugging Face checkpoints: Hub id, local folder, built-in, or random weights."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import types
@@ -49,6 +50,14 @@ class Pretrained:
     def build(self, site_fn: SiteFunction | None = None) -> Model:
         """The model's pure functions, see `grpocem_jax.models.base.Model`."""
         return self.architecture.build(self.config, site_fn)
+
+    def sha256(self) -> str:
+        """Hash of the weights, by which an adapter knows its base model."""
+        digest = hashlib.sha256()
+        for path, x in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(f"{jax.tree_util.keystr(path)} {np.shape(x)}".encode())
+            digest.update(np.ascontiguousarray(x, np.float32).data)
+        return digest.hexdigest()
 
     def num_params(self) -> int:
         """The number of parameters, the tied head counted once."""

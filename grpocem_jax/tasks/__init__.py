@@ -7,9 +7,18 @@ from types import MappingProxyType
 from grpocem_jax.errors import InputError
 from grpocem_jax.tasks import classification, general, qa, sentiment, summarization
 from grpocem_jax.tasks.base import Example, Task
-from grpocem_jax.tasks.sources import Loaded, SourceConfig, load_examples
+from grpocem_jax.tasks.sources import Loaded, SourceConfig, example_of, load_examples
 
-__all__ = ["TASKS", "Example", "Loaded", "SourceConfig", "Task", "get", "load_examples"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "Loaded",
+    "SourceConfig",
+    "Task",
+    "example_of",
+    "get",
+    "load_examples",
+]
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {

@@ -48,12 +48,20 @@ class Task:
     reward: RewardFunction
     process_reward: ProcessRewardFunction | None = None
     shorten: str | None = None
+    reference: str | None = None
 
     @property
     def text_columns(self) -> tuple[str, ...]:
         """The columns that the prompt shows."""
         fields = {field for _, field, _, _ in string.Formatter().parse(self.template) if field}
         return tuple(name for name in self.columns if name in fields)
+
+    def completion(self, example: "Example") -> str | None:
+        """The reference as a completion of the prompt, or None where the task has none."""
+        if self.reference is None:
+            return None
+        value = example.columns[self.reference]
+        return f" {value if isinstance(value, str) else value[0]}"
 
     @property
     def is_free_text(self) -> bool:

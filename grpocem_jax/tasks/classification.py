@@ -9,4 +9,5 @@ TASK = Task(
     template="Text: {text}\nTopic:",
     reward=label_reward,
     shorten="text",
+    reference="label",
 )

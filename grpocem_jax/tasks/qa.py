@@ -12,4 +12,5 @@ TASK = Task(
     },
     template="{context}\nQuestion: {question}\nAnswer:",
     reward=answer_reward,
+    reference="answers",
 )

@@ -59,7 +59,7 @@ def local_rows(folder: Path, split: str, *, field: str) -> Rows:
             f"{field} is {str(folder)!r}, which has a split in several formats "
             f"({', '.join(file.name for file in files)}): keep one of them."
         )
-    return Rows([row for file in files for row in _file_rows(file)], {})
+    return Rows([row for file in files for row in file_rows(file)], {})
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -70,7 +70,14 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     )
 
 
-def _file_rows(file: Path) -> list[Row]:
+def file_rows(file: Path) -> list[Row]:
+    """Rows of one file: .jsonl or .json (one object a line), .parquet, or .txt (column ``text``).
+
+    Raises:
+      InputError: no such file, another format, or one that is unreadable or empty.
+    """
+    if not file.is_file() or file.suffix not in FORMATS:
+        raise InputError(f"{file}: give an existing file that ends in {', '.join(FORMATS)}.")
     reader = {".parquet": _parquet_rows, ".txt": _text_rows}.get(file.suffix, _json_rows)
     try:
         rows = list(reader(file))

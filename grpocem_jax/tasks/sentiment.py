@@ -9,4 +9,5 @@ TASK = Task(
     template="Review: {text}\nSentiment:",
     reward=label_reward,
     shorten="text",
+    reference="label",
 )

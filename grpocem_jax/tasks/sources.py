@@ -138,6 +138,27 @@ def load_examples(
     return Loaded(tuple(examples), shortened, dropped, description)
 
 
+def example_of(task: Task, row: Row, source: SourceConfig) -> Example:
+    """The example that a row makes whose columns have the task's names.
+
+    Args:
+      task: the task.
+      row: one row of a file, `tasks.rows.file_rows`.
+      source: of the task's own data, for the label names and the length of openings.
+
+    Raises:
+      InputError: a column or value that does not fit, or a row without text.
+    """
+    labels = source.label_names
+    if not labels and source.source == "builtin":
+        labels = builtin_rows(task.name, "train").label_names.get("label", ())
+    own = SourceConfig(label_names=labels, prompt_words=source.prompt_words)
+    columns = _columns(task, own, row, labels, f"data.{task.name}")
+    if columns is None:
+        raise InputError(f"{row.where} has no text to continue: fill it in or remove the row.")
+    return Example(task.template.format_map(columns), columns)
+
+
 def _check(task: Task, source: SourceConfig, max_samples: int, field: str) -> None:
     if max_samples < 1:
         raise InputError(f"data.max_samples is {max_samples}: give at least 1.")

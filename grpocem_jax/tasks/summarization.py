@@ -9,4 +9,5 @@ TASK = Task(
     template="{document}\nTL;DR:",
     reward=summary_reward,
     shorten="document",
+    reference="summary",
 )

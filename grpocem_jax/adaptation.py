@@ -1,0 +1,430 @@
+"""Adaptation at inference: a trained adapter is searched further for a prompt or a few examples.
+
+    run = load_run("runs/tiny")
+    result = adapt(run, "Review: The soup was cold.")
+    print(complete(run, result.adapter, ["Review: The soup was cold."]))
+
+The model's parameters and the trained adapter are never changed; the result is a new adapter.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from grpocem_jax import checkpoints, fitness, rollouts, searching
+from grpocem_jax.adapters import spaces
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.config import CEMConfig, Config, parse_config
+from grpocem_jax.errors import InputError
+from grpocem_jax.policy import Policy, load_policy
+
+LIBRARY = Path(__file__).parent / "builtin" / "experts"
+"""The experts of the built-in model."""
+
+
+class TrainedRun(NamedTuple):
+    """What `grpocem_jax.train` left behind: settings, policy and trained adapter."""
+
+    config: Config
+    policy: Policy
+    adapter: Offsets
+
+
+class Text(NamedTuple):
+    """A text to adapt to: all of it counts, or only the completion where there is one."""
+
+    prompt: str
+    completion: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """The result of adapting to some texts or prompts.
+
+    Attributes:
+      adapter: the adapter found; the one adapted from where the gate let nothing pass.
+      fitness_before: fitness of the adapter started from, on all that was given.
+      fitness_after: fitness of the result.
+      search: the search itself; None where there was too little text for one.
+      note: why there was no search; "" where there was one.
+    """
+
+    adapter: Offsets
+    fitness_before: float
+    fitness_after: float
+    search: searching.SearchResult | None
+    note: str = ""
+
+    @property
+    def returned(self) -> str:
+        """Which point the result is: "mean", "best" or "start"."""
+        return "start" if self.search is None else self.search.returned
+
+
+def load_run(workdir: str | Path, settings: ml_collections.ConfigDict | None = None) -> TrainedRun:
+    """Loads a trained run.
+
+    Args:
+      workdir: a run directory.
+      settings: other settings than the run's own.
+
+    Raises:
+      InputError: no run there, no trained adapter in it, or one of another model or shape.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "adapter" / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"--workdir={workdir}: holds no trained adapter; train one with "
+            f"python train.py --config CONFIG --workdir {workdir}."
+        )
+    if settings is None:
+        try:
+            stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{workdir / 'config.json'}: cannot be read ({error}).") from None
+        settings = ml_collections.ConfigDict(stored)
+    config = parse_config(settings)
+    policy = load_policy(
+        config.model, config.adapter, stop=config.generation.stop, seed=config.seed
+    )
+    adapter = checkpoints.load_adapter(
+        workdir / "adapter", policy.zero, base_sha256=policy.pretrained.sha256()
+    )
+    return TrainedRun(config, policy, adapter)
+
+
+def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Space:
+    """The search space of the settings around an adapter.
+
+    Raises:
+      InputError: an expert library that cannot be used.
+    """
+    if settings.space == "full":
+        return spaces.full_space(start)
+    folder = LIBRARY if settings.experts == "builtin" else Path(settings.experts)
+    experts, vectors = checkpoints.load_library(
+        folder, policy.zero, base_sha256=policy.pretrained.sha256()
+    )
+    if settings.space == "subspace":
+        return spaces.principal_space(start, vectors, settings.rank)
+    return spaces.expert_space(start, list(experts.values()), per_site=settings.per_site)
+
+
+def adapt(
+    run: TrainedRun,
+    texts: str | Sequence[str | Text],
+    *,
+    key: jax.Array | None = None,
+    settings: CEMConfig | None = None,
+    space: spaces.Space | None = None,
+    on_chunk: Callable[[int, searching.History], None] | None = None,
+) -> Adaptation:
+    """Adapts to the likelihood of one text, or of several that stand for their kind.
+
+    With the gate, one text is adapted to in its first part and judged on its last; of several, some
+    are held back.
+
+    Args:
+      run: what to adapt.
+      texts: a prompt, or examples of the kind of text to come.
+      key: PRNG key; by default from the config's seed.
+      settings: other settings than ``run.config.cem``.
+      space: the search space, to reuse one; by default `make_space` around the run's adapter.
+      on_chunk: as in `searching.search`.
+
+    Raises:
+      InputError: a text that is empty, has nothing to score or is too long; settings that cannot be
+        used.
+    """
+    settings = settings or run.config.cem
+    key = jax.random.key(run.config.seed) if key is None else key
+    listed = [texts] if isinstance(texts, str) else texts
+    encoded = [encode(run.policy, text, settings) for text in listed]
+    score = fitness.Likelihood(run.policy.params, run.policy.model)
+    everything = batch(encoded, settings)
+    value = functools.partial(_value, score, batch=everything, key=key)
+    before = float(value(run.adapter))
+    fitted, held_back = everything, None
+    if settings.gate:
+        parts = hold_back(encoded, settings)
+        if parts is None:
+            note = "too few tokens to hold a part back, so the gate cannot judge"
+            return Adaptation(run.adapter, before, before, None, note)
+        fitted, held_back = parts
+    found = searching.search(
+        settings.search_method,
+        score,
+        space or make_space(run.policy, run.adapter, settings),
+        fitted,
+        key,
+        generations=settings.generations,
+        held_back=held_back,
+        gate_z=settings.gate_z,
+        returned=settings.returned,
+        population_chunk=settings.population_chunk,
+        budget_s=settings.budget_s,
+        on_chunk=on_chunk,
+    )
+    return Adaptation(found.adapter, before, float(value(found.adapter)), found)
+
+
+def adapt_to_reward(
+    run: TrainedRun,
+    items: Sequence[rollouts.Item],
+    *,
+    key: jax.Array | None = None,
+    settings: CEMConfig | None = None,
+    space: spaces.Space | None = None,
+    on_chunk: Callable[[int, searching.History], None] | None = None,
+) -> Adaptation:
+    """Adapts to the reward of completions of some prompts of a task.
+
+    With the gate, some of the prompts are held back, at least one.
+
+    Args:
+      run: what to adapt.
+      items: the prompts, `rollouts.encode`; at least 2 with the gate.
+      key: PRNG key; by default from the config's seed.
+      settings: other settings than ``run.config.cem``.
+      space: as in `adapt`.
+      on_chunk: as in `searching.search`.
+
+    Raises:
+      InputError: settings that cannot be used, or a single prompt with the gate.
+    """
+    settings = settings or run.config.cem
+    key = jax.random.key(run.config.seed) if key is None else key
+    method = settings.search_method
+    if not isinstance(method, searching.CEM):
+        raise InputError("cem.method='gradient': a reward has no gradient; use 'cem'.")
+    if settings.gate and len(items) < 2:
+        raise InputError(
+            "cem.gate=True holds prompts back, but there is only one; give more, or set "
+            "cem.gate=False."
+        )
+    if settings.warm_start:
+        texts = [Text(i.example.prompt, i.task.completion(i.example) or "") for i in items]
+        first = dataclasses.replace(settings, method="gradient", gate=True)
+        run = run._replace(adapter=adapt(run, texts, key=key, settings=first).adapter)
+    held = max(1, round(settings.held_back * len(items))) if settings.gate else 0
+    evaluate, evaluate_held_back = (
+        functools.partial(_rewards, run, items=part, settings=settings) if part else None
+        for part in (items[held:], items[:held])
+    )
+    assert evaluate is not None
+    space = space or make_space(run.policy, run.adapter, settings)
+    found = searching.search_on_host(
+        method,
+        evaluate,
+        space,
+        key,
+        generations=settings.generations,
+        evaluate_held_back=evaluate_held_back,
+        gate_z=settings.gate_z,
+        returned=settings.returned,
+        budget_s=settings.budget_s,
+        on_chunk=on_chunk,
+    )
+    both = jax.tree.map(lambda *x: jnp.stack(x), space.start, found.adapter)
+    before, after = np.nanmean(_rewards(run, both, key, items=items, settings=settings), -1)
+    return Adaptation(found.adapter, float(before), float(after), found)
+
+
+def _rewards(
+    run: TrainedRun,
+    adapters: Offsets,
+    key: jax.Array,
+    *,
+    items: Sequence[rollouts.Item],
+    settings: CEMConfig,
+) -> np.ndarray:
+    return rollouts.population_rewards(
+        run.policy,
+        adapters,
+        items,
+        key,
+        run.config.generation,
+        num_samples=settings.samples,
+        buckets=settings.buckets,
+        chunk=settings.population_chunk,
+        common_random_numbers=settings.common_random_numbers,
+    )
+
+
+def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[str]:
+    """Greedy completions of prompts, each in a program of its bucket's length."""
+    texts = []
+    for prompt in prompts:
+        tokens, _ = _encode(run.policy, Text(prompt), run.config.cem)
+        length = rollouts.bucket_length(len(tokens), run.config.cem.buckets, len(tokens))
+        padded = rollouts.pad([tokens], length)
+        room = run.policy.model.context_length - len(tokens)
+        if run.config.generation.max_new_tokens > room:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens, which leaves {room} of the model's context "
+                f"for generation.max_new_tokens={run.config.generation.max_new_tokens}; lower it "
+                "or shorten the prompt."
+            )
+        out = rollouts.generate(
+            run.policy,
+            adapter,
+            padded,
+            jax.random.split(jax.random.key(0), 1),
+            run.config.generation,
+            num_samples=1,
+            temperature=run.config.generation.temperature,
+            greedy=True,
+        )
+        texts.append(rollouts.decode(run.policy, *jax.device_get((out.tokens, out.mask)))[0][0])
+    return texts
+
+
+def log_likelihoods(
+    run: TrainedRun, adapters: Offsets, texts: Sequence[Text], *, own_adapters: bool = False
+) -> np.ndarray:
+    """Mean log-likelihood per scored token of each text, nats, float32 ``[n]``.
+
+    Args:
+      run: the run.
+      adapters: offsets; with ``own_adapters`` one for each text, a leading axis ``n``.
+      texts: the texts.
+      own_adapters: whether each text has an adapter of its own.
+    """
+    settings = run.config.cem
+    encoded = [encode(run.policy, text, settings) for text in texts]
+    length = max(_bucket(len(tokens), settings) for tokens, _ in encoded)
+    arrays = [_arrays([(tokens, scored)], length) for tokens, scored in encoded]
+    score = fitness.Likelihood(run.policy.params, run.policy.model)
+    values = []
+    for start in range(0, len(texts), 16):
+        # The last batch repeats its last text: one compiled shape.
+        rows = np.minimum(np.arange(start, start + 16), len(texts) - 1)
+        part = jax.tree.map(lambda *x: jnp.stack(x), *(arrays[i] for i in rows))
+        own = jax.tree.map(lambda x, rows=rows: x[rows], adapters) if own_adapters else adapters
+        values.append(np.asarray(_values(score, own, part, own_adapters=own_adapters)))
+    return np.concatenate(values)[: len(texts)]
+
+
+@jax.jit
+def _value(score, adapter, *, batch, key):
+    return score(adapter, batch, key)
+
+
+@functools.partial(jax.jit, static_argnames="own_adapters")
+def _values(score, adapters, batches, *, own_adapters):
+    key = jax.random.key(0)
+    axes = (0 if own_adapters else None, 0)
+    return jax.vmap(lambda adapter, batch: score(adapter, batch, key), axes)(adapters, batches)
+
+
+def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray, int]:
+    """Tokens of a text, int32 ``[n]``, and the number of the first that counts."""
+    if not text.prompt.strip():
+        raise InputError("the prompt is empty; give some text.")
+    prompt = policy.tokenizer.encode(text.prompt, add_special_tokens=False)
+    completion = policy.tokenizer.encode(text.completion, add_special_tokens=False)
+    tokens = np.asarray(prompt + completion, np.int32)
+    limit = min(settings.buckets[-1], policy.model.context_length)
+    if len(tokens) > limit:
+        raise InputError(
+            f"a text of {len(tokens)} tokens is longer than the limit of {limit}, the last of "
+            f"cem.buckets={settings.buckets} (the model's context is "
+            f"{policy.model.context_length}); shorten it or raise the limit."
+        )
+    return tokens, len(prompt) if completion else 1
+
+
+def encode(policy: Policy, text: str | Text, settings: CEMConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a text, int32 ``[n]``, and which of them count, bool ``[n]``.
+
+    Raises:
+      InputError: an empty prompt, a single token (there is nothing to predict), or too many.
+    """
+    text = Text(text) if isinstance(text, str) else text
+    tokens, first = _encode(policy, text, settings)
+    if len(tokens) < 2:
+        raise InputError(
+            f"the prompt {text.prompt!r} is one token, which has no likelihood given what comes "
+            "before it; give a longer one."
+        )
+    return tokens, np.arange(len(tokens)) >= first
+
+
+def batch(encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig) -> fitness.Texts:
+    """Encoded texts as arrays, padded to the bucket of the longest."""
+    length = max(_bucket(len(tokens), settings) for tokens, _ in encoded)
+    return _arrays(encoded, length)
+
+
+def hold_back(
+    encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig
+) -> tuple[fitness.Texts, fitness.Texts] | None:
+    """Splits texts into what is fitted and what the gate judges by.
+
+    Of one text the last part of its scored tokens is held back; of several, the first texts.
+
+    Returns:
+      the two, padded alike; None where either would have fewer than 2 scored tokens.
+    """
+    length = max(_bucket(len(tokens), settings) for tokens, _ in encoded)
+    if len(encoded) > 1:
+        count = min(max(1, round(settings.held_back * len(encoded))), len(encoded) - 1)
+        fitted, held = encoded[count:], encoded[:count]
+        parts = [_arrays(part, length) for part in (fitted, held)]
+    else:
+        ((tokens, scored),) = encoded
+        places = np.flatnonzero(scored)
+        count = math.ceil(settings.held_back * len(places))
+        last = np.isin(np.arange(len(tokens)), places[len(places) - count :])
+        cut = places[len(places) - count] if count else len(tokens)
+        parts = [
+            _arrays([(tokens[:cut], scored[:cut])], length),
+            _arrays([(tokens, last)], length),
+        ]
+    if min(int(part.scored[:, 1:].sum()) for part in parts) < 2:
+        return None
+    return parts[0], parts[1]
+
+
+def _bucket(length: int, settings: CEMConfig) -> int:
+    return rollouts.bucket_length(length, settings.buckets, settings.buckets[-1])
+
+
+def _arrays(encoded: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> fitness.Texts:
+    tokens = np.zeros((len(encoded), length), np.int32)
+    mask = np.zeros((len(encoded), length), bool)
+    scored = np.zeros((len(encoded), length), bool)
+    for row, (own, counts) in enumerate(encoded):
+        tokens[row, : len(own)] = own
+        mask[row, : len(own)] = True
+        scored[row, : len(own)] = counts
+    return fitness.Texts(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(scored))
+
+
+def summary(result: Adaptation) -> dict[str, Any]:
+    """The result as plain values, with the names of ``adapt.py --json``."""
+    found = result.search
+    return {
+        "fitness_before": result.fitness_before,
+        "fitness_after": result.fitness_after,
+        "adapted": result.returned != "start",
+        "returned": result.returned,
+        "held_back_gain": None
+        if found is None or math.isnan(found.held_back_gain)
+        else found.held_back_gain,
+        "generations": found.generations if found else 0,
+        "candidates": found.candidates if found else 0,
+        "converged": found.converged if found else False,
+        "seconds": found.seconds if found else 0.0,
+        "compile_seconds": found.compile_seconds if found else 0.0,
+        "note": result.note,
+    }

@@ -1,0 +1,86 @@
+"""Spaces in which an adapter is searched: all offsets, a few directions, or a mix of experts.
+
+In each of them the origin is the adapter to start from, and points are offsets from it:
+
+    adapter(z) = start + z                      full: the report's search, every offset by itself
+    adapter(z) = start + sum_r z_r basis_r      a subspace, or a mixture of experts
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.errors import InputError
+
+
+class Space(NamedTuple):
+    """A space and how its points become adapters, see `decode`.
+
+    Attributes:
+      origin: the point zero: offsets as ``start``; float32 ``[R]``; or a dict from site to ``[R]``.
+      start: the adapter at the origin.
+      basis: directions, ``[R, ...]`` a site, or None for all offsets.
+    """
+
+    origin: Any
+    start: Offsets
+    basis: Offsets | None
+
+
+def decode(space: Space, point: Any) -> Offsets:
+    """The adapter at a point; linear in the point."""
+    if space.basis is None:
+        return jax.tree.map(jnp.add, space.start, point)
+    adapter = {}
+    for site, start in space.start.items():
+        z = point[site] if isinstance(point, dict) else point
+        adapter[site] = jax.tree.map(
+            lambda x, directions, z=z: x + jnp.tensordot(z, directions, axes=1),
+            start,
+            space.basis[site],
+        )
+    return adapter
+
+
+def full_space(start: Offsets) -> Space:
+    """Every offset by itself."""
+    return Space(jax.tree.map(jnp.zeros_like, start), start, None)
+
+
+def expert_space(start: Offsets, experts: list[Offsets], *, per_site: bool = False) -> Space:
+    """Mixtures of expert vectors: a point holds their weights, one for each or one for each site.
+
+    Args:
+      start: the adapter to which the mixture is added.
+      experts: trained adapters; weight 1 adds one whole.
+      per_site: experts get a weight at every site (in every layer), not one for all.
+    """
+    basis = jax.tree.map(lambda *x: jnp.stack(x), *experts)
+    origin = jnp.zeros(len(experts))
+    return Space(dict.fromkeys(start, origin) if per_site else origin, start, basis)
+
+
+def principal_space(start: Offsets, vectors: Offsets, rank: int) -> Space:
+    """The ``rank`` principal directions of some vectors, orthonormal.
+
+    Args:
+      start: the adapter at the origin.
+      vectors: ``N`` adapters, ``[N, ...]`` a site: experts and points of their training.
+      rank: number of directions.
+
+    Raises:
+      InputError: the vectors span fewer directions.
+    """
+    rows = jax.vmap(lambda x: ravel_pytree(x)[0])(vectors)
+    _, values, directions = jnp.linalg.svd(rows, full_matrices=False)
+    spanned = int(jnp.sum(values > 1e-5 * values[0]))
+    if spanned < rank:
+        raise InputError(
+            f"cem.rank={rank}: the {len(rows)} vectors of the library span {spanned} directions; "
+            "lower it, or train more experts."
+        )
+    basis = jax.vmap(ravel_pytree(start)[1])(directions[:rank])
+    return Space(jnp.zeros(rank), start, basis)

@@ -1,0 +1,79 @@
+"""Fitness: how good an adapter is, as ``(adapter, batch, key) -> float32 []``.
+
+Any traceable function of that form can be searched with (`grpocem_jax.searching`); `Likelihood` is
+the report's.  Rewards of completions are no functions of arrays, they judge text on the host; see
+`grpocem_jax.rollouts.population_rewards`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grpocem_jax.likelihood import token_logps
+from grpocem_jax.models.base import AdapterParams, Model, Params
+
+
+class Texts(NamedTuple):
+    """Texts to be likely, padded on the right.
+
+    Attributes:
+      tokens: int32 ``[K, T]``.
+      mask: bool ``[K, T]``, False on padding.
+      scored: bool ``[K, T]``, tokens whose log-likelihood counts; the first token of a text has
+        none, as nothing comes before it.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    scored: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """Mean log-likelihood per scored token of texts, in nats: the report's CEM score.
+
+    It never defines the score; this is a quantity with its values, -2.87 to -4.12.  An instance is
+    a pytree of the model's parameters, so it is an argument of a compiled search, not a constant
+    of it.
+
+    Attributes:
+      params: the model's parameters, with factors at the adapter's sites.
+      model: the model record.
+      chunk: tokens at a time through the head.
+    """
+
+    params: Params
+    model: Model = dataclasses.field(metadata={"static": True})
+    chunk: int = dataclasses.field(default=32, metadata={"static": True})
+
+    def __call__(self, adapter: AdapterParams, batch: Texts, key: jax.Array) -> jax.Array:
+        """Mean over the scored tokens of all texts; NaN where there are none."""
+        logps, scored = self.scores(adapter, batch, key)
+        return jnp.sum(logps) / jnp.sum(scored)
+
+    def scores(
+        self, adapter: AdapterParams, batch: Texts, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-likelihood of each token, for `grpocem_jax.searching`.
+
+        Args:
+          adapter: offsets.
+          batch: the texts.
+          key: not used.
+
+        Returns:
+          float32 ``[K * (T - 1)]``, zero where not scored, and where they are, bool.
+        """
+        del key
+
+        def one(tokens, mask):
+            hidden = self.model.forward(self.params, adapter, tokens[:-1], mask[:-1])
+            chunk = min(self.chunk, len(tokens) - 1)
+            return token_logps(self.model, self.params, hidden, tokens[1:], 1.0, chunk=chunk)[0]
+
+        scored = batch.scored[:, 1:] & batch.mask[:, 1:]
+        logps = jax.vmap(one)(batch.tokens, batch.mask)
+        return jnp.where(scored, logps, 0.0).ravel(), scored.ravel()

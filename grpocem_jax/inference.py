@@ -1,0 +1,227 @@
+"""What ``adapt.py`` does: reads prompts and examples, adapts, and shows what came of it."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from grpocem_jax import adaptation, checkpoints, rollouts, screens, tables
+from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.errors import InputError
+from grpocem_jax.searching import History
+from grpocem_jax.tasks import TASKS, SourceConfig, example_of
+from grpocem_jax.tasks.rows import file_rows
+from grpocem_jax.training import load_data
+
+
+def run(
+    settings: ml_collections.ConfigDict,
+    *,
+    workdir: str | None,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    examples: str | None = None,
+    heldout: str | None = None,
+    evaluate: bool = False,
+    save: str | None = None,
+    as_json: bool = False,
+) -> dict[str, Any]:
+    """Runs the command; arguments are its flags.
+
+    Returns:
+      what ``--json`` prints.
+
+    Raises:
+      InputError: flags that contradict each other, and whatever loading and adapting raise.
+    """
+    if not workdir:
+        raise InputError("--workdir is missing; give a run directory with a trained adapter.")
+    given = [f"--{n}" for n, v in (("prompt", prompt), ("prompts", prompts)) if v is not None]
+    if evaluate and (given or examples or heldout or save):
+        extra = given or [n for n, v in (("--examples", examples), ("--heldout", heldout)) if v]
+        raise InputError(
+            f"--evaluate takes its prompts from the config; leave out {(extra or ['--save'])[0]}."
+        )
+    if len(given) > 1:
+        raise InputError("--prompt and --prompts are both given; give one of them.")
+    if save and not examples and prompts:
+        raise InputError("--save needs one adapter, but --prompts makes one for each prompt.")
+    texts: list[str] = []
+    if not evaluate:
+        texts = _read_prompts(prompt, prompts, optional=examples is not None)
+    trained = adaptation.load_run(workdir, settings)
+    print(screens.adapting(trained, workdir), file=sys.stderr, flush=True)
+    if evaluate:
+        result = _evaluate(trained)
+    else:
+        judged = [] if heldout is None else _texts(Path(heldout))
+        support = None if examples is None else Path(examples)
+        result = _adapt(trained, texts, support, judged, save)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    elif evaluate:
+        print(tables.show(result, trained.config))
+    else:
+        for one in result.get("results", [result]):
+            print(screens.adapted(one), flush=True)
+        if save:
+            print(f"adapter saved in {save}")
+    return result
+
+
+def _adapt(
+    run: TrainedRun, prompts: list[str], examples: Path | None, judged: list[Text], save: str | None
+) -> dict[str, Any]:
+    if run.config.cem.fitness == "reward" and examples is None:
+        raise InputError(
+            "config.cem.fitness='reward' needs --examples: prompts of the task in cem.task, with "
+            "the columns its reward reads."
+        )
+    space = adaptation.make_space(run.policy, run.adapter, run.config.cem)
+    results = []
+    if examples is not None:
+        found = _adapt_to_file(run, examples, space)
+        shown = prompts or [""]
+        results = [_record(run, found, text, judged) for text in shown]
+    else:
+        # What cannot be adapted to is refused before the first search.
+        for prompt in prompts:
+            adaptation.encode(run.policy, prompt, run.config.cem)
+        for number, prompt in enumerate(prompts, start=1):
+            where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""
+            view = _LiveView(where, run.config.cem.generations)
+            found = adaptation.adapt(run, prompt, space=space, on_chunk=view.show)
+            view.close()
+            results.append(_record(run, found, prompt, judged))
+    if save:
+        checkpoints.save_adapter(
+            Path(save),
+            found.adapter,
+            {
+                "base_model": run.policy.pretrained.source,
+                "base_sha256": run.policy.pretrained.sha256(),
+                "type": "svf",
+                **dataclasses.asdict(run.config.adapter),
+            },
+            screens.adapted_card(run, results[-1]),
+        )
+    return results[0] if len(results) == 1 else {"results": results}
+
+
+def _adapt_to_file(run: TrainedRun, examples: Path, space: Any) -> Adaptation:
+    view = _LiveView("examples", run.config.cem.generations)
+    if run.config.cem.fitness == "reward":
+        task = TASKS[run.config.cem.task]
+        source = run.config.data.sources.get(task.name, SourceConfig())
+        rows = file_rows(examples)
+        chosen = [example_of(task, row, source) for row in rows]
+        items = rollouts.encode(run.policy, task, chosen)
+        found = adaptation.adapt_to_reward(run, items, space=space, on_chunk=view.show)
+    else:
+        texts = _texts(examples)
+        found = adaptation.adapt(run, texts, space=space, on_chunk=view.show)
+    view.close()
+    return found
+
+
+def _record(
+    run: TrainedRun, found: Adaptation, prompt: str, judged: Sequence[Text]
+) -> dict[str, Any]:
+    record: dict[str, Any] = {"prompt": prompt, **adaptation.summary(found)}
+    if judged:
+        for when, adapter in (("before", run.adapter), ("after", found.adapter)):
+            values = adaptation.log_likelihoods(run, adapter, judged)
+            record[f"heldout_{when}"] = float(np.mean(values))
+    for when, adapter in (("before", run.adapter), ("after", found.adapter)):
+        record[f"text_{when}"] = adaptation.complete(run, adapter, [prompt])[0] if prompt else None
+    return record
+
+
+def _evaluate(run: TrainedRun) -> dict[str, Any]:
+    train, heldout, lines = load_data(run.config, run.policy)
+    print("\n".join(f"data      {line}" for line in lines), file=sys.stderr, flush=True)
+    view = _LiveView("searches", 0)
+    result = tables.adapted_tables(
+        run,
+        train,
+        heldout,
+        key=jax.random.key(run.config.seed),
+        progress=view.count,
+    )
+    view.close()
+    return result
+
+
+def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> list[str]:
+    if prompt is not None:
+        return [prompt]
+    if file is not None:
+        return [text.prompt for text in _texts(Path(file))]
+    if optional or sys.stdin is None or sys.stdin.isatty():
+        if optional:
+            return []
+        raise InputError(
+            "there is no prompt; give --prompt, --prompts, --evaluate, or pipe one in."
+        )
+    try:
+        return [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the prompt on standard input is not UTF-8 (byte {error.start}); convert it."
+        ) from None
+
+
+def _texts(file: Path) -> list[Text]:
+    """The texts of a file: column text, or prompt and perhaps completion."""
+    texts = []
+    for row in file_rows(file):
+        values = row.read()
+        prompt = values.get("prompt", values.get("text"))
+        completion = values.get("completion", "")
+        if not isinstance(prompt, str) or not isinstance(completion, str) or not prompt.strip():
+            raise InputError(
+                f"{row.where} has no text: every row needs a string as text, or as prompt and "
+                "perhaps completion."
+            )
+        texts.append(Text(prompt.rstrip("\n"), completion))
+    return texts
+
+
+class _LiveView:
+    """Progress on stderr: one line that is rewritten on a terminal, a line now and then in a file.
+
+    The search calls `show` between chunks of generations; nothing is asked of the device for it.
+    """
+
+    def __init__(self, title: str, generations: int):
+        self.title, self.generations = title, generations
+        self.end = "\r" if sys.stderr.isatty() else "\n"
+        self.width = 0
+
+    def show(self, done: int, history: History) -> None:
+        held = history.held_back[-1]
+        gate = "" if np.isnan(held) else f"  held-back gain at least {held:+.3f}"
+        title = f"{self.title}  " if self.title else ""
+        self._print(
+            f"{title}generation {done}/{self.generations}  best {history.best[-1]:.3f}  "
+            f"mean {history.mean[-1]:.3f}  sigma {history.std[-1]:.3f}{gate}"
+        )
+
+    def count(self, done: int, of: int) -> None:
+        if self.end == "\r" or done % max(1, of // 20) == 0 or done == of:
+            self._print(f"{self.title} {done}/{of}")
+
+    def close(self) -> None:
+        if self.end == "\r" and self.width:
+            print(file=sys.stderr)
+
+    def _print(self, line: str) -> None:
+        padding = " " * max(0, self.width - len(line))
+        self.width = len(line)
+        print(line + padding, end=self.end, file=sys.stderr, flush=True)
