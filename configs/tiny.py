@@ -99,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.cem.held_back = 0.3
     config.cem.budget_s = config_dict.placeholder(float)
     config.cem.population_chunk = 0
-    config.cem.buckets = (16, 32, 64, 127)
+    config.cem.buckets = (16, 32, 48, 64, 127)
 
     config.logging = ml_collections.ConfigDict()
     config.logging.interval = 50

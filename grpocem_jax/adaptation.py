@@ -23,6 +23,7 @@ import numpy as np
 from grpocem_jax import checkpoints, fitness, rollouts, searching
 from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.adapters.spaces import full_space
 from grpocem_jax.config import CEMConfig, Config, parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import Policy, load_policy
@@ -91,6 +92,8 @@ def load_run(workdir: str | Path, settings: ml_collections.ConfigDict | None = N
             stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{workdir / 'config.json'}: cannot be read ({error}).") from None
+        if not isinstance(stored, dict):
+            raise InputError(f"{workdir / 'config.json'}: is no JSON object; give another run.")
         settings = ml_collections.ConfigDict(stored)
     config = parse_config(settings)
     policy = load_policy(
@@ -121,7 +124,7 @@ def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Sp
 
 def adapt(
     run: TrainedRun,
-    texts: str | Sequence[str | Text],
+    texts: str | Text | Sequence[str | Text],
     *,
     key: jax.Array | None = None,
     settings: CEMConfig | None = None,
@@ -147,7 +150,9 @@ def adapt(
     """
     settings = settings or run.config.cem
     key = jax.random.key(run.config.seed) if key is None else key
-    listed = [texts] if isinstance(texts, str) else texts
+    listed = [texts] if isinstance(texts, str | Text) else texts
+    if not listed:
+        raise InputError("there is no text to adapt to; give at least one.")
     encoded = [encode(run.policy, text, settings) for text in listed]
     score = fitness.Likelihood(run.policy.params, run.policy.model)
     everything = batch(encoded, settings)
@@ -199,29 +204,37 @@ def adapt_to_reward(
       on_chunk: as in `searching.search`.
 
     Raises:
-      InputError: settings that cannot be used, or a single prompt with the gate.
+      InputError: settings that cannot be used, no prompt, a single one with the gate, or one that
+        leaves no room for a completion.
     """
     settings = settings or run.config.cem
     key = jax.random.key(run.config.seed) if key is None else key
     method = settings.search_method
     if not isinstance(method, searching.CEM):
         raise InputError("cem.method='gradient': a reward has no gradient; use 'cem'.")
-    if settings.gate and len(items) < 2:
+    if len(items) < (2 if settings.gate else 1):
         raise InputError(
-            "cem.gate=True holds prompts back, but there is only one; give more, or set "
-            "cem.gate=False."
+            f"{len(items)} prompts to adapt to: give at least 1, and with cem.gate=True, which "
+            "holds some back, at least 2."
         )
+    for item in items:
+        check_room(run, len(item.tokens))
+    space = space or make_space(run.policy, run.adapter, settings)
+    warm = None
     if settings.warm_start:
         texts = [Text(i.example.prompt, i.task.completion(i.example) or "") for i in items]
         first = dataclasses.replace(settings, method="gradient", gate=True)
-        run = run._replace(adapter=adapt(run, texts, key=key, settings=first).adapter)
-    held = max(1, round(settings.held_back * len(items))) if settings.gate else 0
-    evaluate, evaluate_held_back = (
-        functools.partial(_rewards, run, items=part, settings=settings) if part else None
-        for part in (items[held:], items[:held])
+        warm = adapt(run, texts, key=key, settings=first, space=full_space(run.adapter))
+        space = space._replace(start=warm.adapter)
+    held = min(max(1, round(settings.held_back * len(items))), len(items) - 1)
+    held = held if settings.gate else 0
+    rewards = functools.partial(_rewards, run, settings=settings)
+    evaluate = functools.partial(rewards, items=items[held:])
+    # What is compared with the start is paired with it.
+    paired = functools.partial(
+        _rewards, run, settings=dataclasses.replace(settings, common_random_numbers=True)
     )
-    assert evaluate is not None
-    space = space or make_space(run.policy, run.adapter, settings)
+    evaluate_held_back = functools.partial(paired, items=items[:held]) if held else None
     found = searching.search_on_host(
         method,
         evaluate,
@@ -234,8 +247,10 @@ def adapt_to_reward(
         budget_s=settings.budget_s,
         on_chunk=on_chunk,
     )
-    both = jax.tree.map(lambda *x: jnp.stack(x), space.start, found.adapter)
-    before, after = np.nanmean(_rewards(run, both, key, items=items, settings=settings), -1)
+    if warm is not None and found.returned == "start":
+        found = found._replace(returned=warm.returned)
+    both = jax.tree.map(lambda *x: jnp.stack(x), run.adapter, found.adapter)
+    before, after = np.nanmean(paired(both, key, items=items), -1)
     return Adaptation(found.adapter, float(before), float(after), found)
 
 
@@ -265,15 +280,8 @@ def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[
     texts = []
     for prompt in prompts:
         tokens, _ = _encode(run.policy, Text(prompt), run.config.cem)
-        length = rollouts.bucket_length(len(tokens), run.config.cem.buckets, len(tokens))
-        padded = rollouts.pad([tokens], length)
-        room = run.policy.model.context_length - len(tokens)
-        if run.config.generation.max_new_tokens > room:
-            raise InputError(
-                f"the prompt has {len(tokens)} tokens, which leaves {room} of the model's context "
-                f"for generation.max_new_tokens={run.config.generation.max_new_tokens}; lower it "
-                "or shorten the prompt."
-            )
+        check_room(run, len(tokens))
+        padded = rollouts.pad([tokens], _bucket(len(tokens), run.config.cem))
         out = rollouts.generate(
             run.policy,
             adapter,
@@ -286,6 +294,26 @@ def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[
         )
         texts.append(rollouts.decode(run.policy, *jax.device_get((out.tokens, out.mask)))[0][0])
     return texts
+
+
+def check_room(run: TrainedRun, length: int) -> None:
+    """Refuses a prompt of ``length`` tokens that is too long to be completed.
+
+    Raises:
+      InputError: it leaves no room for ``generation.max_new_tokens``, or is beyond ``cem.buckets``.
+    """
+    new, context = run.config.generation.max_new_tokens, run.policy.model.context_length
+    room = min(context - new, run.config.cem.buckets[-1])
+    if length > room:
+        raise InputError(
+            f"a prompt has {length} tokens, but cem.buckets={run.config.cem.buckets} and "
+            f"generation.max_new_tokens={new} of a context of {context} allow {room}; shorten it."
+        )
+
+
+def check_prompt(run: TrainedRun, prompt: str) -> None:
+    """Refuses a prompt that `complete` would refuse, before any work."""
+    check_room(run, len(_encode(run.policy, Text(prompt), run.config.cem)[0]))
 
 
 def log_likelihoods(
@@ -330,6 +358,12 @@ def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray
     """Tokens of a text, int32 ``[n]``, and the number of the first that counts."""
     if not text.prompt.strip():
         raise InputError("the prompt is empty; give some text.")
+    try:
+        (text.prompt + text.completion).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt {text.prompt!r} is not UTF-8 text (character {error.start}); convert it."
+        ) from None
     prompt = policy.tokenizer.encode(text.prompt, add_special_tokens=False)
     completion = policy.tokenizer.encode(text.completion, add_special_tokens=False)
     tokens = np.asarray(prompt + completion, np.int32)

@@ -37,7 +37,8 @@ class CEMState(NamedTuple):
       best_fitness: its fitness less the anchor penalty; float32 ``[]``, -inf before the first.
       start: where the search began, to which the anchor holds.
       generation: generations told; int32 ``[]``.
-      change: norm of the mean's last move; float32 ``[]``, inf before the first generation.
+      change: norm of the mean's last move; float32 ``[]``, inf before the first generation and
+        after one without elites.
     """
 
     mean: Point
@@ -55,7 +56,7 @@ class CEM:
 
     >>> import jax, jax.numpy as jnp
     >>> target = jnp.array([1.0, -2.0, 0.5])
-    >>> method = CEM(population_size=50, momentum=0.0)
+    >>> method = CEM(population_size=50, momentum=0.0, std_momentum=0.7)
     >>> state = method.init(jnp.zeros(3))
     >>> for key in jax.random.split(jax.random.key(0), 40):
     ...     candidates = method.ask(key, state)
@@ -98,12 +99,13 @@ class CEM:
     threshold: float = 5e-3
 
     def __post_init__(self) -> None:
-        momenta = [x for x in (self.momentum, self.std_momentum) if x is not None]
+        std_momentum = self.momentum if self.std_momentum is None else self.std_momentum
         for name, holds, needed in (
             ("population_size", self.population_size >= 2, "at least 2"),
             ("elite_ratio", 0 < self.elite_ratio <= 1, "above 0 and at most 1"),
             ("noise_std", self.noise_std > 0, "above 0"),
-            ("momentum", all(0 <= x <= 1 for x in momenta), "from 0 to 1"),
+            ("momentum", 0 <= self.momentum <= 1, "from 0 to 1"),
+            ("std_momentum", 0 <= std_momentum <= 1, "from 0 to 1"),
             ("min_std", self.min_std >= 0, "at least 0"),
             ("anchor", self.anchor >= 0, "at least 0"),
             ("threshold", self.threshold >= 0, "at least 0"),
@@ -213,12 +215,17 @@ class CEM:
             best_fitness=jnp.maximum(fitness[winner], state.best_fitness),
             start=state.start,
             generation=state.generation + 1,
-            change=jnp.sqrt(_square(jax.tree.map(jnp.subtract, mean, state.mean))),
+            change=jnp.where(
+                any_elite, jnp.sqrt(_square(jax.tree.map(jnp.subtract, mean, state.mean))), jnp.inf
+            ),
         )
 
     def converged(self, state: CEMState) -> jax.Array:
-        """Whether the mean moved by less than ``threshold`` in the last generation; bool ``[]``."""
-        return state.change < self.threshold
+        """Whether the mean moved by less than ``threshold`` in the last generation; bool ``[]``.
+
+        A mean that cannot move, at momentum 1, never converges.
+        """
+        return (state.change < self.threshold) & (self.momentum < 1)
 
     def step(
         self,

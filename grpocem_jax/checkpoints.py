@@ -178,7 +178,13 @@ def load_library(
     experts = {path.name: load_adapter(path, template, base_sha256=base_sha256) for path in folders}
     vectors = jax.tree.map(lambda *x: jnp.stack(x), *experts.values())
     if (folder / TRAJECTORY).is_file():
-        count = len(next(iter(load_file(folder / TRAJECTORY).values())))
+        try:
+            count = len(next(iter(load_file(folder / TRAJECTORY).values())))
+        except (OSError, SafetensorError, StopIteration, TypeError) as error:
+            raise InputError(
+                f"{folder / TRAJECTORY}: no snapshots can be read there ({error!r}); delete it or "
+                "train the library again."
+            ) from None
         shape = jax.tree.map(lambda x: jnp.zeros((count, *x.shape)), template)
         snapshots = _read_arrays(folder / TRAJECTORY, shape)
         vectors = jax.tree.map(lambda *x: jnp.concatenate(x), vectors, snapshots)

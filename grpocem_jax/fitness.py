@@ -19,7 +19,7 @@ class Texts(NamedTuple):
     """Texts to be likely, padded on the right.
 
     Attributes:
-      tokens: int32 ``[K, T]``.
+      tokens: int32 ``[K, T]``, ``T`` at least 2.
       mask: bool ``[K, T]``, False on padding.
       scored: bool ``[K, T]``, tokens whose log-likelihood counts; the first token of a text has
         none, as nothing comes before it.
@@ -31,7 +31,7 @@ class Texts(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Likelihood:
     """Mean log-likelihood per scored token of texts, in nats: the report's CEM score.
 

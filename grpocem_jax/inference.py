@@ -56,13 +56,23 @@ def run(
     if not evaluate:
         texts = _read_prompts(prompt, prompts, optional=examples is not None)
     trained = adaptation.load_run(workdir, settings)
+    # What cannot be used is refused before the first search.
+    for text in texts:
+        adaptation.check_prompt(trained, text)
+        if examples is None:
+            adaptation.encode(trained.policy, text, trained.config.cem)
+    judged = [] if heldout is None else _texts(Path(heldout))
+    for judge in judged:
+        adaptation.encode(trained.policy, judge, trained.config.cem)
+    if save:
+        _make_folder(Path(save))
     print(screens.adapting(trained, workdir), file=sys.stderr, flush=True)
     if evaluate:
         result = _evaluate(trained)
     else:
-        judged = [] if heldout is None else _texts(Path(heldout))
         support = None if examples is None else Path(examples)
-        result = _adapt(trained, texts, support, judged, save)
+        results = _adapt(trained, texts, support, judged, save)
+        result = {"results": results} if prompts else results[0]
     if as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     elif evaluate:
@@ -77,7 +87,7 @@ def run(
 
 def _adapt(
     run: TrainedRun, prompts: list[str], examples: Path | None, judged: list[Text], save: str | None
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     if run.config.cem.fitness == "reward" and examples is None:
         raise InputError(
             "config.cem.fitness='reward' needs --examples: prompts of the task in cem.task, with "
@@ -90,9 +100,6 @@ def _adapt(
         shown = prompts or [""]
         results = [_record(run, found, text, judged) for text in shown]
     else:
-        # What cannot be adapted to is refused before the first search.
-        for prompt in prompts:
-            adaptation.encode(run.policy, prompt, run.config.cem)
         for number, prompt in enumerate(prompts, start=1):
             where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""
             view = _LiveView(where, run.config.cem.generations)
@@ -111,7 +118,7 @@ def _adapt(
             },
             screens.adapted_card(run, results[-1]),
         )
-    return results[0] if len(results) == 1 else {"results": results}
+    return results
 
 
 def _adapt_to_file(run: TrainedRun, examples: Path, space: Any) -> Adaptation:
@@ -162,7 +169,13 @@ def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> li
     if prompt is not None:
         return [prompt]
     if file is not None:
-        return [text.prompt for text in _texts(Path(file))]
+        read = _texts(Path(file))
+        if any(text.completion for text in read):
+            raise InputError(
+                f"{file}: a prompt has a completion; prompts are completed by the model, so leave "
+                "them out, or give the file as --examples."
+            )
+        return [text.prompt for text in read]
     if optional or sys.stdin is None or sys.stdin.isatty():
         if optional:
             return []
@@ -189,8 +202,18 @@ def _texts(file: Path) -> list[Text]:
                 f"{row.where} has no text: every row needs a string as text, or as prompt and "
                 "perhaps completion."
             )
-        texts.append(Text(prompt.rstrip("\n"), completion))
+        texts.append(Text(prompt if completion else prompt.rstrip("\n"), completion))
     return texts
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the folder of ``--save``, so that it cannot fail after the search."""
+    if (folder / "adapter_model.safetensors").exists():
+        raise InputError(f"--save={folder}: holds an adapter already; give another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--save={folder}: cannot be made ({error.strerror}).") from None
 
 
 class _LiveView:

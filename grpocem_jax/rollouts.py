@@ -184,7 +184,7 @@ def population_rewards(
     count = len(jax.tree.leaves(adapters)[0])
     chunk = min(chunk or count, count)
     longest = max(len(item.tokens) for item in items)
-    length = bucket_length(longest, buckets, longest)
+    length = bucket_length(longest, buckets, max(longest, buckets[-1]))
     prompts = pad([item.tokens for item in items], length)
     rewards = np.full((count, len(items)), np.nan)
     for start in range(0, count, chunk):

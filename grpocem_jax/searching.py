@@ -151,7 +151,7 @@ def search(
     Raises:
       InputError: a setting out of range.
     """
-    _check(generations, gate_z, returned, budget_s)
+    _check(generations, gate_z, returned, budget_s, population_chunk)
     if jax.tree_util.all_leaves([fitness]):
         fitness = jax.tree_util.Partial(fitness)
     problem = _Problem(fitness, space, batch, held_back, jnp.float32(gate_z), key)
@@ -169,7 +169,7 @@ def search(
         limit = generations
         if budget_s is not None:
             spent = time.perf_counter() - compiled
-            if spent >= budget_s:
+            if done and spent >= budget_s:
                 break
             # The first generation is the measure of the others.
             affordable = int((budget_s - spent) / (spent / done)) if done else 1
@@ -180,7 +180,7 @@ def search(
         done = int(loop.state.generation)
         if on_chunk is not None:
             on_chunk(done, _host_history(loop.history, done))
-        if done < limit:
+        if done < limit or bool(method.converged(loop.state)):
             break
     seconds = time.perf_counter() - compiled
     point, gain, returned = _result(loop.state, loop.chosen, returned, held_back is not None)
@@ -279,27 +279,25 @@ def search_on_host(
       InputError: a setting out of range.
     """
     _check(generations, gate_z, returned, budget_s)
-    many = jax.jit(jax.vmap(decode, in_axes=(None, 0)))
-    ask, tell = jax.jit(method.ask), jax.jit(method.tell)
     started = time.perf_counter()
     state, chosen = method.init(space.origin), _start(space.origin)
     gate_key = jax.random.fold_in(key, generations)
     if evaluate_held_back is not None:
         origin = jax.tree.map(lambda x: x[None], space.origin)
-        start_scores = _present(evaluate_held_back(many(space, origin), gate_key)[0])
+        start_scores = _present(evaluate_held_back(_decode_many(space, origin), gate_key)[0])
     records = []
     for number in range(generations):
         ask_key, fitness_key = jax.random.split(jax.random.fold_in(key, number))
-        candidates = ask(ask_key, state)
-        scores = np.asarray(evaluate(many(space, candidates), fitness_key), np.float32)
+        candidates = _ask(ask_key, state, method=method)
+        scores = np.asarray(evaluate(_decode_many(space, candidates), fitness_key), np.float32)
         present = ~np.isnan(scores)
         fitness = np.where(present, scores, 0).sum(-1) / np.maximum(present.sum(-1), 1)
         fitness = np.where(present.any(-1), fitness, np.nan)
-        state = tell(state, candidates, jnp.asarray(fitness))
+        state = _tell(state, candidates, jnp.asarray(fitness), method=method)
         bound = jnp.float32(jnp.nan)
         if evaluate_held_back is not None:
             points = scaled(getattr(state, returned))
-            own = _present(evaluate_held_back(many(space, points), gate_key))
+            own = _present(evaluate_held_back(_decode_many(space, points), gate_key))
             chosen, bound = choose(chosen, points, own, start_scores, jnp.float32(gate_z))
         records.append(_record(state, jnp.asarray(fitness), bound))
         history = History(*(np.asarray(jax.device_get(x)) for x in zip(*records, strict=True)))
@@ -322,6 +320,21 @@ def search_on_host(
         seconds=time.perf_counter() - started,
         compile_seconds=0.0,
     )
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _ask(key: jax.Array, state: Any, *, method: CEM) -> Point:
+    return method.ask(key, state)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _tell(state: Any, candidates: Point, fitness: jax.Array, *, method: CEM) -> Any:
+    return method.tell(state, candidates, fitness)
+
+
+@jax.jit
+def _decode_many(space: Space, points: Point) -> Offsets:
+    return jax.vmap(decode, in_axes=(None, 0))(space, points)
 
 
 def scaled(point: Point) -> Point:
@@ -367,7 +380,9 @@ def choose(
 def _scores(problem: _Problem, point: Point) -> tuple[jax.Array, jax.Array]:
     """Scores of a point on the held-back batch, by the fitness's ``scores`` where it has them."""
     adapter = decode(problem.space, point)
-    function = getattr(problem.fitness, "scores", None)
+    owner = problem.fitness
+    # A function that is no pytree was wrapped in one.
+    function = getattr(getattr(owner, "func", owner), "scores", None)
     if function is not None:
         return function(adapter, problem.held_back, problem.key)
     value = problem.fitness(adapter, problem.held_back, problem.key)[None]
@@ -407,10 +422,14 @@ def _host_history(history: History, done: int) -> History:
     return jax.tree.map(lambda x: x[:done], jax.device_get(history))
 
 
-def _check(generations: int, gate_z: float, returned: str, budget_s: float | None) -> None:
+def _check(
+    generations: int, gate_z: float, returned: str, budget_s: float | None, chunk: int = 0
+) -> None:
     if generations < 1:
         raise InputError(f"cem.generations={generations}: must be at least 1.")
-    if gate_z < 0:
+    if chunk < 0:
+        raise InputError(f"cem.population_chunk={chunk}: must be at least 0.")
+    if not gate_z >= 0:
         raise InputError(f"cem.gate_z={gate_z}: must be at least 0.")
     if returned not in FOLLOWED:
         raise InputError(f"cem.returned={returned!r}: must be one of {', '.join(FOLLOWED)}.")

@@ -57,7 +57,12 @@ def expert_space(start: Offsets, experts: list[Offsets], *, per_site: bool = Fal
       start: the adapter to which the mixture is added.
       experts: trained adapters; weight 1 adds one whole.
       per_site: experts get a weight at every site (in every layer), not one for all.
+
+    Raises:
+      InputError: no experts.
     """
+    if not experts:
+        raise InputError("cem.experts: there are none to mix; give at least one.")
     basis = jax.tree.map(lambda *x: jnp.stack(x), *experts)
     origin = jnp.zeros(len(experts))
     return Space(dict.fromkeys(start, origin) if per_site else origin, start, basis)
@@ -72,8 +77,10 @@ def principal_space(start: Offsets, vectors: Offsets, rank: int) -> Space:
       rank: number of directions.
 
     Raises:
-      InputError: the vectors span fewer directions.
+      InputError: a rank below 1, or vectors that span fewer directions.
     """
+    if rank < 1:
+        raise InputError(f"cem.rank={rank}: must be at least 1.")
     rows = jax.vmap(lambda x: ravel_pytree(x)[0])(vectors)
     _, values, directions = jnp.linalg.svd(rows, full_matrices=False)
     spanned = int(jnp.sum(values > 1e-5 * values[0]))

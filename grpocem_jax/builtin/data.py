@@ -82,6 +82,16 @@ def rows(task: str, split: str) -> list[dict[str, Any]]:
     return [dict(sample.row) for sample in _samples(task, split)]
 
 
+def demonstrations(task: str, split: str) -> dict[str, str]:
+    """For each row's prompt, the answer in the style that the task's reward prefers.
+
+    Args:
+      task: as for `rows`.
+      split: as for `rows`.
+    """
+    return {sample.prompt: sample.rewarded for sample in _samples(task, split)}
+
+
 def pretraining_pairs(seed: int, count: int) -> Iterator[tuple[str, str]]:
     """Yields ``count`` texts in two parts, the second of which answers or continues the first.
 

@@ -1,0 +1,429 @@
+"""The evidence behind docs/adaptation.md, on the built-in model.
+
+    python -m studies.adaptation [--parts prompts,tasks,...] [--seeds 5] [--doc docs/adaptation.md]
+
+runs the parts (about 45 minutes in all on 2 CPU cores), keeps the figures of each in
+``docs/adaptation.json``, and writes the tables of all parts at hand into the document, between
+its markers.  ``--parts=`` only writes the tables again.
+
+Everything starts from the zero adapter, the pretrained model.  What judges (text or prompts) is
+never part of a search.  Intervals are 1.96 standard errors over the units named in a table.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs import tiny
+from grpocem_jax import adaptation, commands, rollouts
+from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.builtin import data, foreign
+from grpocem_jax.config import CEMConfig, parse_config
+from grpocem_jax.policy import load_policy
+from grpocem_jax.training import load_data
+
+RESULTS = Path("docs/adaptation.json")
+TASKS = ("qa", "sentiment", "summarization", "classification", "general")
+SPACES: dict[str, dict[str, Any]] = {
+    "full": {"space": "full", "population_size": 64},
+    "subspace": {"space": "subspace", "population_size": 32},
+    "experts": {"space": "experts", "population_size": 32},
+    "experts per layer": {"space": "experts", "per_site": True, "population_size": 32},
+}
+"""The search spaces, with populations for their size."""
+
+
+def load() -> TrainedRun:
+    """The built-in model with a zero adapter and the settings of configs/tiny.py."""
+    config = parse_config(tiny.get_config())
+    policy = load_policy(config.model, config.adapter)
+    return TrainedRun(config, policy, policy.zero)
+
+
+def mean_ci(values: Any) -> tuple[float, float]:
+    """Mean of some numbers and half of the 95% interval."""
+    x = np.asarray(values, float)
+    return float(x.mean()), float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
+
+
+class Study:
+    """What the parts share."""
+
+    def __init__(self, run: TrainedRun, seeds: int):
+        self.run, self.seeds = run, seeds
+        self.train, self.heldout, _ = load_data(run.config, run.policy)
+        self.space = functools.cache(
+            lambda name: adaptation.make_space(run.policy, run.adapter, self.settings(name))
+        )
+
+    def settings(self, space: str = "full", **changes: Any) -> CEMConfig:
+        """The default of configs/tiny.py in a space, with changes."""
+        return dataclasses.replace(self.run.config.cem, **{**SPACES[space], **changes})
+
+    def adapt(
+        self, texts: str | Sequence[Text], seed: int, settings: CEMConfig, space: str = "full"
+    ) -> Adaptation:
+        """`adaptation.adapt` in a named space."""
+        key = jax.random.key(seed)
+        return adaptation.adapt(
+            self.run, texts, key=key, settings=settings, space=self.space(space)
+        )
+
+    def likelihood(self, adapter: Offsets, texts: Sequence[Text]) -> float:
+        """Mean over texts of the log-likelihood per token, nats."""
+        return float(adaptation.log_likelihoods(self.run, adapter, texts).mean())
+
+    def reward(self, adapter: Offsets, items: Sequence[rollouts.Item], samples: int = 2) -> float:
+        """Mean sampled reward of prompts, the same random numbers for every adapter."""
+        rewards = rollouts.population_rewards(
+            self.run.policy,
+            jax.tree.map(lambda x: x[None], adapter),
+            items,
+            jax.random.key(99),
+            self.run.config.generation,
+            num_samples=samples,
+            buckets=self.run.config.cem.buckets,
+        )
+        return float(np.nanmean(rewards))
+
+    def cut(self, text: str, start: int, stop: int | None) -> str:
+        """Some tokens of a text as text."""
+        tokenizer = self.run.policy.tokenizer
+        return tokenizer.decode(tokenizer.encode(text)[start:stop])
+
+    def texts(self, kind: str, count: int, seed: int, shortest: int) -> list[str]:
+        """Texts like the pretraining text ("familiar"), or of a foreign kind."""
+        if kind != "familiar":
+            return foreign.passages(kind, count, seed)
+        tokens = self.run.policy.tokenizer
+        found = (
+            text
+            for text in data.pretraining_texts(1_000_000 + seed, 100 * count)
+            if shortest <= len(tokens.encode(text)) <= 100
+        )
+        return [next(found) for _ in range(count)]
+
+
+def prompts(study: Study) -> dict[str, Any]:
+    """One prompt of 30 tokens, judged on what follows it; gate on and off."""
+    methods: dict[str, dict[str, Any]] = {
+        "cem, sigma 0.3": {"noise_std": 0.3},
+        "cem, sigma 0.1": {"noise_std": 0.1},
+        "cem, sigma 0.03": {"noise_std": 0.03},
+        "gradient": {"method": "gradient"},
+    }
+    rows = []
+    for kind in ("familiar", "recipe", "log"):
+        count = 12 if kind == "familiar" else 6
+        texts = study.texts(kind, count, 5, 40)
+        for name, changes in methods.items():
+            for gate in (False, True):
+                if gate and name in ("cem, sigma 0.03", "cem, sigma 0.3"):
+                    continue
+                settings = study.settings(population_size=100, gate=gate, **changes)
+                gains, fits, adapted = [], [], 0
+                for i, text in enumerate(texts):
+                    judge = [Text(study.cut(text, 0, 30), study.cut(text, 30, None))]
+                    found = study.adapt(judge[0].prompt, i, settings)
+                    before = study.likelihood(study.run.adapter, judge)
+                    gains.append(study.likelihood(found.adapter, judge) - before)
+                    fits.append(found.fitness_after - found.fitness_before)
+                    adapted += found.returned != "start"
+                row = {"text": kind, "method": name, "gate": gate, "n": count}
+                rows.append(
+                    {**row, "fit": mean_ci(fits), "gain": mean_ci(gains), "adapted": adapted}
+                )
+                say(rows[-1])
+    return {"rows": rows}
+
+
+def fewshot(study: Study) -> dict[str, Any]:
+    """Six passages of a kind of foreign text, judged on 24 others."""
+    methods: dict[str, dict[str, Any]] = {
+        "cem, gate": {},
+        "cem, no gate": {"gate": False},
+        "random search": {"momentum": 1.0, "std_momentum": 1.0, "returned": "best", "gate": False},
+        "gradient, gate": {"method": "gradient"},
+    }
+    rows = []
+    for kind in ("familiar", "recipe", "log"):
+        for name, changes in methods.items():
+            gains = []
+            for seed in range(study.seeds):
+                passages = study.texts(kind, 30, 100 + seed, 40)
+                texts = [Text(study.cut(passage, 0, 48)) for passage in passages]
+                settings = study.settings(generations=20, **changes)
+                found = study.adapt(texts[:6], seed, settings)
+                before = study.likelihood(study.run.adapter, texts[6:])
+                gains.append(study.likelihood(found.adapter, texts[6:]) - before)
+            rows.append({"text": kind, "method": name, "n": study.seeds, "gain": mean_ci(gains)})
+            say(rows[-1])
+    return {"rows": rows}
+
+
+def _task_rows(
+    study: Study,
+    spaces: dict[str, dict[str, dict[str, Any]]],
+    adapt: Callable[[Sequence[rollouts.Item], int, CEMConfig, str], Adaptation],
+    **common: Any,
+) -> list[dict[str, Any]]:
+    """Every task, space, method and seed, judged on 24 held-out prompts of the task."""
+    rows = []
+    for task in TASKS:
+        support = [item for item in study.train if item.task.name == task]
+        judged = [item for item in study.heldout if item.task.name == task][:24]
+        texts = demonstrations(judged, "heldout")
+        base = study.reward(study.run.adapter, judged)
+        base_likelihood = study.likelihood(study.run.adapter, texts)
+        for space, methods in spaces.items():
+            results: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+            for seed in range(study.seeds):
+                examples = support[8 * seed : 8 * seed + 8]
+                for name, changes in methods.items():
+                    settings = study.settings(space, **{**common, **changes})
+                    found = adapt(examples, seed, settings, space)
+                    gain = study.likelihood(found.adapter, texts) - base_likelihood
+                    results[name].append((gain, study.reward(found.adapter, judged) - base))
+            random = np.array(results["random search"])
+            for name, values in results.items():
+                gains = np.array(values)
+                row = {"task": task, "space": space, "method": name, "n": study.seeds}
+                for column, judge in enumerate(("likelihood", "reward")):
+                    row[judge] = mean_ci(gains[:, column])
+                    row[f"{judge}_over_random"] = mean_ci(gains[:, column] - random[:, column])
+                rows.append(row)
+                say(row)
+    return rows
+
+
+def demonstrations(items: Sequence[rollouts.Item], split: str) -> list[Text]:
+    """The prompts with answers in the style that the reward prefers."""
+    answers = data.demonstrations(items[0].task.name, split)
+    return [Text(item.example.prompt, answers[item.example.prompt]) for item in items]
+
+
+RANDOM = {"momentum": 1.0, "std_momentum": 1.0, "returned": "best"}
+EXPERT_STD = {"full": 0.1, "subspace": 0.3, "experts": 0.3, "experts per layer": 0.3}
+
+
+def tasks(study: Study) -> dict[str, Any]:
+    """Eight examples of a task by likelihood of their answers, all spaces."""
+
+    def adapt(items, seed, settings, space):
+        if settings.method == "cem":
+            settings = dataclasses.replace(settings, noise_std=EXPERT_STD[space])
+        elif not settings.gate:
+            # A step costs about three forwards.
+            steps = SPACES[space]["population_size"] * settings.generations // 3
+            settings = dataclasses.replace(settings, generations=steps)
+        return study.adapt(demonstrations(items, "train"), seed, settings, space)
+
+    searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
+    gradients: dict[str, dict[str, Any]] = {
+        "gradient, as many forwards": {"method": "gradient", "gate": False},
+        "gradient, gate": {"method": "gradient", "generations": 40},
+    }
+    spaces = {
+        name: searches | (gradients if name in ("full", "experts") else {}) for name in SPACES
+    }
+    return {"rows": _task_rows(study, spaces, adapt, generations=10)}
+
+
+def rewards(study: Study) -> dict[str, Any]:
+    """Eight prompts of a task by the reward of completions."""
+
+    def adapt(items, seed, settings, space):
+        settings = dataclasses.replace(settings, noise_std=EXPERT_STD[space])
+        return adaptation.adapt_to_reward(
+            study.run,
+            items,
+            key=jax.random.key(seed),
+            settings=settings,
+            space=study.space(space),
+        )
+
+    searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
+    warm: dict[str, dict[str, Any]] = {"cem, warm start": {"warm_start": True}}
+    common = {"generations": 10, "population_size": 24, "fitness": "reward", "samples": 1}
+    spaces = {"full": searches | warm, "experts": searches}
+    return {"rows": _task_rows(study, spaces, adapt, **common)}
+
+
+def options(study: Study) -> dict[str, Any]:
+    """One change at a time from a common setting, on foreign text; what it does and costs."""
+    common = {"population_size": 50, "generations": 40, "gate": False, "noise_std": 0.1}
+    variants: dict[str, dict[str, Any]] = {
+        "common setting": {},
+        "sigma 0.03": {"noise_std": 0.03},
+        "sigma 0.3 (the report)": {"noise_std": 0.3},
+        "floor on sigma 0.05": {"min_std": 0.05},
+        "keep-old weight of sigma 0.8": {"std_momentum": 0.8},
+        "momentum 0": {"momentum": 0.0},
+        "momentum 0.7": {"momentum": 0.7},
+        "elite ratio 0.1": {"elite_ratio": 0.1},
+        "elite ratio 0.5": {"elite_ratio": 0.5},
+        "mirrored": {"mirrored": True},
+        "evaluate the mean": {"evaluate_mean": True},
+        "anchor 0.01": {"anchor": 0.01},
+        "best instead of mean": {"returned": "best"},
+        "population 25": {"population_size": 25},
+        "population 100": {"population_size": 100},
+        "population 200": {"population_size": 200},
+        "10 generations": {"generations": 10},
+        "100 generations": {"generations": 100},
+        "gate": {"gate": True},
+    }
+    rows = []
+    for name, changes in variants.items():
+        fits, gains, sigmas = [], [], []
+        for seed in range(study.seeds):
+            kind = foreign.KINDS[seed % 2]
+            texts = [Text(study.cut(p, 0, 31)) for p in study.texts(kind, 28, 300 + seed, 0)]
+            settings = study.settings(**{**common, **changes})
+            found = study.adapt(texts[:4], seed, settings)
+            before = study.likelihood(study.run.adapter, texts[4:])
+            gains.append(study.likelihood(found.adapter, texts[4:]) - before)
+            fits.append(found.fitness_after - found.fitness_before)
+            sigmas.append(float(found.search.history.std[-1]) if found.search else np.nan)
+        row = {"variant": name, "fit": mean_ci(fits), "gain": mean_ci(gains), "n": study.seeds}
+        rows.append({**row, "sigma": float(np.mean(sigmas))})
+        say(rows[-1])
+    lengths = []
+    for length in (8, 15, 30, 60):
+        settings = study.settings(population_size=100)
+        gains, seconds = [], []
+        for i, text in enumerate(study.texts("recipe", 8, 400, 0)):
+            judge = [Text(study.cut(text, 0, length), study.cut(text, length, None))]
+            found = study.adapt(judge[0].prompt, i, settings)
+            before = study.likelihood(study.run.adapter, judge)
+            gains.append(study.likelihood(found.adapter, judge) - before)
+            seconds.append(found.search.seconds if found.search else 0.0)
+        lengths.append(
+            {"tokens": length, "gain": mean_ci(gains), "seconds": float(np.median(seconds)), "n": 8}
+        )
+        say(lengths[-1])
+    return {"rows": rows, "lengths": lengths}
+
+
+def say(row: dict[str, Any]) -> None:
+    """A line of progress."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def _ci(value: Sequence[float]) -> str:
+    return f"{value[0]:+.3f} ± {value[1]:.3f}"
+
+
+def _table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
+    return "\n".join(lines)
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The document's tables by the name of their markers."""
+    made = {}
+    if "prompts" in results:
+        made["prompts"] = _table(
+            results["prompts"]["rows"],
+            {
+                "text": lambda r: r["text"],
+                "method": lambda r: r["method"],
+                "gate": lambda r: "yes" if r["gate"] else "no",
+                "gain on the prompt": lambda r: _ci(r["fit"]),
+                "gain on what follows": lambda r: _ci(r["gain"]),
+                "adapted": lambda r: f"{r['adapted']} of {r['n']}",
+            },
+        )
+    if "fewshot" in results:
+        made["fewshot"] = _table(
+            results["fewshot"]["rows"],
+            {
+                "text": lambda r: r["text"],
+                "method": lambda r: r["method"],
+                "gain on other passages": lambda r: _ci(r["gain"]),
+            },
+        )
+    for part in ("tasks", "rewards"):
+        if part in results:
+            made[part] = _table(
+                results[part]["rows"],
+                {
+                    "task": lambda r: r["task"],
+                    "space": lambda r: r["space"],
+                    "method": lambda r: r["method"],
+                    "likelihood of answers": lambda r: _ci(r["likelihood"]),
+                    "against random search": lambda r: _ci(r["likelihood_over_random"]),
+                    "reward": lambda r: _ci(r["reward"]),
+                    "reward against random search": lambda r: _ci(r["reward_over_random"]),
+                },
+            )
+    if "options" in results:
+        made["options"] = _table(
+            results["options"]["rows"],
+            {
+                "change": lambda r: r["variant"],
+                "gain on the examples": lambda r: _ci(r["fit"]),
+                "gain on other passages": lambda r: _ci(r["gain"]),
+                "sigma at the end": lambda r: f"{r['sigma']:.3f}",
+            },
+        )
+        made["lengths"] = _table(
+            results["options"]["lengths"],
+            {
+                "tokens of the prompt": lambda r: str(r["tokens"]),
+                "gain on what follows": lambda r: _ci(r["gain"]),
+                "seconds": lambda r: f"{r['seconds']:.1f}",
+            },
+        )
+    return made
+
+
+def write(doc: Path, made: dict[str, str]) -> None:
+    """Puts each table between its markers in the document."""
+    text = doc.read_text(encoding="utf-8")
+    for name, table in made.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{doc}: has {count} places for the table {name}.")
+    doc.write_text(text, encoding="utf-8")
+
+
+PARTS = {f.__name__: f for f in (tasks, rewards, prompts, fewshot, options)}
+
+
+def main() -> None:
+    """Reads the flags, runs the parts and writes the tables."""
+    parser = argparse.ArgumentParser(description="The evidence behind docs/adaptation.md.")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which parts to run")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of examples, at least 2")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the figures")
+    parser.add_argument("--doc", type=Path, help="document to write the tables into")
+    args = parser.parse_args()
+    commands.keep_compiled_programs()
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    chosen = [name for name in args.parts.split(",") if name]
+    study = functools.cache(lambda: Study(load(), args.seeds))
+    for name in chosen:
+        started = time.perf_counter()
+        results[name] = PARTS[name](study())
+        results[name]["minutes"] = round((time.perf_counter() - started) / 60, 1)
+        args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if args.doc:
+        write(args.doc, tables(results))
+
+
+if __name__ == "__main__":
+    main()

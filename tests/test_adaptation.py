@@ -1,0 +1,652 @@
+"""Adaptation: what is fitted and held back, searches in every space, rewards of populations.
+
+Also what the tests of ``adapt.py`` and of the expert library share: small configs, an adapter
+folder that looks like a trained run, and one policy for all of them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpocem_jax import (
+    adaptation,
+    checkpoints,
+    experts,
+    metrics,
+    policy,
+    rollouts,
+    searching,
+    training,
+)
+from grpocem_jax.adaptation import Text
+from grpocem_jax.config import parse_config
+from grpocem_jax.errors import InputError
+from grpocem_jax.tasks import TASKS, Example, SourceConfig, load_examples
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "cem.generations": 2,
+    "cem.population_size": 4,
+    "cem.elite_ratio": 0.5,
+    "generation.max_new_tokens": 4,
+}
+# With these and four prompts, the reward's programs are those of 8, 6 and 2 prompts.
+REWARD = {
+    "cem.fitness": "reward",
+    "cem.task": "qa",
+    "cem.samples": 2,
+    "cem.held_back": 0.5,
+}
+PROMPT = "Review: The soup was cold.\nSentiment:"
+OTHER = "Review: The soup was cold and bad.\nSentiment:"
+
+
+def get_config(**changes):
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict({**SMALL, **changes})
+    return config
+
+
+one_policy = functools.cache(policy.load_policy)
+
+
+@contextlib.contextmanager
+def cheap_programs():
+    """One policy for equal settings, so that programs are shared, and a quick compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (adaptation, training, experts):
+            patch.setattr(module, "load_policy", one_policy)
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def tiny_policy():
+    config = parse_config(get_config())
+    return one_policy(
+        config.model, config.adapter, stop=config.generation.stop, seed=config.seed
+    ), config
+
+
+def random_offsets(zero, seed=1, scale=0.05):
+    keys = jax.random.split(jax.random.key(seed), len(zero))
+    return {
+        name: scale * jax.random.normal(key, zero[name].shape)
+        for key, name in zip(keys, zero, strict=True)
+    }
+
+
+def write_run(folder, *, offsets=None, **adapter_config):
+    """A run directory with an adapter nobody trained."""
+    loaded, config = tiny_policy()
+    checkpoints.save_adapter(
+        folder / "adapter",
+        random_offsets(loaded.zero) if offsets is None else offsets,
+        {
+            "base_model": loaded.pretrained.source,
+            "base_sha256": loaded.pretrained.sha256(),
+            "type": "svf",
+            **dataclasses.asdict(config.adapter),
+            **adapter_config,
+        },
+        "An adapter for tests.",
+    )
+    (folder / "config.json").write_text(json.dumps(get_config().to_dict()))
+    return folder
+
+
+@functools.cache
+def question_examples(count=4):
+    """Built-in questions of one length in tokens, so that they make prompts of one shape."""
+    loaded, config = tiny_policy()
+
+    def length(text):
+        return len(loaded.tokenizer.encode(text, add_special_tokens=False))
+
+    drawn = load_examples(
+        TASKS["qa"],
+        SourceConfig(),
+        split="train",
+        count_tokens=length,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_samples=100,
+        seed=0,
+    )
+    by_length = {}
+    for example in drawn.examples:
+        by_length.setdefault(length(example.prompt), []).append(example)
+    return next(tuple(group[:count]) for group in by_length.values() if len(group) >= count)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_programs():
+    with cheap_programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    return adaptation.load_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def questions(run):
+    return rollouts.encode(run.policy, TASKS["qa"], question_examples())
+
+
+def cem(run, **changes):
+    return dataclasses.replace(run.config.cem, **changes)
+
+
+def reward_settings(run, **changes):
+    return cem(run, **{name.removeprefix("cem."): x for name, x in REWARD.items()} | changes)
+
+
+def stacked(*adapters):
+    return jax.tree.map(lambda *x: jnp.stack(x), *adapters)
+
+
+def distance(a, b):
+    return max(float(jnp.abs(a[name] - b[name]).max()) for name in b)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Runs
+
+
+def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(workdir):
+    run = adaptation.load_run(workdir)
+    result = adaptation.adapt(run, PROMPT)
+    (text,) = adaptation.complete(run, result.adapter, [PROMPT])
+    assert isinstance(text, str)
+    assert result.returned in ("mean", "start")
+    assert result.search.generations == 2
+    assert result.search.candidates == 8
+    # The settings came from the run's config.json, not from the defaults.
+    assert run.config == parse_config(get_config())
+
+
+def test_other_settings_may_be_given_than_the_runs_own(workdir):
+    run = adaptation.load_run(workdir, get_config(**{"cem.generations": 7}))
+    assert run.config.cem.generations == 7
+
+
+@pytest.mark.parametrize("method", ["cem", "gradient"])
+def test_adapting_changes_neither_the_model_nor_the_trained_adapter(run, method):
+    before = jax.tree.map(np.array, (run.policy.params, run.adapter))
+    result = adaptation.adapt(run, PROMPT, settings=cem(run, method=method, gate=False))
+    assert distance(result.adapter, run.adapter) > 0
+    assert_equal((run.policy.params, run.adapter), before)
+
+
+def test_an_adapted_vector_saved_and_loaded_again_is_equal(run, tmp_path):
+    result = adaptation.adapt(run, PROMPT, settings=cem(run, gate=False))
+    sha256 = run.policy.pretrained.sha256()
+    described = {"base_model": "builtin", "base_sha256": sha256}
+    checkpoints.save_adapter(tmp_path / "adapted", result.adapter, described, "")
+    again = checkpoints.load_adapter(tmp_path / "adapted", run.policy.zero, base_sha256=sha256)
+    assert_equal(again, result.adapter)
+
+
+def test_a_run_without_a_readable_config_is_named(run, tmp_path):
+    checkpoints.copy_adapter(write_run(tmp_path / "a") / "adapter", tmp_path / "b" / "adapter")
+    with pytest.raises(InputError, match=r"b/config\.json: cannot be read"):
+        adaptation.load_run(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text('{"seed": ')
+    with pytest.raises(InputError, match=r"b/config\.json: cannot be read"):
+        adaptation.load_run(tmp_path / "b")
+
+
+# Adapting to likelihood
+
+
+def test_the_same_key_gives_the_same_adapter_bit_for_bit_and_another_does_not(run):
+    settings = cem(run, gate=False)
+    first, again, other = (
+        adaptation.adapt(run, PROMPT, key=jax.random.key(seed), settings=settings).adapter
+        for seed in (3, 3, 4)
+    )
+    assert_equal(first, again)
+    assert distance(first, other) > 0
+
+
+def test_fitness_before_and_after_are_the_mean_likelihoods_of_the_text(run):
+    result = adaptation.adapt(run, PROMPT, settings=cem(run, gate=False))
+    both = stacked(run.adapter, result.adapter)
+    values = adaptation.log_likelihoods(run, both, [Text(PROMPT)] * 2, own_adapters=True)
+    np.testing.assert_allclose(values, [result.fitness_before, result.fitness_after], rtol=1e-5)
+
+
+def test_the_gradient_method_raises_the_likelihood(run):
+    settings = cem(run, method="gradient", gate=False)
+    result = adaptation.adapt(run, PROMPT, settings=settings)
+    assert result.fitness_after > result.fitness_before
+    assert result.search.candidates == 2
+    # Two steps of Adam.
+    assert distance(result.adapter, run.adapter) < 2.1 * settings.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("changes", "dimensions"),
+    [
+        ({"space": "experts"}, 8),
+        ({"space": "experts", "per_site": True}, 8),
+        ({"space": "subspace", "rank": 5}, 5),
+    ],
+)
+def test_a_search_in_a_space_of_experts_ends_in_that_space(run, changes, dimensions):
+    settings = cem(run, experts="builtin", gate=False, **changes)
+    space = adaptation.make_space(run.policy, run.adapter, settings)
+    result = adaptation.adapt(run, PROMPT, settings=settings)
+    move = jax.tree.map(lambda x, start: np.array(x - start), result.adapter, run.adapter)
+    assert distance(result.adapter, run.adapter) > 0
+    sites = list(move)
+    groups = [[site] for site in sites] if settings.per_site else [sites]
+    for group in groups:
+        basis = np.concatenate([np.array(space.basis[site]) for site in group], axis=1)
+        target = np.concatenate([move[site] for site in group])
+        assert len(basis) == dimensions
+        weights = np.linalg.lstsq(basis.T, target)[0]
+        np.testing.assert_allclose(weights @ basis, target, atol=1e-5)
+    if settings.per_site:
+        # One set of weights for all sites does not explain what was found.
+        basis = np.concatenate([np.array(space.basis[site]) for site in sites], axis=1)
+        target = np.concatenate([move[site] for site in sites])
+        residual = np.linalg.lstsq(basis.T, target)[0] @ basis - target
+        assert np.abs(residual).max() > 1e-3
+
+
+def test_a_space_of_experts_says_when_there_are_too_few_directions(run):
+    with pytest.raises(InputError, match=r"cem\.rank=400"):
+        adaptation.make_space(run.policy, run.adapter, cem(run, space="subspace", rank=400))
+
+
+def test_the_smallest_budget_is_one_generation(run):
+    result = adaptation.adapt(run, PROMPT, settings=cem(run, generations=3, budget_s=1e-9))
+    assert result.search.generations == 1
+    assert result.search.converged is False
+
+
+def test_a_second_prompt_of_another_length_in_the_bucket_compiles_nothing(run):
+    lengths = [len(adaptation.encode(run.policy, p, run.config.cem)[0]) for p in (PROMPT, OTHER)]
+    assert lengths[0] < lengths[1] <= run.config.cem.buckets[0]
+    adaptation.adapt(run, PROMPT)
+    clock = metrics.CompileClock.start()
+    adaptation.adapt(run, OTHER)
+    clock.stop()
+    assert clock.seconds == 0.0
+
+
+# The gate
+
+
+def test_three_tokens_are_too_few_for_the_gate_and_the_start_comes_back_with_a_note(run):
+    result = adaptation.adapt(run, "Review: The")
+    assert result.adapter is run.adapter
+    assert result.returned == "start"
+    assert result.search is None
+    assert "too few tokens" in result.note
+    assert result.fitness_after == result.fitness_before
+    summary = adaptation.summary(result)
+    assert summary["adapted"] is False
+    assert summary["generations"] == summary["candidates"] == 0
+    assert summary["note"] == result.note
+    json.dumps(summary, allow_nan=False)
+
+
+def test_a_gate_that_lets_nothing_pass_returns_the_start_bit_for_bit(run):
+    result = adaptation.adapt(run, PROMPT, settings=cem(run, gate_z=1e6))
+    assert result.returned == "start"
+    assert_equal(result.adapter, run.adapter)
+    assert result.fitness_after == result.fitness_before
+    assert adaptation.summary(result)["adapted"] is False
+    assert result.search.generations == 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("text", [Text(OTHER), Text(OTHER, " bad. The soup was cold and bad.")])
+def test_one_text_is_split_into_fitted_tokens_and_the_ones_after_them(run, text, share):
+    settings = cem(run, held_back=share)
+    tokens, scored = adaptation.encode(run.policy, text, settings)
+    parts = adaptation.hold_back([(tokens, scored)], settings)
+    count = int(np.ceil(share * scored.sum()))
+    if min(count, scored.sum() - count) < 2:
+        assert parts is None
+        return
+    fitted, held = parts = [type(part)(*map(np.array, part)) for part in parts]
+    assert fitted.tokens.shape == held.tokens.shape == (1, 16 if len(tokens) <= 16 else 32)
+    fitted_places, held_places = (np.flatnonzero(part.scored[0]) for part in parts)
+    assert fitted_places.max() < held_places.min()
+    np.testing.assert_array_equal(
+        np.concatenate([fitted_places, held_places]), np.flatnonzero(scored)
+    )
+    assert len(held_places) == count
+    # What is held back is not shown to the search, and is judged after all that comes before it.
+    assert int(fitted.mask[0].sum()) == held_places.min()
+    np.testing.assert_array_equal(fitted.tokens[0][fitted.mask[0]], tokens[: held_places.min()])
+    np.testing.assert_array_equal(held.tokens[0][held.mask[0]], tokens)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.95])
+def test_several_texts_are_split_into_disjoint_texts(run, share):
+    texts = [Text(f"{OTHER} Cold {word}", " and bad") for word in "soup tea milk rice".split()]
+    settings = cem(run, held_back=share)
+    encoded = [adaptation.encode(run.policy, text, settings) for text in texts]
+    fitted, held = adaptation.hold_back(encoded, settings)
+    assert len(fitted.tokens) + len(held.tokens) == 4
+    assert min(len(fitted.tokens), len(held.tokens)) >= 1
+    assert len(held.tokens) == min(max(1, round(4 * share)), 3)
+    rows = rows_of(held) + rows_of(fitted)
+    assert rows == rows_of(adaptation.batch(encoded, settings))
+    assert len(set(rows)) == 4
+
+
+def rows_of(batch):
+    """Each text of a batch as something that compares."""
+    return [np.stack(row).tobytes() for row in zip(*map(np.array, batch), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("", "prompt is empty"),
+        (" \n ", "prompt is empty"),
+        (Text("", " completion"), "prompt is empty"),
+        ("Review", "one token"),
+        (PROMPT * 20, "longer than the limit of 127"),
+    ],
+)
+def test_a_text_that_cannot_be_adapted_to_is_refused(run, text, fragment):
+    with pytest.raises(InputError, match=fragment):
+        adaptation.adapt(run, [PROMPT, text])
+
+
+def test_only_a_completion_counts_where_there_is_one(run):
+    tokens, scored = adaptation.encode(run.policy, Text(PROMPT, " negative"), run.config.cem)
+    np.testing.assert_array_equal(scored, [False] * (len(tokens) - 1) + [True])
+    tokens, scored = adaptation.encode(run.policy, PROMPT, run.config.cem)
+    np.testing.assert_array_equal(scored, [False] + [True] * (len(tokens) - 1))
+
+
+def test_likelihoods_under_own_adapters_are_those_of_one_call_for_each_text(run):
+    # More texts than a batch holds, and not a multiple of it.
+    texts = [Text(PROMPT), Text(OTHER), Text(PROMPT, " positive")] * 6
+    adapters = [random_offsets(run.policy.zero, seed) for seed in range(3)] * 6
+    together = adaptation.log_likelihoods(run, stacked(*adapters), texts, own_adapters=True)
+    assert together.shape == (18,)
+    for row in range(3):
+        alone = adaptation.log_likelihoods(run, adapters[row], [texts[row]])
+        np.testing.assert_allclose(together[row::3], alone[0], rtol=1e-5)
+    assert len({round(float(x), 4) for x in together}) == 3
+
+
+# Completions
+
+
+def test_a_completion_is_the_most_probable_token_after_the_other_each_time_the_same(run):
+    model, params = run.policy.model, run.policy.params
+    prompt, _ = adaptation.encode(run.policy, PROMPT, run.config.cem)
+    end_ids = np.array(run.policy.end_ids).tolist()
+
+    @jax.jit
+    def best(tokens, length):
+        hidden = model.forward(params, run.adapter, tokens, jnp.arange(16) < length)
+        return jnp.argmax(model.logits(params, hidden[length - 1]))
+
+    tokens = prompt.tolist()
+    for _ in range(4):
+        padded = np.array(tokens + [0] * (16 - len(tokens)), np.int32)
+        token = int(best(padded, len(tokens)))
+        if token in end_ids:
+            break
+        tokens.append(token)
+    expected = run.policy.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
+    hot = run._replace(
+        config=dataclasses.replace(
+            run.config, generation=dataclasses.replace(run.config.generation, temperature=50.0)
+        )
+    )
+    for one in (run, run, hot):
+        assert adaptation.complete(one, run.adapter, [PROMPT]) == [expected]
+
+
+def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused(run):
+    long = run.policy.tokenizer.decode(
+        adaptation.encode(run.policy, PROMPT, run.config.cem)[0].tolist() * 12 + [5] * 6
+    )
+    with pytest.raises(InputError, match="=4 of a context of 128 allow 124"):
+        adaptation.complete(run, run.adapter, [long])
+
+
+def captured_shape(monkeypatch, call):
+    """The shape of the padded prompts that a call generates from."""
+
+    class Generated(Exception):  # noqa: N818
+        pass
+
+    def generate(policy, adapter, prompts, *args, **kwargs):
+        raise Generated(prompts.tokens.shape)
+
+    monkeypatch.setattr(rollouts, "generate", generate)
+    with pytest.raises(Generated) as caught:
+        call()
+    return caught.value.args[0]
+
+
+def test_completions_are_padded_to_a_bucket_so_that_lengths_share_a_program(run, monkeypatch):
+    shape = captured_shape(monkeypatch, lambda: adaptation.complete(run, run.adapter, [PROMPT]))
+    assert shape == (1, 16)
+
+
+def test_prompts_of_a_population_are_padded_to_a_bucket(run, questions, monkeypatch):
+    shape = captured_shape(
+        monkeypatch, lambda: rewards_of(run, stacked(run.adapter), questions[:2], buckets=(64,))
+    )
+    assert shape == (2, 64)
+
+
+# Rewards
+
+
+def rewards_of(run, adapters, items, key=None, **options):
+    key = jax.random.key(5) if key is None else key
+    options = {"num_samples": 2, "buckets": run.config.cem.buckets, **options}
+    return rollouts.population_rewards(
+        run.policy, adapters, items, key, run.config.generation, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def by_words():
+    """A task whose reward tells completions apart, which few of the real ones would here."""
+
+    def words(prompts, completions, **columns):
+        return [hash_of(text) for text in completions]
+
+    def hash_of(text):
+        return sum(map(ord, text)) % 1000 / 1000
+
+    return dataclasses.replace(TASKS["qa"], reward=words)
+
+
+@pytest.fixture(scope="module")
+def population(run):
+    return [random_offsets(run.policy.zero, seed, scale=0.5) for seed in range(4)]
+
+
+def test_a_population_gets_the_rewards_of_one_call_for_each_candidate(
+    run, questions, population, by_words
+):
+    items = [item._replace(task=by_words) for item in questions[:2]]
+    together = rewards_of(run, stacked(*population), items)
+    assert together.shape == (4, 2)
+    alone = [rewards_of(run, stacked(candidate), items)[0] for candidate in population]
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+    assert len(np.unique(together, axis=0)) > 2
+    # Common random numbers: a candidate that occurs twice is worth the same both times.
+    twice = rewards_of(run, stacked(*population[:2], *population[:2]), items)
+    np.testing.assert_array_equal(twice[:2], twice[2:])
+
+
+def test_a_population_in_chunks_gets_the_rewards_of_one_in_a_piece(
+    run, questions, population, by_words
+):
+    items = [item._replace(task=by_words) for item in questions[:2]]
+    for common in (True, False):
+        whole, chunked = (
+            rewards_of(run, stacked(*population), items, chunk=chunk, common_random_numbers=common)
+            for chunk in (0, 3)
+        )
+        np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+
+
+def test_without_common_random_numbers_equal_candidates_differ(run, questions, by_words):
+    items = [item._replace(task=by_words) for item in questions[:2]]
+    rewards = rewards_of(run, stacked(*[run.adapter] * 4), items, common_random_numbers=False)
+    assert len(np.unique(rewards, axis=0)) > 1
+
+
+def test_samples_under_own_adapters_are_those_of_one_call_for_each_adapter(
+    run, questions, population
+):
+    prompts = rollouts.pad([item.tokens for item in questions[:2]], len(questions[0].tokens))
+    keys = jax.random.split(jax.random.key(5), 8)
+
+    def draw(adapter, prompts, keys, **options):
+        generation = run.config.generation
+        options |= {"num_samples": 2, "temperature": 0.9}
+        return rollouts.generate(run.policy, adapter, prompts, keys, generation, **options)
+
+    own = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), stacked(*population))
+    tiled = rollouts.Prompts(*(np.tile(x, (4, 1)) for x in prompts))
+    together = draw(own, tiled, keys, own_adapters=True)
+    for number, adapter in enumerate(population):
+        rows = slice(2 * number, 2 * number + 2)
+        alone = draw(adapter, prompts, keys[rows])
+        np.testing.assert_array_equal(together.tokens[rows], alone.tokens)
+        np.testing.assert_array_equal(together.mask[rows], alone.mask)
+        np.testing.assert_allclose(together.logps[rows], alone.logps, atol=1e-5)
+        np.testing.assert_allclose(together.entropies[rows], alone.entropies, atol=1e-5)
+    # The adapters do make a difference.
+    other = draw(population[0], prompts, keys[2:4])
+    assert not np.allclose(together.logps[2:4], other.logps, atol=1e-3)
+
+
+def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
+    run, questions, by_words
+):
+    items = [item._replace(task=by_words) for item in questions]
+    key, seen = jax.random.key(8), []
+    settings = reward_settings(run, gate_z=0.0)
+    before = jax.tree.map(np.array, run.adapter)
+    result = adaptation.adapt_to_reward(
+        run, items, key=key, settings=settings, on_chunk=lambda done, history: seen.append(done)
+    )
+    rewards = rewards_of(run, stacked(run.adapter, result.adapter), items, key).mean(-1)
+    assert result.fitness_before == pytest.approx(rewards[0], rel=1e-6)
+    assert result.fitness_after == pytest.approx(rewards[1], rel=1e-6)
+    assert_equal(run.adapter, before)
+    found = result.search
+    assert seen == [1, 2]
+    assert found.generations == 2
+    assert found.candidates == 8
+    assert result.returned in ("mean", "start")
+    assert (found.held_back_gain > 0) == (result.returned == "mean")
+    assert np.all(found.history.best >= found.history.mean)
+    if result.returned == "start":
+        assert_equal(result.adapter, run.adapter)
+
+
+def test_a_gate_on_rewards_that_lets_nothing_pass_returns_the_start(run, questions):
+    result = adaptation.adapt_to_reward(
+        run, questions, settings=reward_settings(run, gate_z=1e6, generations=1)
+    )
+    assert result.returned == "start"
+    assert_equal(result.adapter, run.adapter)
+    assert result.fitness_after == result.fitness_before
+
+
+@pytest.fixture(scope="module")
+def warm(run):
+    """Settings whose reward search cannot move: what moves the adapter is the warm start."""
+    return reward_settings(
+        run, warm_start=True, learning_rate=0.05, noise_std=1e-6, gate_z=0.0, generations=3
+    )
+
+
+def test_several_texts_are_adapted_to_together(run, questions, warm):
+    texts = [Text(i.example.prompt, i.task.completion(i.example)) for i in questions]
+    settings = dataclasses.replace(warm, method="gradient")
+    result = adaptation.adapt(run, texts, settings=settings)
+    scored = np.array([adaptation.encode(run.policy, text, settings)[1].sum() for text in texts])
+    values = adaptation.log_likelihoods(run, run.adapter, texts)
+    assert result.fitness_before == pytest.approx(float(values @ scored / scored.sum()), rel=1e-5)
+    assert result.fitness_after > result.fitness_before
+
+
+def test_a_warm_start_begins_where_the_likelihood_of_the_references_leads(run, questions, warm):
+    result = adaptation.adapt_to_reward(run, questions, settings=warm)
+    assert distance(result.adapter, run.adapter) > 0.01
+    assert np.isfinite([result.fitness_before, result.fitness_after]).all()
+
+
+def test_a_warm_start_counts_when_the_space_is_given_as_adapt_py_does(run, questions, warm):
+    space = adaptation.make_space(run.policy, run.adapter, warm)
+    result = adaptation.adapt_to_reward(run, questions, settings=warm, space=space)
+    assert distance(result.adapter, run.adapter) > 0.01
+
+
+def test_a_reward_has_no_gradient(run, questions):
+    settings = reward_settings(run, method="gradient")
+    with pytest.raises(InputError, match="a reward has no gradient"):
+        adaptation.adapt_to_reward(run, questions, settings=settings)
+
+
+def test_the_gate_needs_two_prompts(run, questions):
+    with pytest.raises(InputError, match="1 prompts to adapt to"):
+        adaptation.adapt_to_reward(run, questions[:1], settings=reward_settings(run))
+
+
+def no_search(*args, **kwargs):
+    raise AssertionError("searched")
+
+
+def test_a_prompt_of_a_task_that_leaves_no_room_is_refused(run, questions, monkeypatch):
+    monkeypatch.setattr(searching, "search_on_host", no_search)
+    example = questions[0].example
+    long = Example(example.prompt * 8, example.columns)
+    items = rollouts.encode(run.policy, TASKS["qa"], [long, long])
+    with pytest.raises(InputError):
+        adaptation.adapt_to_reward(run, items, settings=reward_settings(run))
+
+
+def test_a_large_share_held_back_leaves_a_prompt_to_search_with(run, questions, monkeypatch):
+    class Searched(Exception):  # noqa: N818
+        pass
+
+    def search(*args, **kwargs):
+        raise Searched
+
+    monkeypatch.setattr(searching, "search_on_host", search)
+    with pytest.raises(Searched):
+        adaptation.adapt_to_reward(run, questions[:2], settings=reward_settings(run, held_back=0.9))

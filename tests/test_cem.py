@@ -1,0 +1,402 @@
+"""The Cross-Entropy Method: its update by hand, ties, NaN, options, and that it finds optima."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpocem_jax.cem import CEM, GradientAscent
+from grpocem_jax.errors import InputError
+
+KEY = jax.random.key(0)
+KEYS = jax.random.split(jax.random.key(1), 3)
+NAN = float("nan")
+# The settings are static, so these are one program for each kind of them.
+ask = jax.jit(CEM.ask, static_argnums=0)
+tell = jax.jit(CEM.tell, static_argnums=0)
+step = jax.jit(CEM.step, static_argnums=(0, 3, 4))
+
+
+def method(population=4, elites=2, **options):
+    options = {"momentum": 0.0, "noise_std": 0.5, **options}
+    return CEM(population_size=population, elite_ratio=elites / population, **options)
+
+
+def told(settings, candidates, fitness, start=0.0):
+    """The state after one generation on the line."""
+    state = settings.init(jnp.array([start]))
+    return tell(settings, state, jnp.array(candidates)[:, None], jnp.array(fitness))
+
+
+def close(x, y, tolerance=1e-6):
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
+def same(x, y):
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def sphere(point, key):
+    del key
+    return -jnp.sum(point**2)
+
+
+def noisy(point, key):
+    return sphere(point, key) + drawn(point, key)
+
+
+def drawn(point, key):
+    del point
+    return jax.random.uniform(key)
+
+
+# One generation by hand.
+
+
+def test_mean_and_deviation_move_by_equations_8_and_9():
+    # The elites are 4 and 2: mean 3, deviation 1 (with ddof 1 it would be 1.414); the losers 0 and
+    # 10 have mean 5.
+    state = told(method(momentum=0.3), [0.0, 4.0, 2.0, 10.0], [1.0, 3.0, 2.0, -5.0], start=1.0)
+    close(state.mean, [0.3 * 1 + 0.7 * 3])  # 2.4; were 0.3 the weight of the new value, 1.6
+    close(state.std, [0.3 * 0.5 + 0.7 * 1])  # 0.85; likewise 0.65, with ddof 1 1.14
+    close(state.best, [4.0])
+    assert float(state.best_fitness) == 3.0
+    assert int(state.generation) == 1
+    close(state.change, 2.4 - 1.0)
+    close(state.start, [1.0])
+
+
+def test_deviation_has_a_momentum_of_its_own():
+    settings = method(momentum=0.3, std_momentum=0.9)
+    state = told(settings, [0.0, 4.0, 2.0, 10.0], [1.0, 3.0, 2.0, -5.0], start=1.0)
+    close(state.mean, [2.4])
+    close(state.std, [0.9 * 0.5 + 0.1 * 1])
+
+
+def test_with_momentum_1_the_distribution_never_moves_and_best_is_random_search():
+    settings = method(population=50, elites=10, momentum=1.0)
+    state = settings.init(jnp.full(3, 2.0))
+    seen = []
+    for key in KEYS:
+        state, fitness = step(settings, key, state, sphere)
+        seen.append(float(fitness.max()))
+        assert float(state.change) == 0
+    same((state.mean, state.std), (np.full(3, 2.0), np.full(3, 0.5)))
+    assert float(state.best_fitness) == max(seen)
+    close(-np.sum(np.asarray(state.best) ** 2), max(seen))
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+def test_candidates_that_tie_with_the_last_elite_share_its_place_in_any_order(order):
+    candidates, fitness = np.array([0.0, 2.0, 6.0, 9.0]), np.array([5.0, 3.0, 3.0, 1.0])
+    state = told(method(), candidates[list(order)], fitness[list(order)])
+    # Weights 1, 1/2, 1/2, 0. The first of the tied as an elite would give 1 or 3, all of them 8/3.
+    close(state.mean, [(0 + 2 / 2 + 6 / 2) / 2])
+    close(state.std, [((4 + 0 / 2 + 16 / 2) / 2) ** 0.5])
+    close(state.best, [0.0])
+
+
+def test_with_all_fitness_equal_the_mean_is_that_of_the_population():
+    settings = method(population=400, elites=40, momentum=0.0)
+    state = settings.init(jnp.zeros(5))
+    candidates = ask(settings, KEY, state)
+    after = tell(settings, state, candidates, jnp.full(400, 7.0))
+    close(after.mean, np.asarray(candidates).mean(0), 1e-5)
+    close(after.std, np.asarray(candidates).std(0), 1e-5)
+    # Four standard errors of 0.5 / sqrt(400); 40 elites by order would have those of sqrt(40).
+    assert float(jnp.abs(after.mean).max()) < 4 * 0.5 / 20
+
+
+def test_nan_counts_as_minus_infinity_and_never_is_an_elite():
+    # Three elites, but only 2 and 6 have a fitness; 100 must not come in.
+    state = told(method(elites=3), [100.0, 2.0, 6.0, 100.0], [NAN, 1.0, 2.0, -jnp.inf])
+    close(state.mean, [4.0])
+    close(state.std, [2.0])
+    close(state.best, [6.0])
+    assert float(state.best_fitness) == 2.0
+
+
+@pytest.mark.parametrize("nothing", [NAN, -float("inf")])
+def test_a_generation_without_any_fitness_leaves_mean_and_deviation(nothing):
+    settings = method(momentum=0.3)
+    first = told(settings, [0.0, 4.0, 2.0, 10.0], [1.0, 3.0, 2.0, -5.0], start=1.0)
+    state = tell(settings, first, ask(settings, KEY, first), jnp.full(4, nothing))
+    same((state.mean, state.std, state.best), (first.mean, first.std, first.best))
+    assert float(state.best_fitness) == 3.0
+    assert int(state.generation) == 2
+    empty = told(settings, [1.0, 2.0, 3.0, 4.0], [nothing] * 4, start=1.0)
+    same(empty.best, [1.0])
+    assert float(empty.best_fitness) == -np.inf
+
+
+def test_one_elite_has_no_deviation_and_min_std_is_a_floor():
+    fitness = [1.0, 3.0, 2.0, 0.0]
+    state = told(method(elites=1), [0.0, 4.0, 2.0, 10.0], fitness)
+    same((state.mean, state.std), ([4.0], [0.0]))
+    floored = told(method(elites=1, min_std=0.2), [0.0, 4.0, 2.0, 10.0], fitness)
+    close(floored.std, [0.2])
+    # The floor holds the mix of old and new, not the spread of the elites: 0.5 * 0.5 + 0.5 * 0.
+    mixed = told(method(elites=1, momentum=0.5, min_std=0.2), [0.0, 4.0, 2.0, 10.0], fitness)
+    close(mixed.std, [0.25])
+
+
+def test_best_is_the_best_ever_and_not_of_the_last_generation():
+    settings = method()
+    state = told(settings, [0.0, 4.0, 2.0, 10.0], [1.0, 3.0, 2.0, -5.0])
+    worse = tell(settings, state, jnp.arange(4.0)[:, None], jnp.array([2.5, 0.0, 0.0, 0.0]))
+    close(worse.best, [4.0])
+    assert float(worse.best_fitness) == 3.0
+    better = tell(settings, worse, jnp.arange(4.0)[:, None], jnp.array([0.0, 0.0, 0.0, 3.5]))
+    close(better.best, [3.0])
+    assert float(better.best_fitness) == 3.5
+
+
+def test_the_anchor_takes_the_squared_distance_from_the_start_off_the_fitness():
+    settings = method(population=2, elites=1, anchor=0.2)
+    # The mean has left the start, 4, for 0: neither the mean nor the origin may be the anchor.
+    state = settings.init(jnp.array([4.0]))._replace(mean=jnp.array([0.0]))
+    state = tell(settings, state, jnp.array([[5.0], [1.0]]), jnp.array([0.0, 1.0]))
+    # 0 - 0.2 * 1^2 > 1 - 0.2 * 3^2. From 0 it would be -5 < 0.8; not squared, -0.2 < 0.4.
+    close(state.best, [5.0])
+    close(state.mean, [5.0])
+    close(state.best_fitness, -0.2)
+    free = told(method(population=2, elites=1), [5.0, 1.0], [0.0, 1.0], start=4.0)
+    close(free.best, [1.0])
+
+
+def test_the_anchor_sums_over_all_arrays_of_a_point():
+    settings = method(population=2, elites=1, anchor=1.0)
+    state = settings.init({"a": jnp.zeros(2), "b": jnp.zeros(())})
+    candidates = {"a": jnp.array([[1.0, 2.0], [9.0, 9.0]]), "b": jnp.array([3.0, 9.0])}
+    state = tell(settings, state, candidates, jnp.array([20.0, 20.0]))
+    close(state.best_fitness, 20 - (1 + 4 + 9))
+
+
+# Asking.
+
+
+def test_candidates_have_the_mean_and_deviation_of_the_state():
+    settings = method(population=20_000, elites=1)
+    state = settings.init(jnp.array([1.0, -3.0]))._replace(std=jnp.array([0.1, 2.0]))
+    candidates = np.asarray(ask(settings, KEY, state))
+    # Five standard errors.
+    assert np.all(np.abs(candidates.mean(0) - [1, -3]) < 5 * np.array([0.1, 2.0]) / 20_000**0.5)
+    assert np.all(np.abs(candidates.std(0) / [0.1, 2.0] - 1) < 5 / 40_000**0.5)
+    assert abs(np.corrcoef(candidates.T)[0, 1]) < 5 / 20_000**0.5
+
+
+def test_mirrored_candidates_sum_to_twice_the_mean_in_pairs():
+    population = 7  # the last pair lacks its second
+    settings = method(population=population, mirrored=True)
+    state = settings.init({"a": jnp.array([1.0, -2.0]), "b": jnp.float32(5.0)})
+    candidates = ask(settings, KEY, state)
+    drawn = (population + 1) // 2
+    for name, mean in state.mean.items():
+        x = np.asarray(candidates[name])
+        pairs = population - drawn
+        close(x[:pairs] + x[drawn:], np.broadcast_to(2 * np.asarray(mean), x[:pairs].shape), 1e-5)
+        assert len(x) == population
+        assert len(np.unique(x)) == x.size
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_mean_itself_is_the_first_candidate_where_asked_for(mirrored):
+    state = method().init(jnp.array([1.0, -2.0]))
+    candidates = ask(method(evaluate_mean=True, mirrored=mirrored), KEY, state)
+    same(candidates[0], state.mean)
+    assert np.all(np.asarray(candidates[1:]) != np.asarray(state.mean))
+    assert bool(jnp.all(ask(method(mirrored=mirrored), KEY, state) != state.mean[None]))
+
+
+def test_the_same_key_gives_the_same_candidates_and_arrays_of_a_point_differ():
+    state = method().init({"a": jnp.zeros(3), "b": jnp.zeros(3)})
+    first, again = (ask(method(), KEY, state) for _ in range(2))
+    same(first, again)
+    assert bool(jnp.all(first["a"] != first["b"]))
+    other = ask(method(), KEYS[0], state)
+    assert bool(jnp.all(first["a"] != other["a"]))
+
+
+def test_nested_points_keep_shapes_and_dtypes_through_a_generation():
+    start = {
+        "site": {"down": jnp.ones((2, 3), jnp.float16), "up": jnp.zeros(4)},
+        "list": [jnp.float32(2.0)],
+    }
+    settings = method(population=6, elites=3, momentum=0.3, min_std=0.01, anchor=0.1, mirrored=True)
+    state = settings.init(start)
+    candidates = ask(settings, KEY, state)
+    for x, leaf in zip(jax.tree.leaves(candidates), jax.tree.leaves(start), strict=True):
+        assert (x.shape, x.dtype) == ((6, *leaf.shape), leaf.dtype)
+    after = tell(settings, state, candidates, jnp.arange(6.0))
+    described = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    assert described(after) == described(state)
+    # The elites are the last three.
+    up = np.asarray(candidates["site"]["up"])[3:]
+    close(after.mean["site"]["up"], 0.7 * up.mean(0))
+    close(after.std["site"]["up"], 0.3 * 0.5 + 0.7 * up.std(0))
+    moved = jax.tree.leaves(jax.tree.map(np.subtract, after.mean, state.mean))
+    close(after.change, sum(np.sum(np.float32(x) ** 2) for x in moved) ** 0.5, 2e-3)
+
+
+# A whole generation, and the end.
+
+
+@pytest.mark.parametrize(("common", "different"), [(True, 1), (False, 6)])
+def test_random_numbers_of_the_fitness_are_common_to_all_candidates_or_not(common, different):
+    settings = method(population=6, common_random_numbers=common)
+    state = settings.init(jnp.zeros(2))
+    _, scores = step(settings, KEY, state, drawn)
+    assert len(np.unique(scores)) == different
+    _, later = step(settings, KEYS[0], state, drawn)
+    assert not set(np.asarray(scores).tolist()) & set(np.asarray(later).tolist())
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_candidates_scored_in_chunks_give_the_result_of_all_at_once(chunk):
+    settings = method(population=10, elites=3, common_random_numbers=False)
+
+    state = settings.init(jnp.ones(3))
+    whole, parts = (step(settings, KEY, state, noisy, size) for size in (0, chunk))
+    jax.tree.map(close, parts, whole)
+    assert parts[1].shape == (10,)
+
+
+def test_step_is_ask_score_and_tell():
+    settings = method(population=10, elites=3)
+    state, scores = step(settings, KEY, settings.init(jnp.ones(3)), sphere)
+    candidates = ask(settings, jax.random.split(KEY)[0], settings.init(jnp.ones(3)))
+    close(scores, -np.sum(np.asarray(candidates) ** 2, -1))
+    close(state.mean, np.asarray(candidates)[np.argsort(scores)[-3:]].mean(0))
+    again, _ = step(settings, KEY, settings.init(jnp.ones(3)), sphere)
+    same(again, state)
+
+
+def test_the_search_has_converged_when_the_mean_moves_by_less_than_the_threshold():
+    # The elites 4 and 2 move the mean from 1 to 3, by 2.
+    generation = ([0.0, 4.0, 2.0, 10.0], [1.0, 3.0, 2.0, -5.0], 1.0)
+    for threshold, converged in ((2.1, True), (2.0, False), (0.0, False)):
+        settings = method(threshold=threshold)
+        assert bool(settings.converged(told(settings, *generation))) == converged
+        assert not bool(settings.converged(settings.init(jnp.zeros(1))))
+
+
+# Optima, in a stated number of evaluations.
+
+DIMENSIONS = 32
+CONDITION = 100.0
+SCALE = CONDITION ** (np.arange(DIMENSIONS) / (DIMENSIONS - 1))
+SHIFT = np.where(np.arange(DIMENSIONS) % 2, -1.0, 1.0)
+
+
+def ellipsoid(point, key):
+    del key
+    return -jnp.sum(jnp.asarray(SCALE) * (point - jnp.asarray(SHIFT)) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("fitness", "start", "optimum"),
+    [(sphere, np.ones(DIMENSIONS), np.zeros(DIMENSIONS)), (ellipsoid, 0 * SHIFT, SHIFT)],
+)
+def test_cem_reaches_the_optimum_of_32_dimensions_in_12_000_evaluations(fitness, start, optimum):
+    settings = CEM(
+        population_size=100, elite_ratio=0.2, noise_std=1.0, momentum=0.0, std_momentum=0.7
+    )
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        def generation(i, state):
+            return step(settings, jax.random.fold_in(key, i), state, fitness)[0]
+
+        return jax.lax.fori_loop(0, 120, generation, settings.init(jnp.float32(start)))
+
+    state = run(KEYS)
+    # At the start it is -32 and about -700.
+    assert float(fitness(jnp.float32(start), None)) < -31.9
+    for mean, best_fitness in zip(state.mean, state.best_fitness, strict=True):
+        close(mean, optimum, 0.02)
+        assert float(fitness(mean, None)) > -1e-3
+        assert float(best_fitness) > -1e-3
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("population_size", {"population_size": 1}),
+        ("elite_ratio", {"elite_ratio": 0.0}),
+        ("elite_ratio", {"elite_ratio": 1.1}),
+        ("elite_ratio", {"elite_ratio": 0.09, "population_size": 10}),
+        ("noise_std", {"noise_std": -0.1}),
+        ("noise_std", {"noise_std": 0.0}),
+        ("momentum", {"momentum": 1.5}),
+        ("momentum", {"momentum": -0.1}),
+        ("min_std", {"min_std": -0.1}),
+        ("anchor", {"anchor": -0.1}),
+        ("threshold", {"threshold": -1.0}),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(field, options):
+    with pytest.raises(InputError, match=rf"^cem\.{field}={options[field]}[^\n]*\.$"):
+        CEM(**options)
+
+
+@pytest.mark.parametrize("momentum", [1.5, -0.1])
+def test_a_momentum_of_the_deviation_out_of_range_is_refused(momentum):
+    with pytest.raises(InputError, match=r"^cem\.[^\n]*\.$"):
+        CEM(std_momentum=momentum)
+
+
+@pytest.mark.parametrize(
+    ("population", "ratio", "elites"),
+    [(100, 0.3, 30), (100, 0.29, 29), (10, 0.1, 1), (10, 0.99, 9), (7, 1.0, 7)],
+)
+def test_the_number_of_elites_is_rounded_down(population, ratio, elites):
+    # In float64 0.29 * 100 is 28.999999999999996.
+    assert CEM(population_size=population, elite_ratio=ratio).num_elites == elites
+
+
+def test_equal_settings_are_one_static_argument():
+    assert method(anchor=0.1) == method(anchor=0.1)
+    assert hash(method(anchor=0.1)) == hash(method(anchor=0.1))
+    assert method(anchor=0.1) != method(anchor=0.2)
+
+
+# The gradient.
+
+
+def test_gradient_ascent_maximises_a_quadratic():
+    target = jnp.array([1.0, -2.0, 0.5])
+    settings = GradientAscent(learning_rate=0.1)
+    start = jnp.zeros(3)
+
+    @jax.jit
+    def up(state):
+        return settings.step(KEY, state, lambda point, key: -jnp.sum((point - target) ** 2))
+
+    state = settings.init(start)
+    state, scores = up(state)
+    # The fitness is that of the point left; Adam's first step is the learning rate, uphill.
+    close(scores, [-(1 + 4 + 0.25)])
+    close(state.mean, [0.1, -0.1, 0.1], 1e-5)
+    close(state.change, 0.1 * 3**0.5, 1e-5)
+    same(state.best, start)
+    assert int(state.generation) == 1
+    for _ in range(149):
+        state, scores = up(state)
+    close(state.mean, target, 0.02)
+    assert -1e-2 < float(state.best_fitness) <= 0
+    assert float(state.best_fitness) >= float(scores[0])
+    close(-jnp.sum((state.best - target) ** 2), state.best_fitness)
+    assert not bool(settings.converged(state))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, NAN])
+def test_a_learning_rate_that_is_not_above_0_is_refused(rate):
+    with pytest.raises(InputError, match=rf"^cem\.learning_rate={rate}[^\n]*\.$"):
+        GradientAscent(learning_rate=rate)

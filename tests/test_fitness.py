@@ -1,0 +1,166 @@
+"""The likelihood of texts, and a population of adapters against one merged model at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpocem_jax import fitness
+from grpocem_jax.adapters import base as adapters
+from grpocem_jax.adapters import spaces
+from grpocem_jax.fitness import Texts
+
+KEY = jax.random.key(0)
+LENGTHS = (12, 7, 9)
+POPULATION = 6
+
+
+def texts(padded=12, filler=0):
+    """Three texts of their lengths; of each the last four tokens count, and one in between."""
+    rng = np.random.default_rng(0)
+    tokens = np.full((len(LENGTHS), padded), filler, np.int32)
+    mask, scored = (np.zeros(tokens.shape, bool) for _ in range(2))
+    for row, length in enumerate(LENGTHS):
+        tokens[row, :length] = rng.integers(0, 61, length)
+        mask[row, :length] = True
+        scored[row, [2, *range(length - 4, length)]] = True
+    return Texts(*map(jnp.asarray, (tokens, mask, scored)))
+
+
+@jax.jit
+def measure(likelihood, adapter, batch):
+    return likelihood(adapter, batch, KEY), *likelihood.scores(adapter, batch, KEY)
+
+
+@pytest.fixture(scope="module")
+def likelihood(tiny):
+    return fitness.Likelihood(tiny.factored, tiny.model)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    """Log-likelihood in float64 of each token but the first of the unpadded texts."""
+    forward = jax.jit(tiny.model.forward)
+    found = []
+    for row, length in zip(texts().tokens, LENGTHS, strict=True):
+        hidden = forward(tiny.factored, tiny.adapted(), row[:length], jnp.ones(length, bool))
+        logits = np.asarray(tiny.model.logits(tiny.factored, hidden), np.float64)[:-1]
+        peak = logits.max(-1, keepdims=True)
+        logps = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+        found.append(logps[np.arange(length - 1), np.asarray(row[1:length])])
+    return found
+
+
+def of_scored(batch, reference):
+    """The reference's log-likelihoods of the tokens that count."""
+    scored = [np.asarray(row)[1:length] for row, length in zip(batch.scored, LENGTHS, strict=True)]
+    return np.concatenate([x[s] for x, s in zip(reference, scored, strict=True)])
+
+
+def test_it_is_the_mean_log_softmax_of_the_scored_tokens_of_unpadded_texts(
+    tiny, likelihood, reference
+):
+    batch = texts()
+    value, logps, scored = measure(likelihood, tiny.adapted(), batch)
+    expected = of_scored(batch, reference)
+    assert len(expected) == 3 * 5
+    np.testing.assert_allclose(value, expected.mean(), atol=2e-5)
+    np.testing.assert_allclose(np.asarray(logps)[np.asarray(scored)], expected, atol=5e-5)
+    # Neither the mean of the texts' sums nor that of all tokens.
+    assert abs(value - np.concatenate(reference).mean()) > 1e-2
+
+
+@pytest.mark.parametrize(("padded", "filler"), [(12, 5), (17, 0)])
+def test_padding_does_not_matter(tiny, likelihood, padded, filler):
+    expected, _, _ = measure(likelihood, tiny.adapted(), texts())
+    batch = texts(padded, filler)
+    value, _, scored = measure(likelihood, tiny.adapted(), batch)
+    np.testing.assert_allclose(value, expected, atol=1e-5)
+    # Nor does a mark on padding.
+    marked = batch._replace(scored=batch.scored | ~batch.mask)
+    again, _, same = measure(likelihood, tiny.adapted(), marked)
+    np.testing.assert_array_equal(again, value)
+    np.testing.assert_array_equal(same, scored)
+
+
+def test_only_scored_tokens_count_and_the_first_of_a_text_never_does(tiny, likelihood, reference):
+    batch = texts()
+    first = batch._replace(scored=batch.scored.at[:, 0].set(True))
+    value, _, _ = measure(likelihood, tiny.adapted(), batch)
+    np.testing.assert_array_equal(measure(likelihood, tiny.adapted(), first)[0], value)
+    # One token of the second text alone.
+    marks = np.zeros(batch.scored.shape, bool)
+    marks[1, [0, 3]] = True
+    alone = batch._replace(scored=jnp.asarray(marks))
+    value, logps, scored = measure(likelihood, tiny.adapted(), alone)
+    np.testing.assert_allclose(value, reference[1][2], atol=5e-5)
+    assert np.flatnonzero(scored).tolist() == np.flatnonzero(logps).tolist() == [11 + 2]
+    # All tokens weigh the same, whatever text they are of.
+    every = batch._replace(scored=batch.mask)
+    value, _, scored = measure(likelihood, tiny.adapted(), every)
+    assert int(scored.sum()) == sum(LENGTHS) - 3
+    np.testing.assert_allclose(value, np.concatenate(reference).mean(), atol=2e-5)
+    by_text = np.mean([x.mean() for x in reference])
+    assert abs(value - by_text) > 1e-3
+
+
+def test_texts_without_a_scored_token_have_no_fitness(tiny, likelihood):
+    batch = texts()
+    value, _, scored = measure(
+        likelihood, tiny.adapted(), batch._replace(scored=jnp.zeros_like(batch.scored))
+    )
+    assert np.isnan(value)
+    assert not bool(scored.any())
+
+
+def test_scores_sum_to_the_mean_and_are_zero_elsewhere(tiny, likelihood):
+    value, logps, scored = measure(likelihood, tiny.adapted(), texts())
+    assert logps.shape == scored.shape == (3 * 11,)
+    np.testing.assert_allclose(logps.sum() / scored.sum(), value, rtol=1e-6)
+    np.testing.assert_array_equal(logps[~scored], 0)
+    assert bool(jnp.all(logps[scored] < 0))
+
+
+def test_the_chunk_of_the_head_does_not_matter(tiny, likelihood):
+    expected = measure(likelihood, tiny.adapted(), texts())
+    chunked = fitness.Likelihood(tiny.factored, tiny.model, chunk=4)  # of 11 tokens
+    for x, y in zip(measure(chunked, tiny.adapted(), texts()), expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def space_of(tiny, name):
+    start = tiny.adapted(seed=1, scale=0.1)
+    experts = [tiny.adapted(seed=seed) for seed in (2, 3, 4)]
+    if name == "full":
+        return spaces.full_space(start)
+    if name == "principal":
+        return spaces.principal_space(start, jax.tree.map(lambda *x: jnp.stack(x), *experts), 2)
+    return spaces.expert_space(start, experts, per_site=name == "experts per site")
+
+
+@pytest.mark.parametrize("name", ["full", "experts", "experts per site", "principal"])
+def test_a_population_equals_a_loop_over_merged_models(tiny, likelihood, name):
+    space = space_of(tiny, name)
+    rng = np.random.default_rng(0)
+    scale = {"full": 0.3, "principal": 2.0}.get(name, 0.7)
+    points = jax.tree.map(
+        lambda x: jnp.asarray(scale * rng.normal(size=(POPULATION, *x.shape)), jnp.float32),
+        space.origin,
+    )
+    batch = texts()
+
+    @jax.jit
+    def candidates(likelihood, space, points):
+        return jax.vmap(lambda point: likelihood(spaces.decode(space, point), batch, KEY))(points)
+
+    together = candidates(likelihood, space, points)
+    alone = []
+    for i in range(POPULATION):
+        adapter = spaces.decode(space, jax.tree.map(lambda x, i=i: x[i], points))
+        merged = adapters.merge_params(tiny.method, tiny.factored, adapter, tiny.sites)
+        alone.append(measure(fitness.Likelihood(merged, tiny.base), {}, batch)[0])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    # The comparison means something: no two candidates are alike, nor any like the start.
+    start = measure(likelihood, space.start, batch)[0]
+    assert np.diff(np.sort([*alone, start])).min() > 5e-4
+    assert np.ptp(alone) > 0.05

@@ -1,0 +1,395 @@
+"""``adapt.py``: what it prints and saves, the report's tables, and mistakes with one sentence."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from grpocem_jax import adaptation, checkpoints, inference, searching, tables
+from grpocem_jax.adaptation import LIBRARY, Text
+from grpocem_jax.config import parse_config
+from grpocem_jax.errors import InputError
+from tests.test_adaptation import (
+    OTHER,
+    PROMPT,
+    REWARD,
+    ROOT,
+    SMALL,
+    cheap_programs,
+    get_config,
+    no_search,
+    question_examples,
+    random_offsets,
+    write_run,
+)
+
+RESULT_KEYS = {
+    "fitness_before", "fitness_after", "generations", "candidates", "converged", "adapted",
+    "returned", "seconds", "compile_seconds", "text_before", "text_after",
+}  # fmt: skip
+EXAMPLES = [
+    {"prompt": PROMPT, "completion": " negative"},
+    {"prompt": OTHER, "completion": " negative and bad"},
+    {"prompt": "Review: The tea was warm.\nSentiment:", "completion": " positive"},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_programs():
+    with cheap_programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return str(write_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture
+def adapt(workdir, capsys):
+    """The command without a process of its own: its result, stdout and stderr."""
+
+    def call(changes=(), **flags):
+        result = inference.run(get_config(**dict(changes)), **{"workdir": workdir, **flags})
+        return result, *capsys.readouterr()
+
+    return call
+
+
+def command(*flags, given=None):
+    """The real command."""
+    return subprocess.run(
+        [sys.executable, "adapt.py", *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        input=given,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        check=False,
+    )
+
+
+def small_flags(workdir):
+    settings = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    return ["--config", "configs/tiny.py", "--workdir", workdir, *settings]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# Results
+
+
+def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(workdir):
+    """The prompt comes from standard input."""
+    result = command(*small_flags(workdir), "--json", given=f"{PROMPT}\n".encode())
+    assert result.returncode == 0, result.stderr.decode()
+    (line,) = result.stdout.decode().splitlines()
+    record = json.loads(line)
+    assert record.keys() >= RESULT_KEYS
+    assert record["prompt"] == PROMPT
+    assert record["generations"] == 2
+    assert record["candidates"] == 8
+    assert record["adapted"] == (record["returned"] != "start")
+    assert record["seconds"] > 0
+    assert record["compile_seconds"] > 0
+    assert isinstance(record["text_before"], str)
+    stderr = result.stderr.decode()
+    assert "generation 2/2" in stderr
+    assert "the built-in tiny model" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_the_text_before_and_after_is_printed(adapt):
+    _, out, err = adapt(prompt=PROMPT)
+    lines = out.splitlines()
+    for start in ("fitness ", "search    2 generations, 8 candidates", "result ", "prompt "):
+        assert sum(line.startswith(start) for line in lines) == 1, start
+    assert sum(line.startswith("before   >") for line in lines) == 1
+    assert sum(line.startswith("after    >") for line in lines) == 1
+    assert "prompt    Review: The soup was cold.\\nSentiment:" in lines
+    assert "generation 2/2" in err
+
+
+def test_the_text_is_that_of_the_python_functions(adapt, workdir):
+    result, out, _ = adapt(prompt=PROMPT)
+    run = adaptation.load_run(workdir)
+    found = adaptation.adapt(run, PROMPT)
+    assert result["fitness_before"] == found.fitness_before
+    assert result["fitness_after"] == found.fitness_after
+    assert [result["text_before"]] == adaptation.complete(run, run.adapter, [PROMPT])
+    assert [result["text_after"]] == adaptation.complete(run, found.adapter, [PROMPT])
+    assert result["returned"] in ("mean", "start")
+    assert f"{found.fitness_before:.3f} before, {found.fitness_after:.3f} after" in out
+
+
+def test_a_prompt_that_the_gate_cannot_judge_says_so(adapt, monkeypatch):
+    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: [" soup"])
+    result, out, _ = adapt(prompt="Review: The")
+    assert result["note"]
+    assert f"not adapted: {result['note']}" in out
+    assert "before   > soup" in out
+
+
+def test_each_prompt_of_a_file_has_a_result(adapt, tmp_path):
+    prompts = [PROMPT, OTHER]
+    file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": PROMPT}, {"text": OTHER}])
+    _, out, err = adapt(prompts=file, as_json=True)
+    (line,) = out.splitlines()
+    results = json.loads(line)["results"]
+    assert [result["prompt"] for result in results] == prompts
+    assert all(result.keys() >= RESULT_KEYS for result in results)
+    assert results[0]["fitness_before"] != results[1]["fitness_before"]
+    assert "prompt 1/2  generation" in err
+    assert "prompt 2/2  generation" in err
+
+
+def test_each_line_of_a_text_file_is_a_prompt(adapt, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: ["."])
+    file = tmp_path / "prompts.txt"
+    file.write_text("Review: The soup was cold.\n\nReview: The tea was warm.\n")
+    result, out, _ = adapt(prompts=str(file))
+    prompts = ["Review: The soup was cold.", "Review: The tea was warm."]
+    assert [one["prompt"] for one in result["results"]] == prompts
+    for prompt in prompts:
+        assert f"prompt    {prompt}\n" in out
+
+
+def test_standard_input_is_the_prompt_where_no_flag_gives_one(adapt, monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(PROMPT.encode() + b"\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    result, _, _ = adapt(as_json=True)
+    assert result["prompt"] == PROMPT
+
+
+def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_path, workdir):
+    examples = write_rows(tmp_path / "examples.jsonl", EXAMPLES)
+    judged = [{"text": OTHER}, {"prompt": PROMPT, "completion": " positive"}]
+    heldout = write_rows(tmp_path / "heldout.jsonl", judged)
+    saved = tmp_path / "saved" / "adapter"
+    changes = {"cem.method": "gradient", "cem.gate": False}
+    result, out, err = adapt(
+        changes, examples=examples, heldout=heldout, prompt=PROMPT, save=str(saved)
+    )
+    assert result.keys() >= RESULT_KEYS | {"heldout_before", "heldout_after"}
+    assert "examples  generation 2/2" in err
+    assert f"adapter saved in {saved}" in out
+    assert f"held out  {result['heldout_before']:.3f} before, " in out
+    # What was saved is the adapter that was judged.
+    run = adaptation.load_run(workdir)
+    adapted = checkpoints.load_adapter(
+        saved, run.policy.zero, base_sha256=run.policy.pretrained.sha256()
+    )
+    texts = [Text(OTHER), Text(PROMPT, " positive")]
+    for when, adapter in (("before", run.adapter), ("after", adapted)):
+        values = adaptation.log_likelihoods(run, adapter, texts)
+        assert result[f"heldout_{when}"] == pytest.approx(float(values.mean()), rel=1e-5)
+    assert result["heldout_before"] != result["heldout_after"]
+    # A saved adapter is one to adapt again.
+    checkpoints.copy_adapter(saved, tmp_path / "again" / "adapter")
+    again = adaptation.load_run(tmp_path / "again", get_config())
+    for name, value in adapted.items():
+        np.testing.assert_array_equal(again.adapter[name], value)
+
+
+def test_examples_alone_need_no_prompt(adapt, tmp_path):
+    examples = write_rows(tmp_path / "examples.jsonl", EXAMPLES)
+    changes = {"cem.method": "gradient", "cem.gate": False}
+    result, out, _ = adapt(changes, examples=examples)
+    assert result["text_before"] is None
+    assert result["text_after"] is None
+    assert "before   >" not in out
+
+
+def test_examples_with_the_columns_of_a_task_are_adapted_to_for_its_reward(adapt, tmp_path):
+    rows = [example.columns for example in question_examples()]
+    assert rows[0].keys() == {"context", "question", "answers"}
+    examples = write_rows(tmp_path / "questions.jsonl", rows)
+    result, _, err = adapt(REWARD, examples=examples, as_json=True)
+    assert -1 <= result["fitness_before"] <= 1
+    assert -1 <= result["fitness_after"] <= 1
+    assert result["candidates"] == 4 * result["generations"]
+    assert "on the reward" in err
+
+
+@pytest.mark.parametrize("support", [0, 2])
+def test_evaluate_gives_the_tables_of_the_report(adapt, support):
+    changes = {
+        "cem.support": support,
+        "cem.buckets": (64,),
+        "data.tasks": ("sentiment", "general"),
+        "data.heldout_samples": 2,
+        "data.max_samples": 4,
+        "train.eval_batch_size": 4,
+        "train.eval_samples": 2,
+    }
+    result, out, err = adapt(changes, evaluate=True, as_json=True)
+    (line,) = out.splitlines()
+    assert json.loads(line).keys() == {"heldout", "heldout_greedy", "adaptation"}
+    for table in ("heldout", "heldout_greedy"):
+        assert list(result[table]) == ["sentiment", "general", "overall"]
+        assert result[table]["overall"]["n"] == 4
+        for gain in result[table].values():
+            assert gain["gain"] == pytest.approx(gain["after"] - gain["before"])
+    assert list(result["adaptation"]) == ["sentiment", "general"]
+    for name, row in result["adaptation"].items():
+        # One search for each prompt, or one for all prompts of the task.
+        assert row["searches"] == (1 if support else 2)
+        assert 0 <= row["adapted"] <= 1
+        assert row["candidates"] == 4 * row["generations"]
+        # Open-ended text has no reference completion.
+        assert ("heldout_before" in row) == ("heldout_after" in row) == (name == "sentiment")
+    assert f"searches {2 if support else 4}/{2 if support else 4}" in err
+    shown = tables.show(result, parse_config(get_config(**changes)))
+    assert "sampled at T=1" in shown
+    assert "no reference" in shown
+
+
+# Mistakes
+
+
+@pytest.fixture
+def refused(adapt, monkeypatch):
+    """The sentence with which the command ends, before any search."""
+    monkeypatch.setattr(searching, "search", no_search)
+    monkeypatch.setattr(searching, "search_on_host", no_search)
+
+    def call(changes=(), **flags):
+        with pytest.raises(InputError) as error:
+            adapt(changes, **flags)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "fragment"),
+    [
+        ({}, {"prompt": ""}, "the prompt is empty"),
+        ({}, {"prompt": "  \n"}, "the prompt is empty"),
+        ({}, {"prompt": "Review"}, "is one token"),
+        ({}, {"prompt": PROMPT * 20}, "longer than the limit of 127"),
+        ({"cem.buckets": (8,)}, {"prompt": PROMPT}, "longer than the limit of 8"),
+        ({"cem.population_size": 1}, {"prompt": PROMPT}, "cem.population_size=1"),
+        (
+            {"cem.population_size": 2, "cem.elite_ratio": 0.3},
+            {"prompt": PROMPT},
+            "leaves no elite",
+        ),
+        ({"cem.noise_std": -0.1}, {"prompt": PROMPT}, "cem.noise_std=-0.1"),
+        ({"cem.budget_s": 0.0}, {"prompt": PROMPT}, "cem.budget_s=0.0"),
+        ({"cem.held_back": 0.0}, {"prompt": PROMPT}, "cem.held_back=0.0"),
+        ({"cem.space": "experts", "cem.experts": ""}, {"prompt": PROMPT}, "cem.experts"),
+        ({"cem.space": "experts", "cem.experts": "/no"}, {"prompt": PROMPT}, "cem.experts='/no'"),
+        ({"cem.space": "subspace", "cem.rank": 400}, {"prompt": PROMPT}, "cem.rank=400"),
+        ({"cem.fitness": "reward"}, {"prompt": PROMPT}, "config.cem.task=''"),
+        ({**REWARD, "cem.task": "qu"}, {"prompt": PROMPT}, "did you mean 'qa'"),
+        ({**REWARD, "cem.method": "gradient"}, {"prompt": PROMPT}, "a reward has no gradient"),
+        (REWARD, {"prompt": PROMPT}, "needs --examples"),
+        (REWARD, {"evaluate": True}, "config.cem.support=0"),
+        ({}, {"prompt": PROMPT, "prompts": "a.txt"}, "--prompt and --prompts"),
+        ({}, {"prompt": PROMPT, "evaluate": True}, "leave out --prompt"),
+        ({}, {"prompts": "a.txt", "evaluate": True}, "leave out --prompts"),
+        ({}, {"examples": "a.txt", "evaluate": True}, "leave out --examples"),
+        ({}, {"save": "folder", "evaluate": True}, "leave out --save"),
+        ({}, {"prompts": "a.txt", "save": "folder"}, "--save needs one adapter"),
+        ({}, {"examples": "/no/such.jsonl"}, "/no/such.jsonl: give an existing file"),
+        ({}, {"prompts": "/no/such.txt"}, "/no/such.txt: give an existing file"),
+        ({}, {"prompt": PROMPT, "heldout": "/no/such.txt"}, "/no/such.txt: give an existing file"),
+        ({}, {"prompt": PROMPT, "workdir": None}, "--workdir is missing"),
+        ({}, {"prompt": PROMPT, "workdir": "/no/such/run"}, "holds no trained adapter"),
+    ],
+)
+def test_mistakes_are_named_before_a_search(refused, changes, flags, fragment):
+    assert fragment in refused(changes, **flags)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"completion": " negative"}, {"text": ""}, {"text": 3}, {"prompt": PROMPT, "completion": 3}],
+)
+def test_a_row_without_text_is_named(refused, tmp_path, row):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": PROMPT}, row])
+    assert "rows.jsonl, line 2 has no text" in refused(examples=file)
+
+
+def test_a_row_without_the_tasks_columns_is_named(refused, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": PROMPT}])
+    assert "'context', a column that" in refused(REWARD, examples=file)
+
+
+def test_a_prompt_that_cannot_be_adapted_to_is_named_before_the_others_are(refused, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"Review: The soup was cold.\n{'cold ' * 200}\n")
+    assert "longer than the limit" in refused(prompts=str(file))
+
+
+def test_an_adapter_of_another_model_is_refused(refused, tmp_path):
+    folder = write_run(tmp_path, base_sha256="0" * 64, base_model="another")
+    assert "was trained on 'another'" in refused(workdir=str(folder), prompt=PROMPT)
+
+
+def test_an_adapter_of_another_shape_is_refused(refused, workdir, tmp_path):
+    zero = adaptation.load_run(workdir).policy.zero
+    short = {name: value[:-1] for name, value in random_offsets(zero).items()}
+    folder = write_run(tmp_path, offsets=short)
+    assert "has shape (101,) there and (102,) here" in refused(workdir=str(folder), prompt=PROMPT)
+
+
+def test_a_library_of_nine_experts_is_refused(refused, tmp_path):
+    for number in range(9):
+        shutil.copytree(LIBRARY / "qa", tmp_path / f"expert{number}")
+    changes = {"cem.space": "experts", "cem.experts": str(tmp_path)}
+    assert "holds 9 experts; at most 8" in refused(changes, prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "fragment"),
+    [
+        (["--prompt", ""], None, "the prompt is empty"),
+        ([], b"Review: \xff bad", "not UTF-8 (byte 8)"),
+    ],
+)
+def test_the_command_ends_mistakes_with_a_sentence_and_status_2(workdir, flags, given, fragment):
+    result = command(*small_flags(workdir), *flags, given=given)
+    stderr = result.stderr.decode()
+    assert result.returncode == 2, stderr
+    assert result.stdout == b""
+    assert "Traceback" not in stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert fragment in line
+
+
+# Mistakes that the command does not handle yet
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", PROMPT * 20])
+def test_a_prompt_beside_examples_is_refused_before_the_search(refused, tmp_path, prompt):
+    examples = write_rows(tmp_path / "examples.jsonl", EXAMPLES)
+    assert refused({"cem.gate": False}, examples=examples, prompt=prompt)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_the_search(refused):
+    changes = {"generation.max_new_tokens": 120}
+    assert "allow" in refused(changes, prompt=PROMPT)
+
+
+def test_a_heldout_text_that_cannot_judge_is_refused_before_the_search(refused, tmp_path):
+    heldout = write_rows(tmp_path / "heldout.jsonl", [{"text": "Review"}])
+    assert "is one token" in refused(prompt=PROMPT, heldout=heldout)
+
+
+def test_a_folder_that_cannot_be_saved_in_is_refused_before_the_search(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "--save" in refused(prompt=PROMPT, save=str(tmp_path / "file"))
+
+
+def test_a_prompt_flag_that_is_not_utf8_is_refused(refused):
+    assert "UTF-8" in refused(prompt=b"Review: \xff bad".decode(errors="surrogateescape"))

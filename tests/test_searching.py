@@ -1,0 +1,535 @@
+"""The search: one compiled program, its gate, its history, and the same loop on the host."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpocem_jax import fitness, searching
+from grpocem_jax.adapters import spaces
+from grpocem_jax.cem import CEM, GradientAscent
+from grpocem_jax.errors import InputError
+
+KEY = jax.random.key(0)
+SITE = "h.0.attn.c_proj"
+TARGET = jnp.array([1.0, -0.5, 0.5])
+START = {SITE: jnp.array([0.125, 0.25, -0.5])}
+SPACE = spaces.full_space(START)
+METHOD = CEM(
+    population_size=40, elite_ratio=0.2, noise_std=0.5, momentum=0.0, std_momentum=0.7, threshold=0
+)
+SETTINGS = {"generations": 30}
+
+
+def quadratic(adapter, batch, key):
+    """Without ``scores``; the same function for all, so that programs are shared."""
+    del key
+    return -jnp.sum((adapter[SITE] - batch) ** 2)
+
+
+def noisy(adapter, batch, key):
+    return quadratic(adapter, batch, key) + jax.random.normal(key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """One score for each of several targets, some of which may be absent."""
+
+    scale: jax.Array
+
+    def __call__(self, adapter, batch, key):
+        values, present = self.scores(adapter, batch, key)
+        return jnp.sum(jnp.where(present, values, 0)) / jnp.sum(present)
+
+    def scores(self, adapter, batch, key):
+        targets, present = batch
+        distance = jnp.sum((adapter[SITE][None] - targets) ** 2, -1)
+        return -self.scale * distance, present
+
+
+def run(function=quadratic, batch=TARGET, key=KEY, method=METHOD, space=SPACE, **options):
+    return searching.search(method, function, space, batch, key, **{**SETTINGS, **options})
+
+
+def host(values=TARGET, *, spread=(0.0,)):
+    """A fitness in numpy: as many scores as ``spread`` has numbers, each moved by one of them."""
+    target = np.asarray(values)
+
+    def evaluate(adapters, key):
+        del key
+        x = np.asarray(adapters[SITE])
+        return -np.sum((x - target) ** 2, -1)[:, None] + np.asarray(spread)
+
+    return evaluate
+
+
+def run_on_host(evaluate=None, key=KEY, method=METHOD, **options):
+    evaluate = evaluate or host()
+    return searching.search_on_host(method, evaluate, SPACE, key, **{**SETTINGS, **options})
+
+
+def same(x, y):
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def close(x, y, tolerance=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), x, y)
+
+
+def targets(*values, present=None):
+    """A batch of `Quadratic`: so many times the way from the start to `TARGET`, and which count."""
+    way = np.asarray(TARGET) - np.asarray(START[SITE])
+    points = np.asarray(START[SITE]) + np.outer(values, way)
+    present = np.ones(len(values), bool) if present is None else np.asarray(present)
+    return jnp.asarray(points, jnp.float32), jnp.asarray(present)
+
+
+# The search.
+
+
+def test_a_plain_function_without_scores_is_maximised():
+    found = run()
+    close(found.adapter[SITE], TARGET, 5e-3)
+    assert found.returned == "mean"
+    assert math.isnan(found.held_back_gain)
+    assert (found.generations, found.candidates) == (30, 30 * 40)
+    assert not found.converged
+    assert found.seconds > 0
+    assert found.compile_seconds > 0
+
+
+@pytest.mark.parametrize("function", [quadratic, noisy])
+def test_a_search_in_chunks_is_the_search_in_one_piece_bit_for_bit(function):
+    calls = []
+    whole = run(function)
+    chunks = run(function, on_chunk=lambda done, history: calls.append((done, history)))
+    same(chunks.adapter, whole.adapter)
+    same(chunks.history, whole.history)
+    # At least every tenth of the generations.
+    assert [done for done, _ in calls] == list(range(3, 31, 3))
+    for done, history in calls:
+        same(history, jax.tree.map(lambda x, n=done: x[:n], whole.history))
+
+
+def test_candidates_scored_in_chunks_give_the_same_search():
+    # Two chunks of 16 candidates and one of 8.
+    whole, parts = run(noisy), run(noisy, population_chunk=16)
+    close(parts.adapter, whole.adapter)
+    close(parts.history, whole.history, 1e-4)
+
+
+def test_the_same_key_gives_the_same_search_and_another_does_not():
+    first, again, other = run(noisy), run(noisy), run(noisy, key=jax.random.key(1))
+    same((first.adapter, first.history), (again.adapter, again.history))
+    assert bool(jnp.all(first.adapter[SITE] != other.adapter[SITE]))
+
+
+def test_weights_of_experts_are_searched():
+    experts = [{SITE: jnp.array(x)} for x in ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0])]
+    found = run(space=spaces.expert_space(START, experts, per_site=True))
+    # The third coordinate is out of reach.
+    close(found.adapter[SITE], [TARGET[0], TARGET[1], START[SITE][2]], 5e-3)
+
+
+def test_the_best_candidate_is_returned_where_asked_for():
+    best, mean = run(returned="best"), run()
+    same(best.history, mean.history)
+    assert best.returned == "best"
+    assert math.isnan(best.held_back_gain)
+    close(quadratic(best.adapter, TARGET, KEY), best.history.best.max())
+    assert bool(jnp.all(best.adapter[SITE] != mean.adapter[SITE]))
+
+
+def test_the_history_has_one_entry_a_generation():
+    found = run(noisy)
+    assert {x.shape for x in found.history} == {(30,)}
+    assert {x.dtype for x in found.history} == {np.dtype("float32")}
+    assert np.all(np.isfinite(found.history[:4]))
+    assert np.all(np.isnan(found.history.held_back))
+    # By hand: the generations are those of the method, with a key of its own for each.
+    state = METHOD.init(SPACE.origin)
+
+    def score(point, key):
+        return noisy(spaces.decode(SPACE, point), TARGET, key)
+
+    @jax.jit
+    def step(number, state):
+        state, scores = METHOD.step(jax.random.fold_in(KEY, number), state, score)
+        deviation = jnp.sqrt(jnp.mean(state.std[SITE] ** 2))
+        return state, jnp.stack([scores.max(), scores.mean(), deviation, state.change])
+
+    for number in range(30):
+        state, row = step(number, state)
+        close(np.array([x[number] for x in found.history[:4]]), row)
+    close(found.adapter[SITE], START[SITE] + state.mean[SITE])
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_convergence_stops_the_search_early_and_is_reported(chunks):
+    method = dataclasses.replace(METHOD, threshold=0.02)
+    found = run(method=method, on_chunk=(lambda done, history: None) if chunks else None)
+    assert found.converged
+    assert 3 < found.generations < 30
+    assert found.candidates == 40 * found.generations
+    assert {x.shape for x in found.history} == {(found.generations,)}
+    assert found.history.change[-1] < 0.02
+    assert np.all(found.history.change[:-1] >= 0.02)
+    same(found.history, jax.tree.map(lambda x: x[: found.generations], run().history))
+
+
+@pytest.mark.parametrize(("budget", "generations"), [(1e-6, 1), (2.5, 3), (1000.0, 30)])
+def test_a_budget_of_time_stops_the_search_after_the_first_generation_at_the_soonest(
+    monkeypatch, budget, generations
+):
+    # The clock stands but between chunks of generations, where a second goes by.
+    now = [0.0]
+    monkeypatch.setattr(searching, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def tick(done, history):
+        del done, history
+        now[0] += 1.0
+
+    found = run(budget_s=budget, on_chunk=tick)
+    assert found.generations == generations
+    assert {x.shape for x in found.history} == {(generations,)}
+    assert found.seconds <= budget + 1
+    assert not found.converged
+    same(found.history, jax.tree.map(lambda x: x[:generations], run().history))
+
+
+def test_chunks_grow_and_shrink_with_the_time_that_is_left(monkeypatch):
+    # A second a generation. After the first, 8.5 - 1 s are left for 7, and then none.
+    done = [0]
+    advance = searching._advance
+
+    def slow(problem, loop, limit, **options):
+        loop = advance(problem, loop, limit, **options)
+        limits.append(int(limit))
+        done[0] = int(loop.state.generation)
+        return loop
+
+    limits = []
+    monkeypatch.setattr(searching, "time", SimpleNamespace(perf_counter=lambda: float(done[0])))
+    monkeypatch.setattr(searching, "_advance", slow)
+    found = run(budget_s=8.5)
+    # The call with limit 0 compiles; a half second left is one generation more.
+    assert limits == [0, 1, 8, 9]
+    assert found.generations == 9
+
+
+# One program.
+
+
+@pytest.fixture(scope="module")
+def likelihood(tiny):
+    return fitness.Likelihood(tiny.factored, tiny.model)
+
+
+def text(seed):
+    tokens = jax.random.randint(jax.random.key(seed), (2, 10), 0, 61)
+    return fitness.Texts(tokens, jnp.ones((2, 10), bool), jnp.ones((2, 10), bool))
+
+
+TEXT_METHOD = CEM(population_size=8, threshold=0.0)
+
+
+def search_text(tiny, likelihood, seed, **options):
+    space = spaces.full_space(tiny.zero)
+    options = {"generations": 3, "held_back": text(seed + 1), **options}
+    return searching.search(
+        TEXT_METHOD, likelihood, space, text(seed), jax.random.key(seed), **options
+    )
+
+
+def test_another_text_of_the_same_shape_compiles_nothing(tiny, likelihood):
+    first = search_text(tiny, likelihood, 1)
+    events = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.block_until_ready((text(2), text(3)))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        second = search_text(tiny, likelihood, 2, gate_z=0.5)
+        compiled = len(events)
+        jax.jit(lambda x: x + 12345)(1.0)
+        assert len(events) > compiled  # the listener does hear of compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == 0
+    assert not np.array_equal(first.history.best, second.history.best)
+
+
+def test_nothing_moves_between_host_and_device_during_the_generations(tiny, likelihood):
+    space = spaces.full_space(tiny.zero)
+    problem = searching._Problem(likelihood, space, text(1), text(2), jnp.float32(1.0), KEY)
+    loop = searching._begin(problem, method=TEXT_METHOD, generations=3)
+    limit = jnp.int32(3)
+    options = {"method": TEXT_METHOD, "returned": "mean", "population_chunk": 0}
+    expected = jax.block_until_ready(searching._advance(problem, loop, limit, **options))
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(Exception, match=r"(?i)disallowed host-to-device"):
+            searching._advance(problem, loop, np.int32(3), **options)  # the guard is awake
+        again = jax.block_until_ready(searching._advance(problem, loop, limit, **options))
+    assert int(again.state.generation) == 3
+    same(again.history, expected.history)
+    # Nor is there any call to the host inside the program.
+    program = str(
+        jax.make_jaxpr(lambda *x: searching._advance(*x, **options))(problem, loop, limit)
+    )
+    assert "while" in program
+    assert "callback" not in program
+    assert "infeed" not in program
+
+
+def test_gradient_ascent_makes_a_text_more_likely(tiny, likelihood):
+    method = GradientAscent(learning_rate=0.05)
+    space = spaces.full_space(tiny.zero)
+    found = searching.search(method, likelihood, space, text(1), KEY, generations=8)
+    assert (found.generations, found.candidates) == (8, 8)
+    assert not found.converged
+    measure = jax.jit(lambda *x: likelihood(*x))
+    before, after = (float(measure(x, text(1), KEY)) for x in (tiny.zero, found.adapter))
+    close(found.history.best[0], before)
+    assert np.all(np.diff(found.history.best) > 0)
+    assert after > before + 0.05
+    np.testing.assert_array_equal(found.history.std, 0)
+    np.testing.assert_array_equal(found.history.best, found.history.mean)
+
+
+# The gate.
+
+
+def gated(held_back, **options):
+    return run(Quadratic(jnp.float32(1.0)), targets(1.0, 1.0, 1.0), held_back=held_back, **options)
+
+
+def test_the_gate_returns_the_start_exactly_where_held_back_data_contradict_the_fitness():
+    found = gated(targets(-1.0, -1.2, -0.8))
+    assert found.returned == "start"
+    assert found.held_back_gain == 0.0
+    same(found.adapter, START)
+    assert np.all(found.history.held_back < 0)
+    # The search itself did go elsewhere.
+    assert found.history.best[-1] > -1e-3
+    plain = run(held_back=targets(-1.0)[0][0])
+    assert plain.returned == "start"
+    same(plain.adapter, START)
+
+
+def test_the_gate_returns_the_mean_where_held_back_data_agree():
+    held_back = targets(1.0, 1.1, 0.9)
+    found = gated(held_back)
+    assert found.returned == "mean"
+    # The bound is largest a little before the target, as the spread grows with the way.
+    close(found.adapter[SITE], TARGET, 0.15)
+    there, here = (
+        -np.sum((np.asarray(x[SITE]) - np.asarray(held_back[0])) ** 2, -1)
+        for x in (found.adapter, START)
+    )
+    gains = np.float64(there - here)
+    close(found.held_back_gain, gains.mean())
+    close(found.history.held_back.max(), gains.mean() - gains.std(ddof=1) / 3**0.5)
+
+
+def test_the_gate_goes_part_of_the_way_where_that_is_best():
+    # On held-back data a quarter of the way is the optimum; without parts of the way, the first
+    # mean that passes by.
+    found = gated(targets(0.25, 0.25, 0.25))
+    assert found.returned == "mean"
+    close(found.adapter[SITE], targets(0.25)[0][0], 0.05)
+
+
+def test_the_more_standard_errors_the_less_passes_the_gate():
+    # At the target the gains are 3, -2 and -0.6 times a square: mean 0.13 and a large spread.
+    held_back = targets(2.0, -0.5, 0.2)
+    assert gated(held_back, gate_z=0.0).returned == "mean"
+    assert gated(held_back, gate_z=10.0).returned == "start"
+
+
+def test_the_gate_heeds_only_scores_that_count():
+    against = targets(1.0, 1.0, -9.0, present=[True, True, False])
+    assert gated(against).returned == "mean"
+    assert gated(targets(1.0, 1.0, -9.0)).returned == "start"
+    assert gated(targets(1.0, 1.0, 1.0, present=[False] * 3)).returned == "start"
+
+
+# Two points on the line, scores of four tokens, of which the third has none in either and the
+# fourth none at the start.
+POINTS = jnp.array([10.0, 20.0])
+BEGINNING = (jnp.array([1.0, 2.0, 9.0, 50.0]), jnp.array([True, True, True, False]))
+NEW = (
+    jnp.array([[2.0, 5.0, 70.0, 0.0], [2.1, 3.3, -70.0, 99.0]]),
+    jnp.array([[True, True, False, True]] * 2),
+)
+# Gains 1, 3 of the first point and 1.1, 1.3 of the second: means 2 and 1.2.
+FIRST, SECOND = np.array([1.0, 3.0]), np.array([1.1, 1.3])
+
+
+best_of = jax.jit(searching.choose)
+
+
+def choose(before, z):
+    chosen = searching.Chosen(jnp.float32(5.0), jnp.float32(before), jnp.float32(0.5))
+    return best_of(chosen, POINTS, NEW, BEGINNING, jnp.float32(z))
+
+
+def bound(gains, z):
+    return gains.mean() - z * gains.std(ddof=1) / len(gains) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "z", "point", "gain", "largest"),
+    [
+        (0.0, 0.0, 10.0, 2.0, 2.0),
+        # 2 - 1 < 1.2 - 0.1. With ddof 0 the first would win, 2 - 0.707 > 1.2 - 0.071; so it would
+        # with all four tokens counted, or without the root of n.
+        (0.0, 1.0, 20.0, 1.2, 1.1),
+        (1.05, 1.0, 20.0, 1.2, 1.1),
+        (1.15, 1.0, 5.0, 0.5, 1.1),
+        (0.0, 20.0, 5.0, 0.5, -0.8),
+    ],
+)
+def test_the_choice_is_by_the_lower_confidence_bound_of_the_gain(before, z, point, gain, largest):
+    assert largest == pytest.approx(max(bound(FIRST, z), bound(SECOND, z)))
+    chosen, found = choose(before, z)
+    close(found, largest)
+    close(chosen.point, point)
+    close(chosen.gain, gain)
+    close(chosen.bound, max(before, largest))
+
+
+def test_a_point_with_a_bound_that_is_no_number_is_never_chosen():
+    chosen = searching.Chosen(jnp.float32(5.0), jnp.float32(0.0), jnp.float32(0.0))
+    values = jnp.array([[jnp.nan, 1.0], [2.0, 2.0]])
+    scores = (values, jnp.ones((2, 2), bool))
+    start = (jnp.zeros(2), jnp.ones(2, bool))
+    after, found = best_of(chosen, POINTS, scores, start, jnp.float32(1.0))
+    close((after.point, found), (20.0, 2.0))
+    nothing = (values[:1], jnp.ones((1, 2), bool))
+    after, found = best_of(chosen, POINTS[:1], nothing, start, jnp.float32(1.0))
+    close(after.point, 5.0)
+    assert float(found) == -np.inf
+
+
+def test_the_points_followed_are_at_a_quarter_a_half_and_the_whole_of_the_way():
+    points = searching.scaled({"a": jnp.array([4.0, 8.0]), "b": jnp.float16(2.0)})
+    close(points, {"a": np.array([[1.0, 2.0], [2.0, 4.0], [4.0, 8.0]]), "b": [0.5, 1.0, 2.0]})
+    assert points["b"].dtype == jnp.float16
+
+
+# On the host.
+
+
+def test_a_search_on_the_host_finds_the_optimum_and_is_the_search_on_the_device():
+    calls = []
+    found = run_on_host(on_chunk=lambda done, history: calls.append((done, len(history.best))))
+    close(found.adapter[SITE], TARGET, 5e-3)
+    assert calls == [(n, n) for n in range(1, 31)]
+    assert (found.generations, found.candidates) == (30, 30 * 40)
+    assert found.returned == "mean"
+    assert math.isnan(found.held_back_gain)
+    device = run()
+    close(found.adapter, device.adapter, 1e-4)
+    close(found.history[:4], device.history[:4], 1e-4)
+
+
+def test_scores_on_the_host_are_averaged_and_nan_abstains():
+    # Scores moved by -1, 0, 1 and an absent one have the mean of one score.
+    expected = run()
+    several = run_on_host(host(spread=(-1.0, 0.0, 1.0, np.nan)))
+    close(several.adapter, expected.adapter, 1e-4)
+    close(several.history.best, expected.history.best, 1e-4)
+
+
+def test_a_candidate_without_any_score_on_the_host_is_no_elite():
+    # The optimum has a negative second coordinate, where there is no score.
+    def evaluate(adapters, key):
+        scores = host()(adapters, key)
+        return np.where(adapters[SITE][:, 1:2] < 0, np.nan, scores)
+
+    # With so many generations nothing but the edge is left.
+    found = run_on_host(evaluate)
+    close(found.adapter[SITE], [TARGET[0], 0.0, TARGET[2]], 0.05)
+    assert float(found.adapter[SITE][1]) > -1e-3
+    assert np.all(np.isfinite(found.history.mean))
+
+
+@pytest.mark.parametrize(
+    ("way", "spread", "returned"),
+    [
+        (1.0, (0.0, 0.1, np.nan), "mean"),
+        (-1.0, (0.0, 0.1), "start"),
+    ],
+)
+def test_the_gate_on_the_host(way, spread, returned):
+    held_back = host(targets(way)[0][0], spread=spread)
+    found = run_on_host(
+        evaluate_held_back=held_back,
+        generations=10,
+    )
+    assert found.returned == returned
+    if returned == "start":
+        same(found.adapter, START)
+        assert found.held_back_gain == 0.0
+        assert np.all(found.history.held_back < 0)
+    else:
+        close(found.adapter[SITE], TARGET, 0.2)
+        # All scores of a point are moved alike, so there is no spread and the gain is the bound.
+        start, end = (held_back({SITE: x[SITE][None]}, KEY)[0, 0] for x in (START, found.adapter))
+        close(found.held_back_gain, end - start)
+        close(found.history.held_back.max(), end - start)
+
+
+def test_the_gate_on_the_host_uses_one_key_and_the_fitness_another_each_generation():
+    keys, held_back_keys = [], []
+
+    def remember(found):
+        def evaluate(adapters, key):
+            found.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+            return host()(adapters, key)
+
+        return evaluate
+
+    run_on_host(remember(keys), evaluate_held_back=remember(held_back_keys), generations=4)
+    assert len(set(keys)) == 4
+    assert len(held_back_keys) == 5  # the start, and every generation
+    assert len(set(held_back_keys)) == 1
+    assert not set(held_back_keys) & set(keys)
+
+
+def test_convergence_and_the_budget_stop_a_search_on_the_host():
+    method = dataclasses.replace(METHOD, threshold=0.02)
+    found = run_on_host(method=method)
+    assert found.converged
+    assert found.generations == run(method=method).generations < 30
+    soon = run_on_host(budget_s=1e-6)
+    assert soon.generations == 1
+    assert not soon.converged
+    assert {x.shape for x in soon.history} == {(1,)}
+
+
+# Settings.
+
+
+@pytest.mark.parametrize("where", [run, run_on_host])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("generations", 0),
+        ("gate_z", -1.0),
+        ("returned", "x"),
+        ("budget_s", 0.0),
+        ("budget_s", -1.0),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(where, field, value):
+    with pytest.raises(InputError, match=rf"^cem\.{field}={value!r}: [^\n]*\.$"):
+        where(**{field: value})
