@@ -4,7 +4,7 @@ VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: train test lint parity model clean
+.PHONY: train test lint parity model experts study clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
@@ -24,6 +24,17 @@ parity: $(PARITY_VENV)/.installed
 # Pretrains the built-in model again.
 model: $(VENV)/.installed
 	$(VENV)/bin/python -m grpocem_jax.builtin.pretrain
+
+# Trains the experts that come with the built-in model again.
+experts: $(VENV)/.installed
+	$(VENV)/bin/python -m grpocem_jax.experts --config configs/tiny.py --workdir runs/experts \
+	    --config.train.epochs=2 --config.train.max_steps=125
+	rm -rf grpocem_jax/builtin/experts
+	cp -r runs/experts/library grpocem_jax/builtin/experts
+
+# Makes the figures of docs/adaptation.md again.
+study: $(VENV)/.installed
+	$(VENV)/bin/python -m studies.adaptation --doc docs/adaptation.md
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -125,7 +125,7 @@ def prompts(study: Study) -> dict[str, Any]:
     }
     rows = []
     for kind in ("familiar", "recipe", "log"):
-        count = 12 if kind == "familiar" else 6
+        count = 10 if kind == "familiar" else 5
         texts = study.texts(kind, count, 5, 40)
         for name, changes in methods.items():
             for gate in (False, True):
@@ -149,7 +149,7 @@ def prompts(study: Study) -> dict[str, Any]:
 
 
 def fewshot(study: Study) -> dict[str, Any]:
-    """Six passages of a kind of foreign text, judged on 24 others."""
+    """Four passages of a kind of foreign text, judged on 24 others."""
     methods: dict[str, dict[str, Any]] = {
         "cem, gate": {},
         "cem, no gate": {"gate": False},
@@ -161,12 +161,12 @@ def fewshot(study: Study) -> dict[str, Any]:
         for name, changes in methods.items():
             gains = []
             for seed in range(study.seeds):
-                passages = study.texts(kind, 30, 100 + seed, 40)
-                texts = [Text(study.cut(passage, 0, 48)) for passage in passages]
+                passages = study.texts(kind, 28, 100 + seed, 40)
+                texts = [Text(study.cut(passage, 0, 31)) for passage in passages]
                 settings = study.settings(generations=20, **changes)
-                found = study.adapt(texts[:6], seed, settings)
-                before = study.likelihood(study.run.adapter, texts[6:])
-                gains.append(study.likelihood(found.adapter, texts[6:]) - before)
+                found = study.adapt(texts[:4], seed, settings)
+                before = study.likelihood(study.run.adapter, texts[4:])
+                gains.append(study.likelihood(found.adapter, texts[4:]) - before)
             rows.append({"text": kind, "method": name, "n": study.seeds, "gain": mean_ci(gains)})
             say(rows[-1])
     return {"rows": rows}
@@ -255,14 +255,21 @@ def rewards(study: Study) -> dict[str, Any]:
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
     warm: dict[str, dict[str, Any]] = {"cem, warm start": {"warm_start": True}}
-    common = {"generations": 10, "population_size": 24, "fitness": "reward", "samples": 1}
-    spaces = {"full": searches | warm, "experts": searches}
+    gated: dict[str, dict[str, Any]] = {"cem, gate on half": {"gate": True, "held_back": 0.5}}
+    common = {
+        "generations": 8,
+        "population_size": 24,
+        "fitness": "reward",
+        "samples": 1,
+        "gate": False,
+    }
+    spaces = {"full": searches | warm, "experts": searches | gated}
     return {"rows": _task_rows(study, spaces, adapt, **common)}
 
 
 def options(study: Study) -> dict[str, Any]:
     """One change at a time from a common setting, on foreign text; what it does and costs."""
-    common = {"population_size": 50, "generations": 40, "gate": False, "noise_std": 0.1}
+    common = {"population_size": 50, "generations": 20, "gate": False, "noise_std": 0.1}
     variants: dict[str, dict[str, Any]] = {
         "common setting": {},
         "sigma 0.03": {"noise_std": 0.03},
@@ -280,8 +287,8 @@ def options(study: Study) -> dict[str, Any]:
         "population 25": {"population_size": 25},
         "population 100": {"population_size": 100},
         "population 200": {"population_size": 200},
-        "10 generations": {"generations": 10},
-        "100 generations": {"generations": 100},
+        "5 generations": {"generations": 5},
+        "80 generations": {"generations": 80},
         "gate": {"gate": True},
     }
     rows = []
@@ -289,11 +296,11 @@ def options(study: Study) -> dict[str, Any]:
         fits, gains, sigmas = [], [], []
         for seed in range(study.seeds):
             kind = foreign.KINDS[seed % 2]
-            texts = [Text(study.cut(p, 0, 31)) for p in study.texts(kind, 28, 300 + seed, 0)]
+            texts = [Text(study.cut(p, 0, 31)) for p in study.texts(kind, 27, 300 + seed, 0)]
             settings = study.settings(**{**common, **changes})
-            found = study.adapt(texts[:4], seed, settings)
-            before = study.likelihood(study.run.adapter, texts[4:])
-            gains.append(study.likelihood(found.adapter, texts[4:]) - before)
+            found = study.adapt(texts[:3], seed, settings)
+            before = study.likelihood(study.run.adapter, texts[3:])
+            gains.append(study.likelihood(found.adapter, texts[3:]) - before)
             fits.append(found.fitness_after - found.fitness_before)
             sigmas.append(float(found.search.history.std[-1]) if found.search else np.nan)
         row = {"variant": name, "fit": mean_ci(fits), "gain": mean_ci(gains), "n": study.seeds}
@@ -401,7 +408,7 @@ def write(doc: Path, made: dict[str, str]) -> None:
     doc.write_text(text, encoding="utf-8")
 
 
-PARTS = {f.__name__: f for f in (tasks, rewards, prompts, fewshot, options)}
+PARTS = {f.__name__: f for f in (prompts, fewshot, tasks, rewards, options)}
 
 
 def main() -> None:

@@ -26,9 +26,10 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
         _ = grpocem_jax.nonsense
 
 
-def test_adapters_sampling_and_grpo_import_no_flax_and_no_transformers():
+def test_adapters_sampling_grpo_and_cem_import_no_flax_and_no_transformers():
     code = (
         "import sys, grpocem_jax, grpocem_jax.grpo, grpocem_jax.sampling, grpocem_jax.adapters.svf;"
+        "import grpocem_jax.cem, grpocem_jax.fitness, grpocem_jax.searching;"
         "print(sorted({'flax', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     result = subprocess.run(
@@ -38,7 +39,8 @@ def test_adapters_sampling_and_grpo_import_no_flax_and_no_transformers():
 
 
 def test_the_example_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [code for code in codes if "load_model" in code]
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     gradient = names["gradient"]

@@ -1,5 +1,6 @@
 """The Cross-Entropy Method: its update by hand, ties, NaN, options, and that it finds optima."""
 
+import doctest
 import functools
 import itertools
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpocem_jax import cem
 from grpocem_jax.cem import CEM, GradientAscent
 from grpocem_jax.errors import InputError
 
@@ -400,3 +402,21 @@ def test_gradient_ascent_maximises_a_quadratic():
 def test_a_learning_rate_that_is_not_above_0_is_refused(rate):
     with pytest.raises(InputError, match=rf"^cem\.learning_rate={rate}[^\n]*\.$"):
         GradientAscent(learning_rate=rate)
+
+
+def test_the_example_of_the_docstring_runs():
+    results = doctest.testmod(cem)
+    assert results.attempted >= 6
+    assert results.failed == 0
+
+
+def test_a_mean_that_cannot_move_or_has_no_elites_has_not_converged():
+    fixed = CEM(population_size=4, momentum=1.0, threshold=1e9)
+    state = fixed.init(jnp.zeros(2))
+    state = fixed.tell(state, fixed.ask(jax.random.key(0), state), jnp.arange(4.0))
+    assert not fixed.converged(state)
+    free = CEM(population_size=4, threshold=1e9)
+    state = free.init(jnp.zeros(2))
+    candidates = free.ask(jax.random.key(0), state)
+    assert not free.converged(free.tell(state, candidates, jnp.full(4, jnp.nan)))
+    assert free.converged(free.tell(state, candidates, jnp.arange(4.0)))

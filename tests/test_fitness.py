@@ -7,8 +7,10 @@ import pytest
 
 from grpocem_jax import fitness
 from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import spaces
+from grpocem_jax.adapters import spaces, svf
 from grpocem_jax.fitness import Texts
+from grpocem_jax.models import gpt2
+from tests.parity import weights
 
 KEY = jax.random.key(0)
 LENGTHS = (12, 7, 9)
@@ -164,3 +166,48 @@ def test_a_population_equals_a_loop_over_merged_models(tiny, likelihood, name):
     start = measure(likelihood, space.start, batch)[0]
     assert np.diff(np.sort([*alone, start])).min() > 5e-4
     assert np.ptp(alone) > 0.05
+
+
+def test_a_population_of_gpt2_124m_equals_a_loop_over_merged_models_in_every_space():
+    """The full shape with random weights: two candidates of each search space, to 1e-4."""
+    fields = weights.SHAPES["gpt2"]
+    config = gpt2.config_from_hf(fields, "gpt2")
+    plain = gpt2.params_from_state(weights.state(fields), config, "gpt2")
+    method = svf.svf(svd=svf.cached_svd())
+    model, base = gpt2.build(config, method.apply), gpt2.build(config)
+    sites = adapters.select_sites(model.sites, ["attn.c_proj"])
+    factored = adapters.factor_params(method, plain, sites)
+    zero = adapters.init_adapter(method, KEY, factored, sites)
+    assert adapters.num_params(zero) == 7368
+
+    def noise(seed, like=zero):
+        keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(like))))
+        return jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), like)
+
+    experts = [noise(seed) for seed in range(4)]
+    vectors = jax.tree.map(lambda *x: jnp.stack(x), *experts)
+    searched = (
+        spaces.full_space(zero),
+        spaces.principal_space(zero, vectors, 4),
+        spaces.expert_space(noise(9), experts),
+        spaces.expert_space(zero, experts, per_site=True),
+    )
+    candidates = [
+        spaces.decode(space, noise(10 + seed, space.origin))
+        for space in searched
+        for seed in (0, 1)
+    ]
+    population = jax.tree.map(lambda *x: jnp.stack(x), *candidates)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 12)).astype(np.int32)
+    batch = Texts(jnp.asarray(tokens), jnp.ones((1, 12), bool), jnp.ones((1, 12), bool))
+
+    @jax.jit
+    def score(likelihood, population):
+        return jax.vmap(lambda adapter: likelihood(adapter, batch, KEY))(population)
+
+    found = score(fitness.Likelihood(factored, model), population)
+    merge = jax.jit(lambda adapter: adapters.merge_params(method, factored, adapter, sites))
+    one = jax.jit(lambda params: fitness.Likelihood(params, base)({}, batch, KEY))
+    expected = [float(one(merge(adapter))) for adapter in candidates]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(expected) > 1e-2

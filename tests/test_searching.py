@@ -533,3 +533,34 @@ def test_convergence_and_the_budget_stop_a_search_on_the_host():
 def test_a_setting_out_of_range_is_refused_by_name(where, field, value):
     with pytest.raises(InputError, match=rf"^cem\.{field}={value!r}: [^\n]*\.$"):
         where(**{field: value})
+
+
+def test_random_search_uses_all_its_generations():
+    found = run(method=dataclasses.replace(METHOD, momentum=1.0, threshold=5e-3), generations=5)
+    assert (found.generations, found.converged) == (5, False)
+
+
+def test_scores_of_an_object_that_is_no_pytree_are_used_by_the_gate():
+    called = []
+
+    class Plain:
+        def __call__(self, adapter, batch, key):
+            return quadratic(adapter, batch, key)
+
+        def scores(self, adapter, batch, key):
+            called.append(key)
+            return -((adapter[SITE] - batch) ** 2), jnp.ones(3, bool)
+
+    run(Plain(), held_back=TARGET, generations=1)
+    assert called
+
+
+def test_the_smallest_budget_is_one_generation():
+    assert [run(budget_s=1e-9).generations for _ in range(20)] == [1] * 20
+
+
+def test_a_converged_search_reports_its_last_chunk_once():
+    calls = []
+    method = dataclasses.replace(METHOD, threshold=1e9)
+    run(method=method, generations=10, on_chunk=lambda done, history: calls.append(done))
+    assert calls == [1]
