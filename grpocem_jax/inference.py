@@ -1,9 +1,8 @@
 """What ``adapt.py`` does: reads prompts and examples, adapts, and shows what came of it."""
 
-import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,71 +69,60 @@ def run(
     if evaluate:
         result = _evaluate(trained)
     else:
-        support = None if examples is None else Path(examples)
-        results = _adapt(trained, texts, support, judged, save)
+        results = []
+        pairs = (
+            _adapt_each(trained, texts)
+            if examples is None
+            else _adapt_to_file(trained, texts, Path(examples))
+        )
+        for found, text in pairs:
+            results.append(_record(trained, found, text, judged))
+            if not as_json:
+                print(screens.adapted(results[-1]), flush=True)
         result = {"results": results} if prompts else results[0]
+        if save:
+            config = trained.policy.adapter_config(trained.config.adapter)
+            card = screens.adapted_card(trained, results[-1])
+            checkpoints.save_adapter(Path(save), found.adapter, config, card)
+            print(f"adapter saved in {save}", file=sys.stderr)
     if as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     elif evaluate:
         print(tables.show(result, trained.config))
-    else:
-        for one in result.get("results", [result]):
-            print(screens.adapted(one), flush=True)
-        if save:
-            print(f"adapter saved in {save}")
     return result
 
 
-def _adapt(
-    run: TrainedRun, prompts: list[str], examples: Path | None, judged: list[Text], save: str | None
-) -> list[dict[str, Any]]:
-    if run.config.cem.fitness == "reward" and examples is None:
+def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adaptation, str]]:
+    """Adapts to each prompt by itself."""
+    if run.config.cem.fitness == "reward":
         raise InputError(
             "config.cem.fitness='reward' needs --examples: prompts of the task in cem.task, with "
             "the columns its reward reads."
         )
     space = adaptation.make_space(run.policy, run.adapter, run.config.cem)
-    results = []
-    if examples is not None:
-        found = _adapt_to_file(run, examples, space)
-        shown = prompts or [""]
-        results = [_record(run, found, text, judged) for text in shown]
-    else:
-        for number, prompt in enumerate(prompts, start=1):
-            where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""
-            view = _LiveView(where, run.config.cem.generations)
-            found = adaptation.adapt(run, prompt, space=space, on_chunk=view.show)
-            view.close()
-            results.append(_record(run, found, prompt, judged))
-    if save:
-        checkpoints.save_adapter(
-            Path(save),
-            found.adapter,
-            {
-                "base_model": run.policy.pretrained.source,
-                "base_sha256": run.policy.pretrained.sha256(),
-                "type": "svf",
-                **dataclasses.asdict(run.config.adapter),
-            },
-            screens.adapted_card(run, results[-1]),
-        )
-    return results
+    for number, prompt in enumerate(prompts, start=1):
+        where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""
+        view = _LiveView(where, run.config.cem.generations)
+        yield adaptation.adapt(run, prompt, space=space, on_chunk=view.show), prompt
+        view.close()
 
 
-def _adapt_to_file(run: TrainedRun, examples: Path, space: Any) -> Adaptation:
+def _adapt_to_file(
+    run: TrainedRun, prompts: Sequence[str], examples: Path
+) -> Iterator[tuple[Adaptation, str]]:
+    """Adapts once, to all examples of a file, for all prompts."""
     view = _LiveView("examples", run.config.cem.generations)
     if run.config.cem.fitness == "reward":
         task = TASKS[run.config.cem.task]
         source = run.config.data.sources.get(task.name, SourceConfig())
-        rows = file_rows(examples)
-        chosen = [example_of(task, row, source) for row in rows]
+        chosen = [example_of(task, row, source) for row in file_rows(examples)]
         items = rollouts.encode(run.policy, task, chosen)
-        found = adaptation.adapt_to_reward(run, items, space=space, on_chunk=view.show)
+        found = adaptation.adapt_to_reward(run, items, on_chunk=view.show)
     else:
-        texts = _texts(examples)
-        found = adaptation.adapt(run, texts, space=space, on_chunk=view.show)
+        found = adaptation.adapt(run, _texts(examples), on_chunk=view.show)
     view.close()
-    return found
+    for prompt in prompts or [""]:
+        yield found, prompt
 
 
 def _record(
@@ -226,8 +214,12 @@ class _LiveView:
         self.title, self.generations = title, generations
         self.end = "\r" if sys.stderr.isatty() else "\n"
         self.width = 0
+        # Of many prompts a file gets the last line of each.
+        self.sparse = self.end == "\n" and title.startswith("prompt")
 
     def show(self, done: int, history: History) -> None:
+        if self.sparse and done < self.generations:
+            return
         held = history.held_back[-1]
         gate = "" if np.isnan(held) else f"  held-back gain at least {held:+.3f}"
         title = f"{self.title}  " if self.title else ""

@@ -39,6 +39,15 @@ class Policy:
     end_ids: jax.Array
     pretrained: hub.Pretrained
 
+    def adapter_config(self, settings: AdapterConfig) -> dict[str, Any]:
+        """What ``adapter_config.json`` says of an adapter of this policy."""
+        return {
+            "base_model": self.pretrained.source,
+            "base_sha256": self.pretrained.sha256(),
+            "type": "svf",
+            **dataclasses.asdict(settings),
+        }
+
 
 def load_policy(
     model: ModelConfig, adapter: AdapterConfig, *, stop: Iterable[str] = (), seed: int = 0

@@ -77,6 +77,7 @@ class SearchResult(NamedTuple):
 
     Attributes:
       adapter: the adapter of the point returned.
+      final: the adapter that the search ended with, whatever the gate says of it.
       returned: "mean" or "best", or "start" where the gate let nothing pass.
       held_back_gain: its gain on held-back text; 0 for the start, NaN without a gate.
       generations: how many were run.
@@ -88,6 +89,7 @@ class SearchResult(NamedTuple):
     """
 
     adapter: Offsets
+    final: Offsets
     returned: str
     held_back_gain: float
     generations: int
@@ -183,9 +185,11 @@ def search(
         if done < limit or bool(method.converged(loop.state)):
             break
     seconds = time.perf_counter() - compiled
+    final = decode(space, getattr(loop.state, returned))
     point, gain, returned = _result(loop.state, loop.chosen, returned, held_back is not None)
     return SearchResult(
         adapter=decode(space, point),
+        final=final,
         returned=returned,
         held_back_gain=gain,
         generations=done,
@@ -308,9 +312,11 @@ def search_on_host(
         if budget_s is not None and time.perf_counter() - started >= budget_s:
             break
     gated = evaluate_held_back is not None
+    final = decode(space, getattr(state, returned))
     point, gain, returned = _result(state, chosen, returned, gated)
     return SearchResult(
         adapter=decode(space, point),
+        final=final,
         returned=returned,
         held_back_gain=gain,
         generations=len(records),

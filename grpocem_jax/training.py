@@ -99,12 +99,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     checkpoints.save_adapter(
         workdir / "adapter",
         state.adapter,
-        {
-            "base_model": pretrained.source,
-            "base_sha256": pretrained.sha256(),
-            "type": "svf",
-            **dataclasses.asdict(config.adapter),
-        },
+        policy.adapter_config(config.adapter),
         screens.model_card(config, summary),
     )
     write_json(workdir / "summary.json", summary)

@@ -36,12 +36,17 @@ from grpocem_jax.training import load_data
 RESULTS = Path("docs/adaptation.json")
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
 SPACES: dict[str, dict[str, Any]] = {
-    "full": {"space": "full", "population_size": 64},
-    "subspace": {"space": "subspace", "population_size": 32},
-    "experts": {"space": "experts", "population_size": 32},
-    "experts per layer": {"space": "experts", "per_site": True, "population_size": 32},
+    "full": {"space": "full", "population_size": 50, "generations": 10},
+    "subspace": {"space": "subspace", "population_size": 50, "generations": 10},
+    "experts": {"space": "experts", "population_size": 50, "generations": 20},
+    "experts per layer": {
+        "space": "experts",
+        "per_site": True,
+        "population_size": 50,
+        "generations": 20,
+    },
 }
-"""The search spaces, with populations for their size."""
+"""The search spaces, with the searches that the time of the study allows."""
 
 
 def load() -> TrainedRun:
@@ -131,7 +136,7 @@ def prompts(study: Study) -> dict[str, Any]:
             for gate in (False, True):
                 if gate and name in ("cem, sigma 0.03", "cem, sigma 0.3"):
                     continue
-                settings = study.settings(population_size=100, gate=gate, **changes)
+                settings = study.settings(population_size=100, generations=50, gate=gate, **changes)
                 gains, fits, adapted = [], [], 0
                 for i, text in enumerate(texts):
                     judge = [Text(study.cut(text, 0, 30), study.cut(text, 30, None))]
@@ -163,7 +168,7 @@ def fewshot(study: Study) -> dict[str, Any]:
             for seed in range(study.seeds):
                 passages = study.texts(kind, 28, 100 + seed, 40)
                 texts = [Text(study.cut(passage, 0, 31)) for passage in passages]
-                settings = study.settings(generations=20, **changes)
+                settings = study.settings(generations=20, population_size=64, **changes)
                 found = study.adapt(texts[:4], seed, settings)
                 before = study.likelihood(study.run.adapter, texts[4:])
                 gains.append(study.likelihood(found.adapter, texts[4:]) - before)
@@ -178,30 +183,38 @@ def _task_rows(
     adapt: Callable[[Sequence[rollouts.Item], int, CEMConfig, str], Adaptation],
     **common: Any,
 ) -> list[dict[str, Any]]:
-    """Every task, space, method and seed, judged on 24 held-out prompts of the task."""
+    """Every task, space, method and seed, judged on 24 held-out prompts of the task.
+
+    A gated search gives two rows: what the gate returned, and what the search ended with.
+    """
     rows = []
     for task in TASKS:
         support = [item for item in study.train if item.task.name == task]
         judged = [item for item in study.heldout if item.task.name == task][:24]
         texts = demonstrations(judged, "heldout")
-        base = study.reward(study.run.adapter, judged)
-        base_likelihood = study.likelihood(study.run.adapter, texts)
+
+        def judge(adapter, texts=texts, judged=judged):
+            return study.likelihood(adapter, texts), study.reward(adapter, judged)
+
+        base = np.array(judge(study.run.adapter))
         for space, methods in spaces.items():
-            results: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+            results: dict[str, list[Any]] = {}
             for seed in range(study.seeds):
                 examples = support[8 * seed : 8 * seed + 8]
                 for name, changes in methods.items():
                     settings = study.settings(space, **{**common, **changes})
                     found = adapt(examples, seed, settings, space)
-                    gain = study.likelihood(found.adapter, texts) - base_likelihood
-                    results[name].append((gain, study.reward(found.adapter, judged) - base))
+                    if settings.gate:
+                        results.setdefault(f"{name}, gate", []).append(judge(found.adapter))
+                    assert found.search is not None
+                    results.setdefault(name, []).append(judge(found.search.final))
             random = np.array(results["random search"])
             for name, values in results.items():
-                gains = np.array(values)
                 row = {"task": task, "space": space, "method": name, "n": study.seeds}
-                for column, judge in enumerate(("likelihood", "reward")):
-                    row[judge] = mean_ci(gains[:, column])
-                    row[f"{judge}_over_random"] = mean_ci(gains[:, column] - random[:, column])
+                for column, kind in enumerate(("likelihood", "reward")):
+                    gains = np.array(values)[:, column]
+                    row[kind] = mean_ci(gains - base[column])
+                    row[f"{kind}_over_random"] = mean_ci(gains - random[:, column])
                 rows.append(row)
                 say(row)
     return rows
@@ -214,37 +227,32 @@ def demonstrations(items: Sequence[rollouts.Item], split: str) -> list[Text]:
 
 
 RANDOM = {"momentum": 1.0, "std_momentum": 1.0, "returned": "best"}
-EXPERT_STD = {"full": 0.1, "subspace": 0.3, "experts": 0.3, "experts per layer": 0.3}
+SPREAD = {"full": 0.1, "subspace": 1.0, "experts": 0.3, "experts per layer": 0.3}
+"""Initial standard deviations; a direction of the subspace has length 1, an expert about 10."""
 
 
 def tasks(study: Study) -> dict[str, Any]:
-    """Eight examples of a task by likelihood of their answers, all spaces."""
+    """Eight examples of a task by likelihood of their answers, two of them for the gate."""
 
     def adapt(items, seed, settings, space):
-        if settings.method == "cem":
-            settings = dataclasses.replace(settings, noise_std=EXPERT_STD[space])
-        elif not settings.gate:
+        settings = dataclasses.replace(settings, noise_std=SPREAD[space])
+        if settings.method == "gradient":
             # A step costs about three forwards.
-            steps = SPACES[space]["population_size"] * settings.generations // 3
+            steps = settings.population_size * settings.generations // 3
             settings = dataclasses.replace(settings, generations=steps)
         return study.adapt(demonstrations(items, "train"), seed, settings, space)
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
-    gradients: dict[str, dict[str, Any]] = {
-        "gradient, as many forwards": {"method": "gradient", "gate": False},
-        "gradient, gate": {"method": "gradient", "generations": 40},
-    }
-    spaces = {
-        name: searches | (gradients if name in ("full", "experts") else {}) for name in SPACES
-    }
-    return {"rows": _task_rows(study, spaces, adapt, generations=10)}
+    gradient: dict[str, dict[str, Any]] = {"gradient": {"method": "gradient"}}
+    spaces = {name: searches | (gradient if name in ("full", "experts") else {}) for name in SPACES}
+    return {"rows": _task_rows(study, spaces, adapt)}
 
 
 def rewards(study: Study) -> dict[str, Any]:
     """Eight prompts of a task by the reward of completions."""
 
     def adapt(items, seed, settings, space):
-        settings = dataclasses.replace(settings, noise_std=EXPERT_STD[space])
+        settings = dataclasses.replace(settings, noise_std=SPREAD[space])
         return adaptation.adapt_to_reward(
             study.run,
             items,
@@ -255,7 +263,7 @@ def rewards(study: Study) -> dict[str, Any]:
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
     warm: dict[str, dict[str, Any]] = {"cem, warm start": {"warm_start": True}}
-    gated: dict[str, dict[str, Any]] = {"cem, gate on half": {"gate": True, "held_back": 0.5}}
+    gated: dict[str, dict[str, Any]] = {"cem, half held back": {"gate": True, "held_back": 0.5}}
     common = {
         "generations": 8,
         "population_size": 24,
@@ -308,7 +316,7 @@ def options(study: Study) -> dict[str, Any]:
         say(rows[-1])
     lengths = []
     for length in (8, 15, 30, 60):
-        settings = study.settings(population_size=100)
+        settings = study.settings(population_size=100, generations=50)
         gains, seconds = [], []
         for i, text in enumerate(study.texts("recipe", 8, 400, 0)):
             judge = [Text(study.cut(text, 0, length), study.cut(text, length, None))]

@@ -179,7 +179,7 @@ def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_pat
     )
     assert result.keys() >= RESULT_KEYS | {"heldout_before", "heldout_after"}
     assert "examples  generation 2/2" in err
-    assert f"adapter saved in {saved}" in out
+    assert f"adapter saved in {saved}" in err
     assert f"held out  {result['heldout_before']:.3f} before, " in out
     # What was saved is the adapter that was judged.
     run = adaptation.load_run(workdir)

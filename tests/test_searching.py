@@ -564,3 +564,11 @@ def test_a_converged_search_reports_its_last_chunk_once():
     method = dataclasses.replace(METHOD, threshold=1e9)
     run(method=method, generations=10, on_chunk=lambda done, history: calls.append(done))
     assert calls == [1]
+
+
+def test_the_end_of_a_gated_search_is_kept_and_is_what_no_gate_returns():
+    found = gated(targets(-1.0, -1.2, -0.8))
+    free = gated(None)
+    assert found.returned == "start"
+    same(found.final, free.adapter)
+    same(free.final, free.adapter)
