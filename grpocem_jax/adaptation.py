@@ -28,6 +28,10 @@ from grpocem_jax.config import CEMConfig, Config, parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import Policy, load_policy
 
+HELD_BACK_SAMPLES = 8
+"""Completions of a held-back prompt for each one of a prompt that is adapted to: single rewards of
+a few prompts tell little, and the gate judges three points at a time, not a population."""
+
 LIBRARY = Path(__file__).parent / "builtin" / "experts"
 """The experts of the built-in model."""
 
@@ -231,9 +235,10 @@ def adapt_to_reward(
     rewards = functools.partial(_rewards, run, settings=settings)
     evaluate = functools.partial(rewards, items=items[held:])
     # What is compared with the start is paired with it.
-    paired = functools.partial(
-        _rewards, run, settings=dataclasses.replace(settings, common_random_numbers=True)
+    paired_settings = dataclasses.replace(
+        settings, common_random_numbers=True, samples=HELD_BACK_SAMPLES * settings.samples
     )
+    paired = functools.partial(_rewards, run, settings=paired_settings)
     evaluate_held_back = functools.partial(paired, items=items[:held]) if held else None
     found = searching.search_on_host(
         method,

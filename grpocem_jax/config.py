@@ -190,7 +190,10 @@ class CEMConfig:
         "prompt by itself.",
         _at_least(0),
     )
-    samples: int = _field("Completions of each prompt by each candidate.", _at_least(1))
+    samples: int = _field(
+        "Completions of each prompt by each candidate; the gate draws 8 times as many.",
+        _at_least(1),
+    )
     warm_start: bool = _field(
         "With `reward`: start at the result of a gradient search on the likelihood of the "
         "examples' own completions."

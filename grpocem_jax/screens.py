@@ -128,7 +128,8 @@ def closing(
             f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
             f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
-            f"adapter and logs are in {workdir}",
+            f"adapter and logs are in {workdir}; to adapt it further: "
+            f"python adapt.py --config CONFIG --workdir {workdir} --prompt TEXT",
         ]
     )
 

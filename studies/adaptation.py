@@ -204,13 +204,16 @@ def _task_rows(
                 for name, changes in methods.items():
                     settings = study.settings(space, **{**common, **changes})
                     found = adapt(examples, seed, settings, space)
-                    if settings.gate:
-                        results.setdefault(f"{name}, gate", []).append(judge(found.adapter))
                     assert found.search is not None
-                    results.setdefault(name, []).append(judge(found.search.final))
+                    if settings.gate:
+                        gated = f"{name}, gate at z = {settings.gate_z:g}"
+                        results.setdefault(gated, []).append(judge(found.adapter))
+                    if settings.gate_z:
+                        results.setdefault(name, []).append(judge(found.search.final))
             random = np.array(results["random search"])
             for name, values in results.items():
-                row = {"task": task, "space": space, "method": name, "n": study.seeds}
+                method = name.replace(", again", "")
+                row = {"task": task, "space": space, "method": method, "n": study.seeds}
                 for column, kind in enumerate(("likelihood", "reward")):
                     gains = np.array(values)[:, column]
                     row[kind] = mean_ci(gains - base[column])
@@ -244,7 +247,12 @@ def tasks(study: Study) -> dict[str, Any]:
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
     gradient: dict[str, dict[str, Any]] = {"gradient": {"method": "gradient"}}
-    spaces = {name: searches | (gradient if name in ("full", "experts") else {}) for name in SPACES}
+    spaces = {
+        "full": searches | gradient,
+        "subspace": searches,
+        "experts": searches | gradient | {"cem, again": {"gate_z": 0.0}},
+        "experts per layer": searches,
+    }
     return {"rows": _task_rows(study, spaces, adapt)}
 
 
@@ -263,7 +271,11 @@ def rewards(study: Study) -> dict[str, Any]:
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
     warm: dict[str, dict[str, Any]] = {"cem, warm start": {"warm_start": True}}
-    gated: dict[str, dict[str, Any]] = {"cem, half held back": {"gate": True, "held_back": 0.5}}
+    half = {"gate": True, "held_back": 0.5}
+    gated: dict[str, dict[str, Any]] = {
+        "cem, half held back": half,
+        "cem, half held back, again": {**half, "gate_z": 0.0},
+    }
     common = {
         "generations": 8,
         "population_size": 24,

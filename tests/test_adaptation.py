@@ -553,8 +553,9 @@ def test_samples_under_own_adapters_are_those_of_one_call_for_each_adapter(
 
 
 def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
-    run, questions, by_words
+    run, questions, by_words, monkeypatch
 ):
+    monkeypatch.setattr(adaptation, "HELD_BACK_SAMPLES", 1)
     items = [item._replace(task=by_words) for item in questions]
     key, seen = jax.random.key(8), []
     settings = reward_settings(run, gate_z=0.0)
