@@ -134,7 +134,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.cem.learning_rate = 1e-2
     config.cem.returned = "mean"
     config.cem.gate = False  # the report has none
-    config.cem.gate_z = 1.0
+    config.cem.gate_z = 1.5
     config.cem.held_back = 0.3
     config.cem.budget_s = config_dict.placeholder(float)
     if recipe == "report":

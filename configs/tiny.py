@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.cem.learning_rate = 1e-2
     config.cem.returned = "mean"
     config.cem.gate = True
-    config.cem.gate_z = 1.0
+    config.cem.gate_z = 1.5
     config.cem.held_back = 0.3
     config.cem.budget_s = config_dict.placeholder(float)
     config.cem.population_chunk = 0

@@ -184,7 +184,9 @@ class CEMConfig:
         "`likelihood` of the prompt or of the examples; `reward` of completions of the prompts.",
         _one_of("likelihood", "reward"),
     )
-    task: str = _field("Whose reward it is, and whose prompts, where the fitness is `reward`.")
+    task: str = _field(
+        "Whose reward and columns those of `--examples` are, where the fitness is `reward`."
+    )
     support: int = _field(
         "Training examples of a task that `adapt.py --evaluate` adapts to; 0: every held-out "
         "prompt by itself.",
@@ -323,10 +325,9 @@ def _check_cem(cem: CEMConfig) -> None:
             "config.cem.method='gradient': a reward has no gradient; use 'cem', with "
             "config.cem.warm_start where a gradient should come first."
         )
-    if cem.fitness == "reward" and cem.task not in TASKS:
+    if cem.task and cem.task not in TASKS:
         raise InputError(
-            f"config.cem.task={cem.task!r}: config.cem.fitness='reward' needs a task"
-            f"{_nearest(cem.task, TASKS)}"
+            f"config.cem.task={cem.task!r}: there is no such task{_nearest(cem.task, TASKS)}"
         )
 
 

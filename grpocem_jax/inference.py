@@ -55,6 +55,17 @@ def run(
     if not evaluate:
         texts = _read_prompts(prompt, prompts, optional=examples is not None)
     trained = adaptation.load_run(workdir, settings)
+    if trained.config.cem.fitness == "reward" and not evaluate:
+        if examples is None:
+            raise InputError(
+                "config.cem.fitness='reward' needs --examples: prompts of the task in cem.task, "
+                "with the columns its reward reads."
+            )
+        if not trained.config.cem.task:
+            raise InputError(
+                "config.cem.task='': name the task whose reward scores completions of --examples: "
+                f"{', '.join(TASKS)}."
+            )
     # What cannot be used is refused before the first search.
     for text in texts:
         adaptation.check_prompt(trained, text)
@@ -94,11 +105,6 @@ def run(
 
 def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adaptation, str]]:
     """Adapts to each prompt by itself."""
-    if run.config.cem.fitness == "reward":
-        raise InputError(
-            "config.cem.fitness='reward' needs --examples: prompts of the task in cem.task, with "
-            "the columns its reward reads."
-        )
     space = adaptation.make_space(run.policy, run.adapter, run.config.cem)
     for number, prompt in enumerate(prompts, start=1):
         where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""

@@ -16,7 +16,6 @@ import functools
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,10 @@ class Study:
         )
 
     def settings(self, space: str = "full", **changes: Any) -> CEMConfig:
-        """The default of configs/tiny.py in a space, with changes."""
-        return dataclasses.replace(self.run.config.cem, **{**SPACES[space], **changes})
+        """The default of configs/tiny.py in a space, with z = 1 in the gate, and with changes."""
+        return dataclasses.replace(
+            self.run.config.cem, **{"gate_z": 1.0, **SPACES[space], **changes}
+        )
 
     def adapt(
         self, texts: str | Sequence[Text], seed: int, settings: CEMConfig, space: str = "full"
@@ -150,6 +151,35 @@ def prompts(study: Study) -> dict[str, Any]:
                     {**row, "fit": mean_ci(fits), "gain": mean_ci(gains), "adapted": adapted}
                 )
                 say(rows[-1])
+    return {"rows": rows}
+
+
+def gate(study: Study) -> dict[str, Any]:
+    """The same with more prompts: how many standard errors the gate should ask for."""
+    rows = []
+    for kind in ("familiar", "foreign"):
+        for name, z in (*(("gradient", z) for z in (0.0, 0.5, 1.0, 1.5, 2.0)), ("cem", 1.5)):
+            count = 48 if name == "gradient" else 24
+            texts = (
+                study.texts(kind, count, 7, 40)
+                if kind == "familiar"
+                else [t for k in foreign.KINDS for t in study.texts(k, count // 2, 7, 40)]
+            )
+            settings = study.settings(
+                population_size=100, generations=50, noise_std=0.1, method=name, gate_z=z
+            )
+            gated, free, adapted = [], [], 0
+            for i, text in enumerate(texts):
+                judge = [Text(study.cut(text, 0, 30), study.cut(text, 30, None))]
+                found = study.adapt(judge[0].prompt, i, settings)
+                before = study.likelihood(study.run.adapter, judge)
+                gated.append(study.likelihood(found.adapter, judge) - before)
+                assert found.search is not None
+                free.append(study.likelihood(found.search.final, judge) - before)
+                adapted += found.returned != "start"
+            row = {"text": kind, "method": name, "z": z, "n": count, "adapted": adapted}
+            rows.append({**row, "gain": mean_ci(gated), "ungated": mean_ci(free)})
+            say(rows[-1])
     return {"rows": rows}
 
 
@@ -250,7 +280,7 @@ def tasks(study: Study) -> dict[str, Any]:
     spaces = {
         "full": searches | gradient,
         "subspace": searches,
-        "experts": searches | gradient | {"cem, again": {"gate_z": 0.0}},
+        "experts": searches | gradient,
         "experts per layer": searches,
     }
     return {"rows": _task_rows(study, spaces, adapt)}
@@ -373,6 +403,18 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
                 "adapted": lambda r: f"{r['adapted']} of {r['n']}",
             },
         )
+    if "gate" in results:
+        made["gate"] = _table(
+            results["gate"]["rows"],
+            {
+                "text": lambda r: r["text"],
+                "method": lambda r: r["method"],
+                "z": lambda r: f"{r['z']:g}",
+                "gain without the gate": lambda r: _ci(r["ungated"]),
+                "gain with it": lambda r: _ci(r["gain"]),
+                "adapted": lambda r: f"{r['adapted']} of {r['n']}",
+            },
+        )
     if "fewshot" in results:
         made["fewshot"] = _table(
             results["fewshot"]["rows"],
@@ -428,7 +470,7 @@ def write(doc: Path, made: dict[str, str]) -> None:
     doc.write_text(text, encoding="utf-8")
 
 
-PARTS = {f.__name__: f for f in (prompts, fewshot, tasks, rewards, options)}
+PARTS = {f.__name__: f for f in (prompts, gate, fewshot, tasks, rewards, options)}
 
 
 def main() -> None:
@@ -444,9 +486,7 @@ def main() -> None:
     chosen = [name for name in args.parts.split(",") if name]
     study = functools.cache(lambda: Study(load(), args.seeds))
     for name in chosen:
-        started = time.perf_counter()
         results[name] = PARTS[name](study())
-        results[name]["minutes"] = round((time.perf_counter() - started) / 60, 1)
         args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.doc:
         write(args.doc, tables(results))

@@ -289,7 +289,7 @@ def refused(adapt, monkeypatch):
         ({"cem.space": "experts", "cem.experts": ""}, {"prompt": PROMPT}, "cem.experts"),
         ({"cem.space": "experts", "cem.experts": "/no"}, {"prompt": PROMPT}, "cem.experts='/no'"),
         ({"cem.space": "subspace", "cem.rank": 400}, {"prompt": PROMPT}, "cem.rank=400"),
-        ({"cem.fitness": "reward"}, {"prompt": PROMPT}, "config.cem.task=''"),
+        ({"cem.fitness": "reward"}, {"examples": __file__}, "config.cem.task=''"),
         ({**REWARD, "cem.task": "qu"}, {"prompt": PROMPT}, "did you mean 'qa'"),
         ({**REWARD, "cem.method": "gradient"}, {"prompt": PROMPT}, "a reward has no gradient"),
         (REWARD, {"prompt": PROMPT}, "needs --examples"),
