@@ -463,8 +463,8 @@ def write(doc: Path, made: dict[str, str]) -> None:
     """Puts each table between its markers in the document."""
     text = doc.read_text(encoding="utf-8")
     for name, table in made.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(pattern, rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+        pattern = rf"(<!-- {name} -->\n)[^<]*(<!-- end -->)"
+        text, count = re.subn(pattern, rf"\g<1>{table}\n\g<2>", text)
         if count != 1:
             raise ValueError(f"{doc}: has {count} places for the table {name}.")
     doc.write_text(text, encoding="utf-8")
