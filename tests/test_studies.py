@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_document_shows_the_figures_that_are_kept(tmp_path):
     results = json.loads((ROOT / adaptation.RESULTS).read_text())
     assert set(results) == set(adaptation.PARTS)
-    doc = shutil.copy(ROOT / "docs" / "adaptation.md", tmp_path)
+    doc = Path(shutil.copy(ROOT / "docs" / "adaptation.md", tmp_path))
     adaptation.write(doc, adaptation.tables(results))
     assert doc.read_text() == (ROOT / "docs" / "adaptation.md").read_text()
 
