@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpocem_jax import checkpoints, fitness, rollouts, searching
+from grpocem_jax import checkpoints, fitness, metrics, rollouts, searching
 from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
@@ -240,18 +240,23 @@ def adapt_to_reward(
     )
     paired = functools.partial(_rewards, run, settings=paired_settings)
     evaluate_held_back = functools.partial(paired, items=items[:held]) if held else None
-    found = searching.search_on_host(
-        method,
-        evaluate,
-        space,
-        key,
-        generations=settings.generations,
-        evaluate_held_back=evaluate_held_back,
-        gate_z=settings.gate_z,
-        returned=settings.returned,
-        budget_s=settings.budget_s,
-        on_chunk=on_chunk,
-    )
+    clock = metrics.CompileClock.start()
+    try:
+        found = searching.search_on_host(
+            method,
+            evaluate,
+            space,
+            key,
+            generations=settings.generations,
+            evaluate_held_back=evaluate_held_back,
+            gate_z=settings.gate_z,
+            returned=settings.returned,
+            budget_s=settings.budget_s,
+            on_chunk=on_chunk,
+        )
+    finally:
+        clock.stop()
+    found = found._replace(seconds=found.seconds - clock.seconds, compile_seconds=clock.seconds)
     if warm is not None and found.returned == "start":
         found = found._replace(returned=warm.returned)
     both = jax.tree.map(lambda *x: jnp.stack(x), run.adapter, found.adapter)

@@ -85,7 +85,8 @@ class SearchResult(NamedTuple):
       converged: whether the mean stopped moving before the generations were used up.
       history: the generations, arrays on the host, as long as there were generations.
       seconds: of the search, without compilation.
-      compile_seconds: spent before it to trace and compile, or to find the compiled program.
+      compile_seconds: spent before it to trace and compile, or to find the compiled program; of
+        `search_on_host`, which compiles on the way, 0, and ``seconds`` has all.
     """
 
     adapter: Offsets

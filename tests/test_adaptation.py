@@ -568,6 +568,8 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     assert result.fitness_after == pytest.approx(rewards[1], rel=1e-6)
     assert_equal(run.adapter, before)
     found = result.search
+    assert found.seconds > 0
+    assert found.compile_seconds > 0  # the first generation of these shapes
     assert seen == [1, 2]
     assert found.generations == 2
     assert found.candidates == 8
