@@ -104,7 +104,7 @@ def load_run(workdir: str | Path, settings: ml_collections.ConfigDict | None = N
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
     )
     adapter = checkpoints.load_adapter(
-        workdir / "adapter", policy.zero, base_sha256=policy.pretrained.sha256()
+        workdir / "adapter", policy.zero, base_sha256=policy.pretrained.sha256
     )
     return TrainedRun(config, policy, adapter)
 
@@ -119,7 +119,7 @@ def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Sp
         return spaces.full_space(start)
     folder = LIBRARY if settings.experts == "builtin" else Path(settings.experts)
     experts, vectors = checkpoints.load_library(
-        folder, policy.zero, base_sha256=policy.pretrained.sha256()
+        folder, policy.zero, base_sha256=policy.pretrained.sha256
     )
     if settings.space == "subspace":
         return spaces.principal_space(start, vectors, settings.rank)

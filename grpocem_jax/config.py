@@ -240,14 +240,9 @@ class CEMConfig:
     def search_method(self) -> CEM | GradientAscent:
         """The method's own record."""
         if self.method == "gradient":
-            return self.gradient
+            return GradientAscent(learning_rate=self.learning_rate)
         names = [field.name for field in dataclasses.fields(CEM)]
         return CEM(**{name: getattr(self, name) for name in names})
-
-    @property
-    def gradient(self) -> GradientAscent:
-        """The gradient method's own record."""
-        return GradientAscent(learning_rate=self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

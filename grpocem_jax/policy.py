@@ -43,7 +43,7 @@ class Policy:
         """What ``adapter_config.json`` says of an adapter of this policy."""
         return {
             "base_model": self.pretrained.source,
-            "base_sha256": self.pretrained.sha256(),
+            "base_sha256": self.pretrained.sha256,
             "type": "svf",
             **dataclasses.asdict(settings),
         }

@@ -96,7 +96,7 @@ def write_run(folder, *, offsets=None, **adapter_config):
         random_offsets(loaded.zero) if offsets is None else offsets,
         {
             "base_model": loaded.pretrained.source,
-            "base_sha256": loaded.pretrained.sha256(),
+            "base_sha256": loaded.pretrained.sha256,
             "type": "svf",
             **dataclasses.asdict(config.adapter),
             **adapter_config,
@@ -201,7 +201,7 @@ def test_adapting_changes_neither_the_model_nor_the_trained_adapter(run, method)
 
 def test_an_adapted_vector_saved_and_loaded_again_is_equal(run, tmp_path):
     result = adaptation.adapt(run, PROMPT, settings=cem(run, gate=False))
-    sha256 = run.policy.pretrained.sha256()
+    sha256 = run.policy.pretrained.sha256
     described = {"base_model": "builtin", "base_sha256": sha256}
     checkpoints.save_adapter(tmp_path / "adapted", result.adapter, described, "")
     again = checkpoints.load_adapter(tmp_path / "adapted", run.policy.zero, base_sha256=sha256)

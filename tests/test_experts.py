@@ -43,7 +43,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def shipped(policy):
-    return checkpoints.load_library(LIBRARY, policy.zero, base_sha256=policy.pretrained.sha256())
+    return checkpoints.load_library(LIBRARY, policy.zero, base_sha256=policy.pretrained.sha256)
 
 
 def test_five_tasks_make_eight_experts():
@@ -120,7 +120,7 @@ def test_the_shipped_library_has_32_principal_directions(policy, shipped):
 
 
 def write_expert(folder, policy, seed=1, **changes):
-    config = {"base_model": "builtin", "base_sha256": policy.pretrained.sha256(), **changes}
+    config = {"base_model": "builtin", "base_sha256": policy.pretrained.sha256, **changes}
     checkpoints.save_adapter(folder, random_offsets(policy.zero, seed), config, "")
 
 
@@ -129,7 +129,7 @@ def test_a_library_without_snapshots_has_the_experts_as_its_vectors(policy, tmp_
         write_expert(tmp_path / name, policy, number)
     (tmp_path / "notes").mkdir()
     experts, vectors = checkpoints.load_library(
-        tmp_path, policy.zero, base_sha256=policy.pretrained.sha256()
+        tmp_path, policy.zero, base_sha256=policy.pretrained.sha256
     )
     assert list(experts) == ["a", "b"]
     assert {len(x) for x in jax.tree.leaves(vectors)} == {2}
@@ -139,7 +139,7 @@ def test_an_expert_of_another_model_is_refused(policy, tmp_path):
     write_expert(tmp_path / "a", policy)
     write_expert(tmp_path / "b", policy, base_sha256="0" * 64)
     with pytest.raises(InputError, match=r"b/adapter_config\.json: the adapter was trained on"):
-        checkpoints.load_library(tmp_path, policy.zero, base_sha256=policy.pretrained.sha256())
+        checkpoints.load_library(tmp_path, policy.zero, base_sha256=policy.pretrained.sha256)
 
 
 @pytest.mark.parametrize("folder", ["", "nothing"])
@@ -200,7 +200,7 @@ def test_training_writes_a_library_and_ordinary_runs(trained):
 def test_a_trained_library_can_be_read_and_ends_where_its_trainings_ended(policy, trained):
     _, library = trained
     experts, vectors = checkpoints.load_library(
-        library, policy.zero, base_sha256=policy.pretrained.sha256()
+        library, policy.zero, base_sha256=policy.pretrained.sha256
     )
     assert list(experts) == ["all", "qa", "sentiment"]
     snapshots = load_file(library / checkpoints.TRAJECTORY)

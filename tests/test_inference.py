@@ -184,7 +184,7 @@ def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_pat
     # What was saved is the adapter that was judged.
     run = adaptation.load_run(workdir)
     adapted = checkpoints.load_adapter(
-        saved, run.policy.zero, base_sha256=run.policy.pretrained.sha256()
+        saved, run.policy.zero, base_sha256=run.policy.pretrained.sha256
     )
     texts = [Text(OTHER), Text(PROMPT, " positive")]
     for when, adapter in (("before", run.adapter), ("after", adapted)):

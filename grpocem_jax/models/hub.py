@@ -1,6 +1,7 @@
 """Loads and saves Hugging Face checkpoints: Hub id, local folder, built-in, or random weights."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -51,8 +52,9 @@ class Pretrained:
         """The model's pure functions, see `grpocem_jax.models.base.Model`."""
         return self.architecture.build(self.config, site_fn)
 
+    @functools.cached_property
     def sha256(self) -> str:
-        """Hash of the weights, by which an adapter knows its base model."""
+        """Hash of the weights, by which an adapter knows its base model; computed once."""
         digest = hashlib.sha256()
         for path, x in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(f"{jax.tree_util.keystr(path)} {np.shape(x)}".encode())
