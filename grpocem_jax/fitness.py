@@ -42,12 +42,10 @@ class Likelihood:
     Attributes:
       params: the model's parameters, with factors at the adapter's sites.
       model: the model record.
-      chunk: tokens at a time through the head.
     """
 
     params: Params
     model: Model = dataclasses.field(metadata={"static": True})
-    chunk: int = dataclasses.field(default=32, metadata={"static": True})
 
     def __call__(self, adapter: AdapterParams, batch: Texts, key: jax.Array) -> jax.Array:
         """Mean over the scored tokens of all texts; NaN where there are none."""
@@ -71,8 +69,7 @@ class Likelihood:
 
         def one(tokens, mask):
             hidden = self.model.forward(self.params, adapter, tokens[:-1], mask[:-1])
-            chunk = min(self.chunk, len(tokens) - 1)
-            return token_logps(self.model, self.params, hidden, tokens[1:], 1.0, chunk=chunk)[0]
+            return token_logps(self.model, self.params, hidden, tokens[1:], 1.0)[0]
 
         scored = batch.scored[:, 1:] & batch.mask[:, 1:]
         logps = jax.vmap(one)(batch.tokens, batch.mask)

@@ -201,7 +201,6 @@ class Hyperparameters:
         exceeds twice the target, multiplied by 1.5 below half of it, within ``lr_scale_range``
         of its schedule.
       lr_scale_range: smallest and largest factor.
-      logit_chunk: tokens of each completion at a time through the head.
     """
 
     clip: float = 0.2
@@ -215,7 +214,6 @@ class Hyperparameters:
     max_grad_norm: float = 0.5
     target_kl: float = 0.0
     lr_scale_range: tuple[float, float] = (0.1, 10.0)
-    logit_chunk: int = 32
 
 
 def optimizer(hp: Hyperparameters) -> optax.GradientTransformation:
@@ -258,7 +256,7 @@ def loss(
     Returns:
       the loss and its parts, each a weighted sum: policy_loss, kl, entropy, clip_ratio.
     """
-    evaluate = functools.partial(completion_logps, model, chunk=hp.logit_chunk)
+    evaluate = functools.partial(completion_logps, model)
     over_prompts = jax.vmap(evaluate, in_axes=(None, None, 0, 0, 0, 0, None))
     inputs = (batch.prompts, batch.prompt_mask, batch.completions, batch.mask, temperature)
     logps, entropies = over_prompts(params, adapter, *inputs)
@@ -285,7 +283,13 @@ def loss(
     return total, parts
 
 
-@functools.partial(jax.jit, static_argnames=("model", "hp"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "hp"),
+    # By default XLA's CPU compiler starts all layers' recomputation at once, for concurrency that
+    # two threads in one product have no use for, and keeps all of it. Other backends ignore this.
+    compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+)
 def update(
     state: TrainState,
     params: Params,

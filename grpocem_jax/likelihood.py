@@ -1,9 +1,28 @@
 """Log-likelihoods of given tokens, without ever holding ``[length, vocabulary]``."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from grpocem_jax.models.base import AdapterParams, Model, Params
+
+CHUNK = 2048
+"""Rows of the vocabulary that go through the head at a time: a product large enough to run at full
+speed, whose logits are still in the cache when they are summed."""
+
+
+class _Sums(NamedTuple):
+    """What has been seen of each token's logits ``z``, float32 ``[N]``.
+
+    With ``m`` the largest so far: ``normalizer = sum(exp(z - m))`` and
+    ``weighted = sum(exp(z - m) (z - m))``; ``target`` is the token's own logit.
+    """
+
+    largest: jax.Array
+    normalizer: jax.Array
+    weighted: jax.Array
+    target: jax.Array
 
 
 def token_logps(
@@ -13,11 +32,13 @@ def token_logps(
     tokens: jax.Array,
     temperature: jax.Array | float,
     *,
-    chunk: int,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each token and entropy of the policy, the head ``chunk`` tokens at a time.
+    """Log-probability of each token and entropy of the policy, a part of the vocabulary at a time.
 
-    Each chunk is recomputed in the backward pass, so ``[N, V]`` never exists.
+    The normaliser is summed up as in an online softmax (Milakov and Gimelshein 2018, arXiv
+    1805.02867), so that a part's logits are read once, where they were made.  The backward pass
+    makes them again.
 
     Args:
       model: the model record.
@@ -25,25 +46,39 @@ def token_logps(
       hidden: ``[N, D]``, the states that predict the tokens.
       tokens: int32 ``[N]``.
       temperature: above 0.
-      chunk: tokens at a time.
+      chunk: rows of the vocabulary at a time.
 
     Returns:
       float32 ``[N]`` and ``[N]`` (nats).
     """
-    length = tokens.shape[0]
-    padding = -length % chunk
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-    tokens = jnp.pad(tokens, (0, padding)).reshape(-1, chunk)
 
-    @jax.checkpoint
-    def head(part):
-        states, targets = part
-        logps = jax.nn.log_softmax(model.logits(params, states) / temperature, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-        return jnp.take_along_axis(logps, targets[:, None], axis=-1)[:, 0], entropy
+    def add(sums: _Sums, start: jax.Array | int, count: int) -> _Sums:
+        logits = model.logits(params, hidden, start, count) / temperature
+        largest = jnp.maximum(sums.largest, jax.lax.stop_gradient(jnp.max(logits, -1)))
+        shifted = logits - largest[:, None]
+        exps = jnp.exp(shifted)
+        drop = sums.largest - largest
+        keep = jnp.exp(drop)
+        mine = jnp.arange(count)[None] == (tokens - start)[:, None]
+        return _Sums(
+            largest,
+            keep * sums.normalizer + jnp.sum(exps, -1),
+            keep * (sums.weighted + drop * sums.normalizer) + jnp.sum(exps * shifted, -1),
+            sums.target + jnp.sum(jnp.where(mine, logits, 0.0), -1),
+        )
 
-    logps, entropies = jax.lax.map(head, (hidden, tokens))
-    return logps.reshape(-1)[:length], entropies.reshape(-1)[:length]
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    # A finite start: its products with zero are zero.
+    sums = _Sums(jnp.full_like(zeros, -1e30), zeros, zeros, zeros)
+    whole, rest = divmod(model.vocab_size, chunk)
+    if whole:
+        part = jax.checkpoint(lambda sums, start: (add(sums, start, chunk), None))
+        sums, _ = jax.lax.scan(part, sums, jnp.arange(whole) * chunk)
+    if rest:
+        sums = jax.checkpoint(add, static_argnums=(1, 2))(sums, whole * chunk, rest)
+    log_normalizer = jnp.log(sums.normalizer)
+    logps = sums.target - sums.largest - log_normalizer
+    return logps, log_normalizer - sums.weighted / sums.normalizer
 
 
 def completion_logps(
@@ -55,8 +90,6 @@ def completion_logps(
     completions: jax.Array,
     mask: jax.Array,
     temperature: jax.Array | float,
-    *,
-    chunk: int = 32,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies of one prompt's group; the prompt is processed once.
 
@@ -69,7 +102,6 @@ def completion_logps(
       completions: int32 ``[G, N]``.
       mask: bool ``[G, N]``.
       temperature: above 0.
-      chunk: tokens at a time through the head.
 
     Returns:
       float32 ``[G, N]`` and ``[G, N]``; zero off the mask.
@@ -79,7 +111,7 @@ def completion_logps(
     def one(tokens, mask):
         hidden = model.forward(params, adapter, tokens[:-1], mask[:-1], context)
         hidden = jnp.concatenate([last[None], hidden])
-        return token_logps(model, params, hidden, tokens, temperature, chunk=chunk)
+        return token_logps(model, params, hidden, tokens, temperature)
 
     logps, entropies = jax.vmap(one)(completions, mask)
     return jnp.where(mask, logps, 0.0), jnp.where(mask, entropies, 0.0)

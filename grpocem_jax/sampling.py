@@ -8,6 +8,7 @@ policy" (see `grpocem_jax.grpo`).
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -43,31 +44,82 @@ def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: float) -> j
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def top_p_mask(probs: jax.Array, top_p: float) -> jax.Array:
-    """The smallest set of most probable tokens with mass at least ``top_p``, without a sort.
+def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The index at which the running sum of the weights passes ``uniform`` of their total.
 
-    Bisects for the largest threshold whose tokens reach the mass.  Non-negative floats order like
-    their bit patterns, so 30 halvings of the integers find it exactly; tokens that tie with the
-    last one are all kept (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    A draw from the distribution proportional to the weights, for ``uniform`` in [0, 1), to float32
+    rounding.  The sum runs over blocks first and then inside one of them, so that a draw reads the
+    weights once.
 
     Args:
-      probs: float32 ``[V]``, a distribution.
+      weights: float32 ``[V]``, at least 0 and not all 0.
+      uniform: float32 ``[]``.
+
+    Returns:
+      int32 ``[]``; the weight there is above 0.
+    """
+    size = math.isqrt(weights.shape[0]) + 1
+    blocks = jnp.pad(weights, (0, -weights.shape[0] % size)).reshape(-1, size)
+
+    def passes(sums: jax.Array, goal: jax.Array) -> jax.Array:
+        # Rounding must not put the goal at the end, past the last weight.
+        return jnp.argmax(sums > jnp.minimum(goal, jnp.nextafter(sums[-1], 0.0)))
+
+    sums = jnp.cumsum(jnp.sum(blocks, -1))
+    block = passes(sums, uniform * sums[-1])
+    before = jnp.where(block > 0, sums[block - 1], 0.0)
+    index = block * size + passes(jnp.cumsum(blocks[block]), uniform * sums[-1] - before)
+    return index.astype(jnp.int32)
+
+
+def in_nucleus(weights: jax.Array, token: jax.Array, top_p: float) -> jax.Array:
+    """Whether a token is of the smallest set of most probable ones with mass at least ``top_p``.
+
+    It is if the tokens more probable than itself have less than ``top_p`` between them (nucleus
+    sampling, Holtzman et al. 2020, arXiv 1904.09751).  Tokens that tie with the last one all are.
+
+    Args:
+      weights: float32 ``[V]``, a distribution times any constant.
+      token: int32 ``[]``.
       top_p: in (0, 1].
 
     Returns:
-      bool ``[V]``.
+      bool ``[]``.
     """
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
-    one = jnp.array(1.0, jnp.float32).view(jnp.int32)
+    above = jnp.sum(jnp.where(weights > weights[token], weights, 0.0))
+    return ~(above >= top_p * jnp.sum(weights))  # of NaN, every token: nothing to draw for
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = jnp.sum(jnp.where(bits >= middle, probs, 0.0)) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(one), one + 1))
-    return bits >= low
+def draw(key: jax.Array, logits: jax.Array, top_p: float) -> jax.Array:
+    """A token of the nucleus, by rejection: exact, without a sort and without making the set.
+
+    Draws until a token of the nucleus comes.  One that is not of it takes everything less probable
+    out of the next draws, which are then from the rest: a draw fails with probability
+    ``1 - top_p`` at most, and what can still fail about halves each time.
+
+    Args:
+      key: PRNG key; consumed. Try ``n`` uses ``fold_in(key, n)``.
+      logits: float32 ``[V]``.
+      top_p: in (0, 1].
+
+    Returns:
+      int32 ``[]``.
+    """
+    weights = jnp.exp(logits - jnp.max(logits))
+
+    def attempt(number: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
+        uniform = jax.random.uniform(jax.random.fold_in(key, number))
+        return number, inverse_cdf(jnp.where(weights > floor, weights, 0.0), uniform)
+
+    def outside(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return ~in_nucleus(weights, state[1], top_p)
+
+    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, token = state
+        return attempt(number + 1, weights[token])
+
+    first = attempt(jnp.int32(0), jnp.float32(0.0))
+    return first[1] if top_p >= 1.0 else jax.lax.while_loop(outside, again, first)[1]
 
 
 @functools.partial(
@@ -143,10 +195,7 @@ def sample(
         if greedy:
             token = jnp.argmax(logits)
         else:
-            logits = logits / temperature
-            if top_p < 1.0:
-                logits = jnp.where(top_p_mask(jax.nn.softmax(logits), top_p), logits, -jnp.inf)
-            token = jax.random.categorical(jax.random.fold_in(key, index), logits)
+            token = draw(jax.random.fold_in(key, index), logits / temperature, top_p)
         return token.astype(jnp.int32), logps[token], entropy
 
     def advance(adapter, context, cache, token, index):

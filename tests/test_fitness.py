@@ -123,13 +123,6 @@ def test_scores_sum_to_the_mean_and_are_zero_elsewhere(tiny, likelihood):
     assert bool(jnp.all(logps[scored] < 0))
 
 
-def test_the_chunk_of_the_head_does_not_matter(tiny, likelihood):
-    expected = measure(likelihood, tiny.adapted(), texts())
-    chunked = fitness.Likelihood(tiny.factored, tiny.model, chunk=4)  # of 11 tokens
-    for x, y in zip(measure(chunked, tiny.adapted(), texts()), expected, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
-
-
 def space_of(tiny, name):
     start = tiny.adapted(seed=1, scale=0.1)
     experts = [tiny.adapted(seed=seed) for seed in (2, 3, 4)]

@@ -132,18 +132,43 @@ def test_unknown_aggregation_is_named():
         grpo.token_weights(jnp.ones((1, 1, 1), bool), "median")
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 6, 32])
-def test_chunks_of_the_head_do_not_change_the_log_probabilities(tiny, chunk):
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+def test_parts_of_the_vocabulary_make_up_its_log_probabilities_and_gradients(tiny, chunk):
     hidden = jax.random.normal(jax.random.key(0), (LENGTH, tiny.factored["wte"].shape[1]))
     tokens = jnp.arange(LENGTH)
-    logps, entropies = likelihood.token_logps(
-        tiny.model, tiny.factored, hidden, tokens, 0.7, chunk=chunk
-    )
+    weights = jax.random.normal(jax.random.key(1), (2, LENGTH))
+
+    def in_parts(hidden):
+        found = likelihood.token_logps(tiny.model, tiny.factored, hidden, tokens, 0.7, chunk=chunk)
+        return jnp.sum(weights * jnp.stack(found)), found
+
+    def at_once(hidden):
+        logps = jax.nn.log_softmax(tiny.model.logits(tiny.factored, hidden) / 0.7)
+        entropies = -jnp.sum(jnp.exp(logps) * logps, -1)
+        return jnp.sum(weights * jnp.stack([logps[jnp.arange(LENGTH), tokens], entropies]))
+
+    gradient, (logps, entropies) = jax.jit(jax.grad(in_parts, has_aux=True))(hidden)
     logits = np.asarray(tiny.model.logits(tiny.factored, hidden), np.float64) / 0.7
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     np.testing.assert_allclose(logps, np.log(p[np.arange(LENGTH), tokens]), atol=1e-5)
     np.testing.assert_allclose(entropies, -(p * np.log(p)).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(gradient, jax.grad(at_once)(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e5])
+def test_log_probabilities_of_large_logits_stay_finite(tiny, scale):
+    hidden = scale * jax.random.normal(jax.random.key(0), (LENGTH, tiny.factored["wte"].shape[1]))
+    logps, entropies = likelihood.token_logps(
+        tiny.model, tiny.factored, hidden, jnp.arange(LENGTH), 1.0, chunk=7
+    )
+    logits = np.asarray(tiny.model.logits(tiny.factored, hidden), np.float64)
+    expected = logits - logits.max(-1, keepdims=True)
+    expected -= np.log(np.exp(expected).sum(-1, keepdims=True))
+    at = expected[np.arange(LENGTH), np.arange(LENGTH)]
+    np.testing.assert_allclose(logps, at, rtol=1e-5, atol=1e-5 * scale)
+    assert np.all(entropies >= -1e-4)
+    assert np.all(np.isfinite(entropies))
 
 
 # The step
@@ -173,7 +198,7 @@ def offsets(tiny):
 
 
 def hyperparameters(**changes):
-    return grpo.Hyperparameters(**{"micro_batch": 2 * GROUP, "logit_chunk": 4, **changes})
+    return grpo.Hyperparameters(**{"micro_batch": 2 * GROUP, **changes})
 
 
 def test_the_vmapped_loss_equals_a_loop_over_unpadded_samples(tiny, batch, offsets):

@@ -167,17 +167,18 @@ def test_masked_rows_are_finite_and_so_are_their_gradients(tiny):
 
 def test_attention_over_segments_equals_attention_over_them_joined():
     rng = np.random.default_rng(0)
-    query, keys, values = (rng.normal(size=(n, 2, 4)).astype(np.float32) for n in (3, 9, 9))
+    query, keys, values = (rng.normal(size=(2, n, 4)).astype(np.float32) for n in (3, 9, 9))
     allowed = rng.random((3, 9)) < 0.6
     allowed[:, 0] = True
     found = base.attend(
-        query, [(keys[a:b], values[a:b], allowed[:, a:b]) for a, b in ((0, 2), (2, 3), (3, 9))]
+        query,
+        [(keys[:, a:b], values[:, a:b], allowed[:, a:b]) for a, b in ((0, 2), (2, 3), (3, 9))],
     )
     for head in range(2):
-        scores = query[:, head] @ keys[:, head].T / 2.0  # sqrt(4)
+        scores = query[head] @ keys[head].T / 2.0  # sqrt(4)
         shares = np.where(allowed, np.exp(scores), 0.0)
-        expected = shares / shares.sum(-1, keepdims=True) @ values[:, head]
-        close(found[:, head], expected, 1e-6)
+        expected = shares / shares.sum(-1, keepdims=True) @ values[head]
+        close(found[head], expected, 1e-6)
 
 
 def dots(function, *args):
@@ -274,6 +275,46 @@ def test_every_kernel_is_a_site_under_its_checkpoint_name(tiny):
     assert set(tiny.base.sites.values()) == paths
     assert list(tiny.base.sites) == [f"h.{i}.{site}" for i in range(2) for site in SITES]
     assert tiny.base.sites["h.1.mlp.c_fc"] == ("h_1", "mlp_c_fc", "kernel")
+
+
+def test_the_head_in_parts_is_the_head(tiny):
+    hidden = jax.random.normal(jax.random.key(0), (3, tiny.config.width))
+    whole = tiny.base.logits(tiny.params, hidden)
+    assert whole.shape == (3, tiny.config.vocab_size)
+    part = jax.jit(lambda start: tiny.base.logits(tiny.params, hidden, start, 5))(jnp.int32(4))
+    close(part, whole[:, 4:9])
+
+
+def test_a_block_is_traced_once_for_all_layers(tiny, monkeypatch):
+    traced = []
+    call = gpt2.Block.__call__
+    monkeypatch.setattr(gpt2.Block, "__call__", lambda *x: traced.append(x) or call(*x))
+    model = gpt2.build(tiny.config, tiny.method.apply)
+    jax.eval_shape(
+        functools.partial(model.forward, tokens=TEXT, mask=np.ones(LENGTH, bool)),
+        tiny.factored,
+        tiny.adapted(),
+    )
+    assert tiny.config.num_layers > 1
+    assert len(traced) == 1
+
+
+def test_the_backward_pass_keeps_the_large_products_and_no_attention_weights(tiny):
+    """What `remat` keeps of a block: its input, and what is marked."""
+    block = gpt2.Block(tiny.config, tiny.method.apply, jnp.float32)
+    length, width = LENGTH, tiny.config.width
+    x = jnp.ones((length, width))
+    allowed = jnp.ones((length, length), bool)
+
+    @base.remat
+    def run(params, x, allowed):
+        return block.apply({"params": params}, x, {}, allowed, None, None, None)[0]
+
+    _, backward = jax.vjp(lambda x: run(tiny.params["h_0"], x, allowed), x)
+    weights = {x.shape for x in jax.tree.leaves(tiny.params["h_0"])}
+    shapes = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape not in weights]
+    products = [(length, 3 * width), (length, width), (length, 4 * width)]
+    assert sorted(shapes) == sorted([x.shape, allowed.shape, *products])
 
 
 def test_a_record_may_be_a_static_argument(tiny):

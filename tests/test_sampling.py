@@ -160,12 +160,16 @@ def sorted_nucleus(probs, top_p):
     return keep
 
 
+def nucleus(probs, top_p):
+    return jax.vmap(lambda token: sampling.in_nucleus(probs, token, top_p))(jnp.arange(len(probs)))
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.85, 0.99])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
-def test_top_p_equals_the_sort(top_p, scale):
+def test_the_nucleus_equals_the_sort(top_p, scale):
     logits = scale * jax.random.normal(jax.random.key(int(10 * scale)), (50, 1000))
     probs = jax.nn.softmax(logits)
-    kept = jax.vmap(lambda p: sampling.top_p_mask(p, top_p))(probs)
+    kept = jax.vmap(lambda p: nucleus(p, top_p))(probs)
     exact = np.asarray(probs, np.float64)
     for row in range(len(probs)):
         reference = sorted_nucleus(exact[row], top_p)
@@ -174,12 +178,52 @@ def test_top_p_equals_the_sort(top_p, scale):
         assert exact[row][np.asarray(kept[row])].sum() >= top_p - 1e-5
 
 
-def test_top_p_keeps_ties_and_the_whole_of_a_full_nucleus():
+def test_the_nucleus_has_ties_and_a_full_one_has_everything():
     probs = jnp.array([0.4, 0.2, 0.2, 0.2, 0.0])
     # 0.4 + 0.2 reaches 0.6, and the other two tokens of 0.2 tie with the last one taken.
-    np.testing.assert_array_equal(sampling.top_p_mask(probs, 0.5), [1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(sampling.top_p_mask(probs, 0.4), [1, 0, 0, 0, 0])
-    np.testing.assert_array_equal(sampling.top_p_mask(jnp.array([0.5, 0.5]), 1.0), [1, 1])
+    np.testing.assert_array_equal(nucleus(probs, 0.5), [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(nucleus(probs, 0.4), [1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(nucleus(jnp.array([0.5, 0.5]), 1.0), [1, 1])
+    np.testing.assert_array_equal(nucleus(7 * probs, 0.4), [1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000])
+def test_the_inverse_cdf_is_that_of_the_running_sum(size):
+    weights = np.random.default_rng(size).integers(0, 4, size).astype(np.float32)
+    weights[0] += 1
+    total = int(weights.sum())
+    # Halfway between the steps of the sum, so that rounding decides nothing.
+    uniforms = (np.arange(total) + 0.5) / total
+    found = jax.vmap(sampling.inverse_cdf, in_axes=(None, 0))(weights, jnp.float32(uniforms))
+    np.testing.assert_array_equal(found, np.repeat(np.arange(size), weights.astype(int)))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, float(np.nextafter(np.float32(1), np.float32(0)))])
+def test_the_inverse_cdf_never_finds_a_weight_of_zero(uniform):
+    rows = np.random.default_rng(0).gamma(0.05, size=(200, 1003)).astype(np.float32)
+    rows[:, ::3] = 0.0
+    rows[:, -70:] = 0.0  # a last block of nothing, and the end of the one before
+    found = jax.vmap(sampling.inverse_cdf, in_axes=(0, None))(rows, jnp.float32(uniform))
+    assert np.all(rows[np.arange(200), np.asarray(found)] > 0)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.02, 0.3, 0.85, 1.0])
+def test_draws_follow_the_nucleus(top_p):
+    logits = 1.5 * jax.random.normal(jax.random.key(1), (300,))
+    keys = jax.random.split(jax.random.key(2), 20_000)
+    drawn = jax.jit(jax.vmap(lambda key: sampling.draw(key, logits, top_p)))(keys)
+    probs = np.asarray(jax.nn.softmax(logits), np.float64)
+    expected = np.where(nucleus(jnp.float32(probs), top_p), probs, 0.0)
+    expected /= expected.sum()
+    counts = np.bincount(drawn, minlength=300)
+    assert counts[expected == 0].sum() == 0
+    bound = 5 * np.sqrt(20_000 * expected * (1 - expected)) + 1
+    assert np.all(np.abs(counts - 20_000 * expected) <= bound)
+
+
+def test_a_draw_from_what_is_not_a_number_comes_to_an_end():
+    broken = jnp.full(50, jnp.nan)
+    assert 0 <= int(sampling.draw(jax.random.key(0), broken, 0.5)) < 50
 
 
 def test_samples_follow_the_truncated_distribution(tiny, offsets):
@@ -189,7 +233,7 @@ def test_samples_follow_the_truncated_distribution(tiny, offsets):
     )
     hidden, _ = tiny.model.prefill(tiny.factored, offsets, prompt[0][0], prompt[1][0])
     probs = jax.nn.softmax(tiny.model.logits(tiny.factored, hidden) / 3.0)
-    kept = np.asarray(sampling.top_p_mask(probs, 0.6))
+    kept = np.asarray(nucleus(probs, 0.6))
     expected = np.where(kept, np.asarray(probs, np.float64), 0.0)
     expected /= expected.sum()
     counts = np.bincount(np.asarray(out.tokens).ravel(), minlength=len(probs))

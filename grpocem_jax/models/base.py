@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Params = Any
 """A nested dict of arrays; at an adapted site the kernel is replaced by the adapter's factors."""
@@ -23,7 +24,10 @@ SiteFunction = Callable[[Any, Any, jax.Array], jax.Array]
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of one sequence, a tuple over layers of ``[length, heads, head_dim]``."""
+    """Keys and values of one sequence, a tuple over layers of ``[heads, length, head_dim]``.
+
+    Heads stand first so that attention's products read the cache as it lies.
+    """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -61,7 +65,8 @@ class Model:
       init_cache: ``(params, length) -> KeyValues`` of zeros for ``length`` tokens after a context.
       decode_step: ``(params, adapter, context, cache, token [], index []) -> (hidden [D], cache)``
         for the token that is number ``index`` (from 0) after the context.
-      logits: ``(params, hidden [..., D]) -> [..., V]`` float32.
+      logits: ``(params, hidden [..., D], start=0, count=None) -> [..., count]`` float32, of
+        ``count`` tokens of the vocabulary from ``start`` on; of all of it by default.
     """
 
     vocab_size: int
@@ -71,7 +76,7 @@ class Model:
     prefill: Callable[..., tuple[jax.Array, Context]]
     init_cache: Callable[[Params, int], KeyValues]
     decode_step: Callable[..., tuple[jax.Array, KeyValues]]
-    logits: Callable[[Params, jax.Array], jax.Array]
+    logits: Callable[..., jax.Array]
 
 
 def dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
@@ -79,17 +84,34 @@ def dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
 
 
+KEPT = "kept"
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """Marks what `remat` keeps for the backward pass, beside a block's input."""
+    return checkpoint_name(x, KEPT)
+
+
+def remat(block: Callable[..., Any]) -> Callable[..., Any]:
+    """A block that keeps what is marked with `keep` for the backward pass and makes the rest again.
+
+    With the results of its large products kept, the rest is cheap to make and most of the memory.
+    One and the same function for every layer is also traced only once.
+    """
+    return jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+
+
 def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
     """Softmax attention over several segments of keys and values, without joining them.
 
     Args:
-      query: ``[T, H, d]``.
-      segments: ``(keys [S, H, d], values [S, H, d], allowed [T, S] bool)`` each, with lengths ``S``
+      query: ``[H, T, d]``.
+      segments: ``(keys [H, S, d], values [H, S, d], allowed [T, S] bool)`` each, with lengths ``S``
         of their own. Every query must be allowed some key for its row to be meaningful; rows with
         none are finite.
 
     Returns:
-      float32 ``[T, H, d]``: softmax(q k^T / sqrt(d)) v, softmax in float32.
+      float32 ``[H, T, d]``: softmax(q k^T / sqrt(d)) v, softmax in float32.
     """
     scale = query.shape[-1] ** -0.5
     scores = [
@@ -97,7 +119,7 @@ def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Arra
             allowed[None],
             scale
             * jnp.einsum(
-                "thd,shd->hts",
+                "htd,hsd->hts",
                 query.astype(keys.dtype),
                 keys,
                 preferred_element_type=jnp.float32,
@@ -112,7 +134,7 @@ def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Arra
         part = weights[..., start : start + allowed.shape[-1]]
         start += allowed.shape[-1]
         out = out + jnp.einsum(
-            "hts,shd->thd", part.astype(values.dtype), values, preferred_element_type=jnp.float32
+            "hts,hsd->htd", part.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
     return out
 

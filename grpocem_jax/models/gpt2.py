@@ -5,8 +5,9 @@ which is Flax's layout too, so nothing is transposed.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,8 @@ from grpocem_jax.models.base import (
     SiteFunction,
     attend,
     dense,
+    keep,
+    remat,
 )
 
 
@@ -73,49 +76,60 @@ class Block(nn.Module):
     """One pre-norm transformer block."""
 
     config: GPT2Config
-    name_in_checkpoint: str
     site_fn: SiteFunction | None
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, adapter, allowed, past, cache, index):
-        """Returns the block's output ``[T, D]`` and its keys and values; arguments as in `GPT2`."""
+        """Returns the block's output ``[T, D]`` and its keys and values.
+
+        ``adapter`` holds the block's own arrays by path, ``attn.c_proj``; the other arguments are
+        those of `GPT2`, of this layer.
+        """
         config = self.config
         length, width = x.shape
         heads = (config.num_heads, width // config.num_heads)
 
         def linear(features: int, path: str) -> Linear:
-            site = f"{self.name_in_checkpoint}.{path}"
-            return Linear(features, site, self.site_fn, name=path.replace(".", "_"))
+            return Linear(features, path, self.site_fn, name=path.replace(".", "_"))
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name=name)
 
-        qkv = linear(3 * width, "attn.c_attn")(norm("ln_1")(x), adapter)
+        qkv = keep(linear(3 * width, "attn.c_attn")(norm("ln_1")(x), adapter))
         query, key, value = (
-            part.reshape(length, *heads).astype(self.dtype) for part in jnp.split(qkv, 3, axis=-1)
+            jnp.swapaxes(part.reshape(length, *heads), 0, 1).astype(self.dtype)
+            for part in jnp.split(qkv, 3, axis=-1)
         )
         if cache is None:
             keys, values = key, value
         else:
             keys, values = (
-                jax.lax.dynamic_update_slice(old, new, (index, 0, 0))
+                jax.lax.dynamic_update_slice(old, new, (0, index, 0))
                 for old, new in zip(cache, (key, value), strict=True)
             )
         segments = [] if past is None else [past]
-        mixed = attend(query, [*segments, (keys, values, allowed)]).reshape(length, width)
-        x = x + linear(width, "attn.c_proj")(mixed, adapter)
+        mixed = jnp.swapaxes(attend(query, [*segments, (keys, values, allowed)]), 0, 1)
+        x = keep(x + linear(width, "attn.c_proj")(mixed.reshape(length, width), adapter))
 
-        wide = linear(4 * width, "mlp.c_fc")(norm("ln_2")(x), adapter)
+        wide = keep(linear(4 * width, "mlp.c_fc")(norm("ln_2")(x), adapter))
         x = x + linear(width, "mlp.c_proj")(nn.gelu(wide, approximate=True), adapter)
         return x, keys, values
 
 
 class GPT2(nn.Module):
-    """The network up to the final norm, on one sequence; the head is `Model.logits`."""
+    """The network up to the final norm, on one sequence; the head is `Model.logits`.
+
+    Attributes:
+      config: the shape.
+      site_fn: the ``apply`` of the adapter.
+      run_block: `Block` as a function of its parameters and arguments, for all layers; without it
+        every layer is a module of its own, as to make parameters or to look inside.
+    """
 
     config: GPT2Config
     site_fn: SiteFunction | None = None
+    run_block: Callable[..., Any] | None = None
 
     @nn.compact
     def __call__(self, tokens, positions, allowed, adapter, context, cache, index):
@@ -147,12 +161,22 @@ class GPT2(nn.Module):
                 past = (context.key_values.keys[i], context.key_values.values[i], reach)
             if cache is not None:
                 own = (cache.keys[i], cache.values[i])
-            block = Block(config, f"h.{i}", self.site_fn, wte.dtype, name=f"h_{i}")
-            x, k, v = block(x, adapter, allowed, past, own, index)
+            arguments = (x, _of_block(adapter, i), allowed, past, own, index)
+            if self.run_block is None:
+                block = Block(config, self.site_fn, wte.dtype, name=f"h_{i}")
+                x, k, v = block(*arguments)
+            else:
+                x, k, v = self.run_block(self.variables["params"][f"h_{i}"], *arguments)
             keys.append(k)
             values.append(v)
         x = nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name="ln_f")(x)
         return x, KeyValues(tuple(keys), tuple(values))
+
+
+def _of_block(adapter: AdapterParams, layer: int) -> dict[str, Any]:
+    """A block's own arrays by the path inside it."""
+    prefix = f"h.{layer}."
+    return {k.removeprefix(prefix): x for k, x in adapter.items() if k.startswith(prefix)}
 
 
 def _names(config: GPT2Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
@@ -184,10 +208,14 @@ def _names(config: GPT2Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ..
 
 def build(config: GPT2Config, site_fn: SiteFunction | None = None) -> Model:
     """The model's pure functions; ``site_fn`` is the ``apply`` of the adapter it will carry."""
-    network = GPT2(config, site_fn)
+
+    @functools.cache
+    def network(dtype: jnp.dtype) -> GPT2:
+        block = Block(config, site_fn, dtype)
+        return GPT2(config, site_fn, remat(lambda params, *x: block.apply({"params": params}, *x)))
 
     def run(params, adapter, tokens, positions, allowed, context=None, cache=None, index=None):
-        return network.apply(
+        return network(params["wte"].dtype).apply(
             {"params": params}, tokens, positions, allowed, adapter, context, cache, index
         )
 
@@ -207,18 +235,26 @@ def build(config: GPT2Config, site_fn: SiteFunction | None = None) -> Model:
         return hidden[-1], Context(key_values, mask)
 
     def init_cache(params: Params, length: int) -> KeyValues:
-        shape = (length, config.num_heads, config.width // config.num_heads)
+        shape = (config.num_heads, length, config.width // config.num_heads)
         zeros = (jnp.zeros(shape, params["wte"].dtype),) * config.num_layers
         return KeyValues(zeros, zeros)
 
     def decode_step(params, adapter, context, cache, token, index):
-        allowed = (jnp.arange(cache.keys[0].shape[0]) <= index)[None]
+        allowed = (jnp.arange(cache.keys[0].shape[1]) <= index)[None]
         positions = (after(context) + index)[None]
         hidden, cache = run(params, adapter, token[None], positions, allowed, context, cache, index)
         return hidden[0], cache
 
-    def logits(params: Params, hidden: jax.Array) -> jax.Array:
-        return dense(params["wte"].T, hidden)
+    def logits(
+        params: Params,
+        hidden: jax.Array,
+        start: jax.Array | int = 0,
+        count: int | None = None,
+    ) -> jax.Array:
+        rows = params["wte"]
+        if count is not None:
+            rows = jax.lax.dynamic_slice_in_dim(rows, start, count)
+        return dense(rows.T, hidden)
 
     sites = {
         name.removesuffix(".weight"): path

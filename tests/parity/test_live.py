@@ -1,5 +1,7 @@
 """Live comparison with PyTorch and transformers; ``make parity`` has an environment with both."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +145,8 @@ def test_the_repetition_penalty_equals_transformers(penalty):
 def test_the_nucleus_equals_transformers(top_p, spread):
     logits = np.random.default_rng(0).normal(0, spread, (8, 1000)).astype(np.float32)
     kept = torch.isfinite(TopPLogitsWarper(top_p)(None, torch.from_numpy(logits))).numpy()
-    found = jax.vmap(lambda x: sampling.top_p_mask(jax.nn.softmax(x), top_p))(logits)
+    in_nucleus = jax.vmap(functools.partial(sampling.in_nucleus, top_p=top_p), in_axes=(None, 0))
+    found = jax.vmap(lambda x: in_nucleus(jax.nn.softmax(x), jnp.arange(1000)))(logits)
     np.testing.assert_array_equal(found, kept)
 
 

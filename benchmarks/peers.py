@@ -1,0 +1,387 @@
+"""What one would run instead of this package: PyTorch, transformers and TRL, for `--peers`.
+
+The same model, the same numbers, the same work, in float32, on the GPU where there is one.  What a
+benchmark times comes back as a function, so that it times the work and not its preparation; TRL's
+trainer times its own steps.
+"""
+
+import contextlib
+import copy
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import peft
+import tokenizers
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+import transformers
+import trl
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cuda":
+    # JAX multiplies float32 matrices in TF32 by default; PyTorch does when it is told to.
+    torch.set_float32_matmul_precision("high")
+
+
+class _Site(NamedTuple):
+    """A ``Conv1D`` with ``weight == (u * s) @ vt``; ``offsets [C, k]`` of the leading values."""
+
+    module: Any
+    u: torch.Tensor
+    s: torch.Tensor
+    vt: torch.Tensor
+    offsets: torch.Tensor
+
+
+def gpt2(
+    state: Mapping[str, np.ndarray], fields: Mapping[str, Any]
+) -> transformers.GPT2LMHeadModel:
+    """transformers' GPT-2 with the given weights, in evaluation mode and without dropout.
+
+    Args:
+      state: float32 tensors by the names transformers writes, without the tied head
+        (`grpocem_jax.models.gpt2.params_to_state`).
+      fields: of a ``config.json`` (`grpocem_jax.models.gpt2.config_to_hf`).
+
+    Returns:
+      the model, on `DEVICE`, with PyTorch's fused attention (transformers' default).
+
+    Raises:
+      ValueError: the tensors are not those of the model.
+    """
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config.from_dict({**fields, **no_dropout})
+    model = transformers.GPT2LMHeadModel(config)
+    tensors = {name: torch.tensor(np.asarray(x, np.float32)) for name, x in state.items()}
+    report = model.load_state_dict(tensors, strict=False)
+    if report.missing_keys != ["lm_head.weight"] or report.unexpected_keys:
+        raise ValueError(f"the weights do not fit: {report}")
+    model.tie_weights()
+    return model.eval().to(DEVICE)
+
+
+def torch_loop(
+    model: transformers.GPT2LMHeadModel,
+    tokens: np.ndarray,
+    offsets: Mapping[str, np.ndarray],
+    count: int,
+) -> Callable[[], np.ndarray]:
+    """Scores candidates one after another, each by putting its weights into the model.
+
+    The new weight ``U diag(s (1 + offset)) V^T`` is computed as the old one plus
+    ``U_k diag(s_k offset) V_k^T``, straight into the model: no copy, and a fifth less work with
+    four fifths of the singular values trainable.
+
+    Args:
+      model: from `gpt2`; has its own weights again after each call.
+      tokens: integers ``[T]``, the text.
+      offsets: float32 ``[C, k]`` of the leading singular values, by site (``h.0.attn.c_proj``).
+      count: the candidates to score, at most ``C``.
+
+    Returns:
+      a function of nothing that returns float32 ``[count]``: the mean log-likelihood of a token of
+      ``tokens[1:]``, in nats.
+    """
+    inputs, targets = _text(tokens)
+    updates = []
+    for site in _sites(model, offsets):
+        k = site.offsets.shape[1]
+        weight = site.module.weight
+        factors = site.u[:, :k].contiguous(), site.s[:k], site.vt[:k]
+        updates.append((weight, weight.detach().clone(), *factors, site.offsets))
+
+    @torch.inference_mode()
+    def score() -> np.ndarray:
+        scores = torch.empty(count, device=DEVICE)
+        try:
+            for candidate in range(count):
+                for weight, original, u, s, vt, changes in updates:
+                    torch.addmm(original, u * (s * changes[candidate]), vt, out=weight)
+                logits = model(inputs, use_cache=False).logits
+                scores[candidate] = -F.cross_entropy(logits[0], targets)
+        finally:
+            for weight, original, *_ in updates:
+                weight.copy_(original)
+        return scores.cpu().numpy()
+
+    return score
+
+
+def torch_batched(
+    model: transformers.GPT2LMHeadModel,
+    tokens: np.ndarray,
+    offsets: Mapping[str, np.ndarray],
+    *,
+    chunk: int | None = None,
+) -> Callable[[], np.ndarray]:
+    """Scores all candidates as one batch, each site applying the factors of its weight.
+
+    Args:
+      model: from `gpt2`; computes what it did before after each call.
+      tokens: integers ``[T]``, the text.
+      offsets: float32 ``[C, k]`` of the leading singular values, by site (``h.0.attn.c_proj``).
+      chunk: candidates in a batch; all of them by default, which holds logits ``[C, T - 1, V]``
+        twice.
+
+    Returns:
+      a function of nothing that returns float32 ``[C]``: the mean log-likelihood of a token of
+      ``tokens[1:]``, in nats.
+    """
+    inputs, targets = _text(tokens)
+    sites = _sites(model, offsets)
+    count = len(sites[0].offsets)
+
+    @torch.inference_mode()
+    def score() -> np.ndarray:
+        scores = []
+        for start in range(0, count, chunk or count):
+            with _factored(sites, slice(start, start + (chunk or count))) as size:
+                logits = model(inputs.expand(size, -1), use_cache=False).logits
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(size), reduction="none")
+            scores.append(-losses.view(size, -1).mean(1))
+        return torch.cat(scores).cpu().numpy()
+
+    return score
+
+
+def transformers_generate(
+    model: transformers.GPT2LMHeadModel,
+    prompts: np.ndarray,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    repetition_penalty: float,
+) -> Callable[[], np.ndarray]:
+    """Samples completions with ``model.generate``; none ends before ``max_new_tokens``.
+
+    Args:
+      model: from `gpt2`.
+      prompts: integers ``[P, S]``, without padding.
+      num_samples: ``G``, completions of each prompt.
+      max_new_tokens: ``N``.
+      temperature: above 0.
+      top_p: nucleus mass in (0, 1].
+      repetition_penalty: at least 1, over the prompt and the completion.
+
+    Returns:
+      a function of nothing that returns int64 ``[P, G, N]``.
+    """
+    inputs = torch.tensor(np.asarray(prompts), dtype=torch.long, device=DEVICE)
+    mask = torch.ones_like(inputs)
+
+    @torch.inference_mode()
+    def generate() -> np.ndarray:
+        sequences = model.generate(
+            input_ids=inputs,
+            attention_mask=mask,
+            do_sample=True,
+            num_return_sequences=num_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=0,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        completions = sequences[:, inputs.shape[1] :]
+        return completions.view(len(inputs), num_samples, max_new_tokens).cpu().numpy()
+
+    return generate
+
+
+def trl_grpo(
+    model: transformers.GPT2LMHeadModel,
+    prompts: np.ndarray,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    repetition_penalty: float,
+    beta: float,
+    micro_batch: int,
+    steps: int,
+    folder: str,
+) -> list[float]:
+    """Trains with TRL's ``GRPOTrainer`` and times its optimizer steps.
+
+    A LoRA of rank 1 on the attention's output maps, completions by transformers, one pass over
+    them, and as reference policy the same model without the LoRA.  None of the completions ends
+    before ``max_new_tokens``.
+
+    Args:
+      model: from `gpt2`; what is trained is a copy.
+      prompts: integers ``[P, S]``, without padding; every step has all of them.
+      num_samples: ``G``, completions of each prompt.
+      max_new_tokens: ``N``.
+      temperature: above 0.
+      top_p: nucleus mass in (0, 1].
+      repetition_penalty: at least 1, over the prompt and the completion.
+      beta: weight of the KL term; 0 leaves the reference out.
+      micro_batch: completions in one forward and backward pass; divides ``P * G``.
+      steps: optimizer steps.
+      folder: TRL's output directory; nothing is saved.
+
+    Returns:
+      seconds of each step, from before the completions are sampled until after the update; the
+      first ones warm up.
+
+    Raises:
+      ValueError: a micro-batch that does not divide the step.
+    """
+    completions = len(prompts) * num_samples
+    if completions % micro_batch:
+        raise ValueError(f"micro_batch={micro_batch}: must divide {completions} completions.")
+    tokenizer = _word_tokenizer(model.config.vocab_size)
+    texts = [" ".join(f"w{token}" for token in row) for row in np.asarray(prompts)]
+    timer = _StepTimer()
+    trained = copy.deepcopy(model)
+    # TRL ends completions at the model's own end token besides the tokenizer's.
+    trained.generation_config.eos_token_id = None
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        trainer = trl.GRPOTrainer(
+            model=trained,
+            reward_funcs=_odd_words,
+            args=trl.GRPOConfig(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=micro_batch,
+                gradient_accumulation_steps=completions // micro_batch,
+                steps_per_generation=completions // micro_batch,
+                num_iterations=1,
+                num_generations=num_samples,
+                max_completion_length=max_new_tokens,
+                mask_truncated_completions=False,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=0,
+                repetition_penalty=repetition_penalty,
+                beta=beta,
+                learning_rate=5e-5,
+                lr_scheduler_type="constant",
+                max_grad_norm=0.5,
+                shuffle_dataset=False,
+                disable_dropout=True,
+                gradient_checkpointing=False,
+                bf16=False,
+                fp16=False,
+                use_cpu=DEVICE.type == "cpu",
+                dataloader_pin_memory=False,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=datasets.Dataset.from_dict({"prompt": texts * steps}),
+            processing_class=tokenizer,
+            callbacks=[timer],
+            peft_config=peft.LoraConfig(
+                r=1,
+                lora_alpha=1,
+                target_modules=r".*\.attn\.c_proj",
+                fan_in_fan_out=True,
+                task_type="CAUSAL_LM",
+            ),
+        )
+        # With the progress bar off, transformers prints every log instead.
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return timer.seconds
+
+
+class _StepTimer(transformers.TrainerCallback):
+    """Seconds of each optimizer step; sampling is a part of its first ``training_step``."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called before the first micro-batch."""
+        _wait()
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the update."""
+        _wait()
+        self.seconds.append(time.perf_counter() - self.begin)
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _odd_words(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Reward: the share of odd tokens, which differs within a group even for random weights."""
+    return [sum(token % 2 for token in tokens) / len(tokens) for tokens in completion_ids]
+
+
+def _word_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the words ``w0 w1 ...``; its end token is beyond what the model can sample."""
+    words = {f"w{i}": i for i in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' messages and progress bars off the terminal."""
+    level, bars = transformers.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _text(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """What goes in, ``[1, T - 1]``, and what is to be predicted, ``[T - 1]``."""
+    ids = torch.tensor(np.asarray(tokens), dtype=torch.long, device=DEVICE)
+    return ids[None, :-1], ids[1:]
+
+
+def _sites(model: transformers.GPT2LMHeadModel, offsets: Mapping[str, np.ndarray]) -> list[_Site]:
+    sites = []
+    for name, rows in offsets.items():
+        module = model.transformer.get_submodule(name)
+        factors = torch.linalg.svd(module.weight.detach().double(), full_matrices=False)
+        u, s, vt = (x.float().contiguous() for x in factors)
+        changes = torch.tensor(np.asarray(rows, np.float32), device=DEVICE)
+        sites.append(_Site(module, u, s, vt, changes))
+    return sites
+
+
+@contextlib.contextmanager
+def _factored(sites: list[_Site], candidates: slice) -> Iterator[int]:
+    """Within it, row ``i`` of a batch has the ``i``-th candidate's weights; their number."""
+
+    def forward(site: _Site, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        inner = (x @ site.u).mul_(scales)
+        y = torch.addmm(site.module.bias, inner.flatten(0, 1), site.vt)
+        return y.view(*x.shape[:-1], -1)
+
+    try:
+        for site in sites:
+            changes = site.offsets[candidates]
+            padded = F.pad(changes, (0, len(site.s) - changes.shape[1]))
+            scales = (site.s * (1 + padded))[:, None]
+            site.module.forward = functools.partial(forward, site, scales)
+        yield len(changes)
+    finally:
+        for site in sites:
+            vars(site.module).pop("forward", None)
