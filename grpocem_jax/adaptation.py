@@ -179,7 +179,8 @@ def adapt(
         held_back=held_back,
         gate_z=settings.gate_z,
         returned=settings.returned,
-        population_chunk=settings.population_chunk,
+        population_chunk=settings.population_chunk
+        or fitness.population_chunk(settings.population_size, fitted),
         budget_s=settings.budget_s,
         on_chunk=on_chunk,
     )

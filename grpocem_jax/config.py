@@ -229,7 +229,9 @@ class CEMConfig:
     held_back: float = _field("Share of the text that the gate holds back.", _within(0.05, 0.95))
     budget_s: float | None = _field("Seconds for the search, or None for no bound.", _above(0))
     population_chunk: int = _field(
-        "Candidates in memory at a time; 0 for the whole population.", _at_least(0)
+        "Candidates scored at a time; 0 for as many as run fastest on the device, of a likelihood, "
+        "and for all of them, of a reward.",
+        _at_least(0),
     )
     buckets: tuple[int, ...] = _field(
         "Lengths to which texts are padded, each a compiled program; the last is the limit.",

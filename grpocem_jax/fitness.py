@@ -30,6 +30,29 @@ class Texts(NamedTuple):
     scored: jax.Array
 
 
+def population_chunk(population_size: int, texts: Texts) -> int:
+    """How many candidates to score at a time, so that products run at full speed.
+
+    On a CPU about a thousand tokens do: more fall out of its caches between one operation and the
+    next, which at 128 tokens a candidate costs a fifth of the speed and twenty times the memory
+    (docs/benchmarks.md).  Elsewhere sixteen thousand.
+
+    Args:
+      population_size: candidates in all.
+      texts: what each is scored on.
+
+    Returns:
+      a divisor of the population where there is one of about that size: a last chunk of another
+      size is a program of its own.
+    """
+    limit = 1024 if jax.default_backend() == "cpu" else 16384
+    largest = max(1, limit // (texts.tokens.shape[0] * (texts.tokens.shape[1] - 1)))
+    if largest >= population_size:
+        return population_size
+    divisor = max(n for n in range(1, largest + 1) if population_size % n == 0)
+    return divisor if 2 * divisor >= largest else largest
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Likelihood:

@@ -204,3 +204,25 @@ def test_a_population_of_gpt2_124m_equals_a_loop_over_merged_models_in_every_spa
     expected = [float(one(merge(adapter))) for adapter in candidates]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.ptp(expected) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("population", "texts", "length", "expected"),
+    [
+        (100, 1, 12, 50),  # 93 would fit; half of them leaves no rest
+        (100, 1, 9, 100),
+        (100, 1, 128, 5),  # 8 would leave a rest
+        (101, 1, 128, 8),  # a prime number leaves one anyway
+        (100, 8, 257, 1),
+        (1, 1, 2, 1),
+    ],
+)
+def test_a_population_is_scored_about_a_thousand_tokens_at_a_time(
+    population, texts, length, expected, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    empty = np.zeros((texts, length), bool)
+    batch = fitness.Texts(empty, empty, empty)
+    assert fitness.population_chunk(population, batch) == expected
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert fitness.population_chunk(population, batch) >= expected
