@@ -53,6 +53,7 @@ def group_normalize(rewards: ArrayLike, present: ArrayLike | None = None) -> jax
     return jnp.where(flat, 0.0, centred / jnp.where(flat, 1.0, std))
 
 
+@jax.jit
 def equal_rewards(rewards: ArrayLike, present: ArrayLike) -> jax.Array:
     """Whether all present rewards of a group are equal to within `EQUAL`; bool ``[...]``."""
     high = jnp.max(jnp.where(present, rewards, -jnp.inf), -1)
@@ -60,11 +61,13 @@ def equal_rewards(rewards: ArrayLike, present: ArrayLike) -> jax.Array:
     return ~(high - low > EQUAL)
 
 
+@jax.jit
 def scale_and_clip(advantages: jax.Array, *, scale: float = 0.1, clip: float = 3.0) -> jax.Array:
     """Eq. 7: ``clip(scale * z, -clip, clip)`` of group-normalised rewards ``z``."""
     return jnp.clip(scale * advantages, -clip, clip)
 
 
+@jax.jit
 def outcome_advantages(rewards: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Outcome supervision: every token of a completion gets its group-normalised reward.
 
@@ -78,6 +81,7 @@ def outcome_advantages(rewards: ArrayLike, mask: ArrayLike) -> jax.Array:
     return jnp.where(mask, group_normalize(rewards)[..., None], 0.0)
 
 
+@jax.jit
 def process_advantages(step_rewards: ArrayLike, step_ends: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Process supervision, eqs. 4-5: a token's advantage sums the rewards of the steps that end
     at or after it, normalised over all steps of the group.
@@ -257,7 +261,8 @@ def loss(
       the loss and its parts, each a weighted sum: policy_loss, kl, entropy, clip_ratio.
     """
     evaluate = functools.partial(completion_logps, model)
-    over_prompts = jax.vmap(evaluate, in_axes=(None, None, 0, 0, 0, 0, None))
+    # Jitted, so that policy and reference are one function and traced once.
+    over_prompts = jax.jit(jax.vmap(evaluate, in_axes=(None, None, 0, 0, 0, 0, None)))
     inputs = (batch.prompts, batch.prompt_mask, batch.completions, batch.mask, temperature)
     logps, entropies = over_prompts(params, adapter, *inputs)
     objective = clipped_objective(logps, batch.old_logps, batch.advantages, clip=hp.clip)
