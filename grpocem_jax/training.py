@@ -58,13 +58,15 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
 
     clock = metrics.CompileClock.start()
     key, eval_key = jax.random.split(jax.random.key(config.seed))
-    before = _evaluate(policy, policy.zero, heldout_items, eval_key, config, "before")
     run = Run(
         config, policy, train_items, key, workdir, checkpoints.config_hash(settings.to_dict())
     )
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started
+    # The base model is measured here too and not at first: it does not change, and one who starts
+    # a run sees its first steps at once.
+    before = _evaluate(policy, policy.zero, heldout_items, eval_key, config, "before")
     after = _evaluate(policy, state.adapter, heldout_items, eval_key, config, "after")
     clock.stop()
 
@@ -160,7 +162,7 @@ def _evaluate(
     when: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sampled and greedy rewards of the held-out prompts."""
-    print(f"held-out reward {when} training ...", file=sys.stderr, flush=True)
+    print(f"held-out reward {when} training", file=sys.stderr, flush=True)
     sampled, _ = evaluation.evaluate(policy, adapter, items, key, config, greedy=False)
     greedy, _ = evaluation.evaluate(policy, adapter, items, key, config, greedy=True)
     return sampled, greedy
