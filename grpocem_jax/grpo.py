@@ -27,6 +27,11 @@ EQUAL = 1e-6
 """Rewards of a group closer together than this are equal: the group carries no signal."""
 
 
+MEMORY_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""For XLA's CPU compiler, which otherwise starts the recomputation of all layers at once and keeps
+what comes of it: 1.9 instead of 1.3 GB at the report's setting. Other backends pass it over."""
+
+
 # Advantages
 
 
@@ -291,9 +296,7 @@ def loss(
 @functools.partial(
     jax.jit,
     static_argnames=("model", "hp"),
-    # By default XLA's CPU compiler starts all layers' recomputation at once, for concurrency that
-    # two threads in one product have no use for, and keeps all of it. Other backends ignore this.
-    compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+    compiler_options=MEMORY_FIRST,
 )
 def update(
     state: TrainState,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,16 @@ class Policy:
         }
 
 
+class Carrier(NamedTuple):
+    """A model that carries an adapter; the fields are those of `Policy`."""
+
+    model: models.Model
+    params: models.Params
+    method: adapters.Adapter
+    sites: adapters.Sites
+    zero: adapters.Offsets
+
+
 def load_policy(
     model: ModelConfig, adapter: AdapterConfig, *, stop: Iterable[str] = (), seed: int = 0
 ) -> Policy:
@@ -63,12 +73,6 @@ def load_policy(
     Raises:
       InputError: a source, site or stop string that cannot be used.
     """
-    method = svf.svf(
-        rank_ratio=adapter.rank_ratio,
-        tail=adapter.tail,
-        min_singular_value=adapter.min_singular_value,
-        svd=svf.cached_svd(),
-    )
     pretrained = hub.load_model(model.source, seed=seed)
     if pretrained.tokenizer is None:
         raise InputError(
@@ -76,20 +80,45 @@ def load_policy(
             "random:FOLDER with a folder that holds config.json and the tokenizer's files."
         )
     end_ids = [*pretrained.end_ids, *(_single_token(pretrained.tokenizer, s) for s in stop)]
-    record = pretrained.build(method.apply)
-    sites = adapters.select_sites(record.sites, adapter.sites)
-    params = adapters.factor_params(method, pretrained.params, sites)
-    zero = adapters.init_adapter(method, jax.random.key(seed), params, sites)
-    params = models.cast_params(params, jnp.dtype(model.dtype))
+    carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed)
     return Policy(
-        model=record,
-        params=params,
-        method=method,
-        sites=sites,
-        zero=zero,
+        **carrier._asdict(),
         tokenizer=pretrained.tokenizer,
         end_ids=jnp.array(end_ids, jnp.int32),
         pretrained=pretrained,
+    )
+
+
+def put_adapter(
+    pretrained: hub.Pretrained, adapter: AdapterConfig, *, dtype: str = "float32", seed: int = 0
+) -> Carrier:
+    """Puts a zero adapter on a model and the model on the device.
+
+    Args:
+      pretrained: the model.
+      adapter: the adapter section of the config.
+      dtype: of the matrices, see `models.base.cast_params`.
+      seed: of the adapter's initialisation, where it has any.
+
+    Raises:
+      InputError: a site that the model lacks, or settings that leave nothing to train.
+    """
+    method = svf.svf(
+        rank_ratio=adapter.rank_ratio,
+        tail=adapter.tail,
+        min_singular_value=adapter.min_singular_value,
+        svd=svf.cached_svd(),
+    )
+    model = pretrained.build(method.apply)
+    sites = adapters.select_sites(model.sites, adapter.sites)
+    params = adapters.factor_params(method, pretrained.params, sites)
+    zero = adapters.init_adapter(method, jax.random.key(seed), params, sites)
+    return Carrier(
+        model=model,
+        params=models.cast_params(params, jnp.dtype(dtype)),
+        method=method,
+        sites=sites,
+        zero=zero,
     )
 
 

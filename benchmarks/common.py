@@ -1,0 +1,291 @@
+"""What the benchmarks share: the subject, the clock, the plain products, and the output."""
+
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from grpocem_jax import metrics
+from grpocem_jax.config import Config, parse_config
+from grpocem_jax.errors import InputError
+from grpocem_jax.models import base, gpt2, hub
+from grpocem_jax.policy import Carrier, put_adapter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Subject(NamedTuple):
+    """What is measured: a config, and its model with a zero adapter on the device."""
+
+    config: Config
+    source: str
+    pretrained: hub.Pretrained
+    carrier: Carrier
+
+
+class Timing(NamedTuple):
+    """Seconds of several repetitions."""
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+
+class Product(NamedTuple):
+    """``count`` matrix products of ``[rows, inner]`` by ``[inner, columns]``."""
+
+    rows: int
+    inner: int
+    columns: int
+    count: int
+
+    @property
+    def arithmetic(self) -> int:
+        """Floating-point operations of all of them; a multiplication and an addition are two."""
+        return 2 * self.rows * self.inner * self.columns * self.count
+
+
+def define_flags() -> None:
+    """The flags that every benchmark has."""
+    path = str(ROOT / "configs" / "gpt2.py")
+    config_flags.DEFINE_config_file("config", path, "Config file; its model gives the shape.")
+    flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
+
+
+def define_timing_flags() -> None:
+    """The flags of those that measure time."""
+    flags.DEFINE_integer("repetitions", 5, "Timed repetitions, after one to warm up.", 1)
+    flags.DEFINE_bool("peers", False, "Also run what one would use instead (the peers extra).")
+
+
+def load(settings: ml_collections.ConfigDict) -> Subject:
+    """Loads the model of a config; a published GPT-2's name stands for its shape.
+
+    Speed does not depend on the weights, so nothing is fetched for it.
+
+    Raises:
+      InputError: settings or a model that cannot be used.
+    """
+    # A program found on disk would hide what compilation takes.
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = parse_config(settings)
+    source = config.model.source
+    name = source.rpartition("/")[2]
+    if name in gpt2.SHAPES and not Path(source).is_dir():
+        source = f"random:{name}"
+    pretrained = hub.load_model(source, seed=config.seed)
+    carrier = put_adapter(pretrained, config.adapter, dtype=config.model.dtype, seed=config.seed)
+    return Subject(config, source, pretrained, carrier)
+
+
+def random_tokens(subject: Subject, *shape: int, seed: int = 0) -> np.ndarray:
+    """Tokens drawn from the whole vocabulary, int32."""
+    size = subject.carrier.model.vocab_size
+    return np.random.default_rng(seed).integers(0, size, shape, np.int32)
+
+
+def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Timing]:
+    """Times functions in turn, so that what slows the machine down slows all of them.
+
+    Each runs once before, untimed. JAX arrays that one returns are waited for.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(repetitions + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            jax.block_until_ready(function())
+            if repetition:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: summarize(x) for name, x in seconds.items()}
+
+
+def summarize(seconds: Sequence[float]) -> Timing:
+    """Median and spread of some times."""
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def compile_ahead(function: Any, *args: Any, **static: Any) -> tuple[Callable[..., Any], float]:
+    """A jitted function's compiled program and the seconds to trace and compile it."""
+    started = time.perf_counter()
+    program = function.lower(*args, **static).compile()
+    return program, time.perf_counter() - started
+
+
+def linear_products(
+    subject: Subject, rows: int, count: int = 1, *, shared_rows: int = 0
+) -> list[Product]:
+    """The products of the model's linear maps for ``rows`` tokens, without the head.
+
+    A factored map is two; attention's own products are left out.
+
+    Args:
+      subject: the model.
+      rows: tokens.
+      count: how often.
+      shared_rows: rows of the maps before the first adapted one, where all candidates share their
+        input; 0 where they do not.
+    """
+    found: dict[tuple[int, int, int], int] = {}
+    carrier = subject.carrier
+    shared = shared_rows > 0
+    for site, path in carrier.model.sites.items():
+        shared = shared and site not in carrier.sites
+        leaf = carrier.params
+        for part in path:
+            leaf = leaf[part]
+        for matrix in jax.tree.leaves(leaf):
+            if matrix.ndim == 2:
+                shape = (shared_rows if shared else rows, *matrix.shape)
+                found[shape] = found.get(shape, 0) + 1
+    return [Product(*shape, count * n) for shape, n in found.items()]
+
+
+def head_product(subject: Subject, rows: int, count: int = 1) -> Product:
+    """The product of the head for ``rows`` tokens."""
+    carrier = subject.carrier
+    hidden = jax.eval_shape(
+        lambda p: carrier.model.forward(p, {}, jnp.zeros(2, jnp.int32), jnp.ones(2, bool)),
+        subject.pretrained.params,
+    )
+    return Product(rows, hidden.shape[-1], carrier.model.vocab_size, count)
+
+
+def run_products(products: Sequence[Product], dtype: str) -> Callable[[], Any]:
+    """A function that does all of them, one after the other, and nothing else."""
+    multiply = jax.jit(lambda x, y: base.dense(y, x))
+    key = jax.random.key(0)
+    work: list[tuple[Any, jax.Array, jax.Array, int]] = []
+    for rows, inner, columns, count in products:
+        x = jax.random.normal(key, (rows, inner), dtype)
+        y = jax.random.normal(key, (inner, columns), dtype)
+        work.append((multiply.lower(x, y).compile(), x, y, count))
+
+    def run() -> None:
+        for program, x, y, count in work:
+            for _ in range(count):
+                program(x, y).block_until_ready()
+
+    return run
+
+
+def arithmetic(products: Sequence[Product]) -> int:
+    """Floating-point operations of products."""
+    return sum(product.arithmetic for product in products)
+
+
+class PeakMemory:
+    """The most memory that the process took inside a ``with`` block, beyond what it had before.
+
+    Attributes:
+      extra_bytes: afterwards; None where the system does not tell.
+      source: where the figure is from.
+    """
+
+    extra_bytes: int | None = None
+    source = "unknown: neither the device nor the system reports it"
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = _resident("VmRSS")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        except OSError:
+            self._before = None
+        stats = jax.local_devices()[0].memory_stats()
+        self._device = None if stats is None else stats.get("bytes_in_use")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._device is not None:
+            self.extra_bytes = (metrics.peak_memory_bytes() or 0) - self._device
+            self.source = "peak_bytes_in_use of the device's allocator, less bytes_in_use before"
+        elif self._before is not None:
+            self.extra_bytes = (_resident("VmHWM") or 0) - self._before
+            self.source = "resident high-water mark of the process, less what it had before"
+
+
+def _resident(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    line = next((line for line in lines if line.startswith(field + ":")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def parameter_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def headline(title: str, subject: Subject) -> str:
+    """What is measured, and on what; the first lines of every benchmark."""
+    environment = metrics.environment()
+    versions = environment["versions"]
+    note = ""
+    if subject.source != subject.config.model.source:
+        note = f" (the shape of {subject.config.model.source}; its weights are not fetched)"
+    return (
+        f"{title}\n"
+        f"model     {subject.source}{note}, {subject.pretrained.num_params():,} parameters, "
+        f"{subject.config.model.dtype}\n"
+        f"adapter   {', '.join(subject.config.adapter.sites)}: {num_offsets(subject):,} offsets\n"
+        f"machine   {environment['device_count']} x {environment['device']} "
+        f"({platform.machine()}), JAX {versions['jax']}"
+    )
+
+
+def num_offsets(subject: Subject) -> int:
+    """Trainable numbers of the adapter."""
+    return sum(x.size for x in jax.tree.leaves(subject.carrier.zero))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells under each other; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{x:>{width}}" for x, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def timing_cells(timing: Timing, digits: int = 3) -> list[str]:
+    """Cells of a table: the median in seconds, and its spread."""
+    return [f"{timing.median:.{digits}f}", f"{timing.low:.{digits}f} - {timing.high:.{digits}f}"]
+
+
+def show(text: str, record: Mapping[str, Any], as_json: bool) -> None:
+    """Prints the table, and the JSON object as the last line where it is asked for."""
+    print(text, flush=True)
+    if as_json:
+        print(json.dumps({**record, "environment": metrics.environment()}, allow_nan=False))
+        sys.stdout.flush()
+
+
+def import_peers() -> ModuleType:
+    """`benchmarks.peers`, which needs PyTorch, transformers and TRL.
+
+    Raises:
+      InputError: they are not installed.
+    """
+    try:
+        return importlib.import_module("benchmarks.peers")
+    except ImportError as error:
+        raise InputError(
+            f"--peers: {error.name} is not installed; run `pip install -e '.[peers]'`, or leave "
+            "--peers out."
+        ) from None

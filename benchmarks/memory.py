@@ -1,0 +1,154 @@
+"""Peak memory of a GRPO step, and of PPO in its place.
+
+    python -m benchmarks.memory [--config configs/gpt2.py] [--json]
+
+One optimizer step at the config's full setting: its prompts and completions at their largest
+lengths, its micro-batch.  The peak of a program is what its arguments, results and temporaries take
+together by the compiler's own account; the peak of a step is the larger of rollouts and update,
+with everything in memory that outlives them.  The GRPO step is also run, and the system's figure
+for the process put beside it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import common, decode, grpo, ppo
+from grpocem_jax import commands, sampling
+from grpocem_jax.grpo import optimizer
+
+COMPILER = (
+    "largest of the step's compiled programs by XLA's memory analysis: arguments + results + "
+    "temporaries - aliased; not run"
+)
+
+
+def program_bytes(program: Any) -> int:
+    """What a compiled program has in memory at its peak."""
+    sizes = program.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
+
+
+def ppo_bytes(
+    subject: common.Subject,
+    arguments: tuple[Any, ...],
+    rollouts: Any,
+    length: int,
+    *,
+    separate: bool,
+) -> int:
+    """Peak of a PPO step, from shapes alone."""
+    carrier, hp = subject.carrier, subject.config.hyperparameters
+    head = common.head_product(subject, 1)
+    models = ppo.Models(carrier.model, subject.pretrained.build())
+
+    def make() -> ppo.Trainable:
+        critic = jax.tree.map(jnp.asarray, subject.pretrained.params) if separate else None
+        return ppo.Trainable(carrier.zero, jnp.zeros(head.inner), critic)
+
+    trainable = jax.eval_shape(make)
+    opt_state = jax.eval_shape(optimizer(hp).init, trainable)
+    _, _, prompts, prompt_mask, *_ = arguments
+    out = jax.eval_shape(
+        lambda *x: sampling.sample(*x, **decode.sampling_settings(subject, length)), *arguments
+    )
+    rewards = jax.ShapeDtypeStruct(out.tokens.shape[:2], jnp.float32)
+    batch = ppo.Batch(prompts, prompt_mask, out.tokens, out.mask, out.logps, rewards)
+    update = ppo.update.lower(
+        trainable, opt_state, carrier.params, batch, arguments[-1], models=models, hp=hp
+    ).compile()
+    # While completions are sampled, critic and optimizer are there too.
+    resident = common.parameter_bytes((trainable, opt_state))
+    return max(program_bytes(update), program_bytes(rollouts) + resident)
+
+
+def measure(settings: Any, *, prompt_length: int, length: int) -> Any:
+    """Runs the benchmark; returns the text to show and the JSON record."""
+    subject = common.load(settings)
+    config = subject.config
+    prompt_length = prompt_length or config.data.max_prompt_tokens
+    length = length or config.generation.max_new_tokens
+    decode.check_length(subject, prompt_length, length)
+    step = grpo.compile_step(subject, prompt_length, length)
+    programs = {"rollouts": program_bytes(step.sample), "update": program_bytes(step.update)}
+    peak = max(programs.values())
+    separate, shared = (
+        ppo_bytes(subject, step.arguments, step.sample, length, separate=separate)
+        for separate in (True, False)
+    )
+    weights = common.parameter_bytes(subject.carrier.params)
+    with common.PeakMemory() as memory:
+        grpo.run_step(subject, step)
+    measured = None if memory.extra_bytes is None else weights + memory.extra_bytes
+
+    def row(label: str, size: int) -> tuple[str, str, str]:
+        return label, f"{size / 1e6:,.0f}", f"{peak / size:.2f}"
+
+    rows = [
+        ("", "MB", "GRPO / this"),
+        row("GRPO, one step", peak),
+        row("  its rollouts", programs["rollouts"]),
+        row("  its update", programs["update"]),
+        row("  of these weights, with factors", weights),
+    ]
+    if measured is not None:
+        rows.append(row("GRPO, one step, as run", measured))
+    rows += [row("PPO, critic of its own", separate), row("PPO, value head", shared)]
+    samples = config.prompts_per_step * config.grpo.group_size
+    lines = [
+        common.headline(
+            f"Memory, {samples} completions of {length} tokens, prompts of {prompt_length}, "
+            f"micro-batch {config.train.batch_size}",
+            subject,
+        ),
+        "",
+        common.table(rows),
+        "",
+        f"how       {COMPILER}",
+        f"as run    weights, and {memory.source}",
+    ]
+    record = {
+        "grpo_peak_bytes": peak,
+        "ppo_separate_critic_peak_bytes": separate,
+        "ppo_value_head_peak_bytes": shared,
+        "grpo_over_ppo_separate_critic": peak / separate,
+        "grpo_over_ppo_value_head": peak / shared,
+        "grpo_rollout_bytes": programs["rollouts"],
+        "grpo_update_bytes": programs["update"],
+        "weight_bytes": weights,
+        "grpo_measured_bytes": measured,
+        "how": {
+            "grpo_peak_bytes": COMPILER,
+            "ppo_separate_critic_peak_bytes": COMPILER,
+            "ppo_value_head_peak_bytes": COMPILER,
+            "grpo_measured_bytes": f"weights, and {memory.source}",
+        },
+        "samples": samples,
+        "prompt_tokens": prompt_length,
+        "tokens": length,
+        "micro_batch": config.train.batch_size,
+        "model": subject.source,
+    }
+    return "\n".join(lines), record
+
+
+def main(argv: list[str]) -> None:
+    """Checks the flags and measures."""
+    del argv
+    values = flags.FLAGS
+    text, record = measure(values.config, prompt_length=values.prompt_tokens, length=values.tokens)
+    common.show(text, record, values.json)
+
+
+if __name__ == "__main__":
+    common.define_flags()
+    flags.DEFINE_integer("tokens", 0, "Tokens of each completion; 0: as the config.", 0)
+    flags.DEFINE_integer("prompt_tokens", 0, "Tokens of each prompt; 0: as the config.", 0)
+    commands.run(main)

@@ -1,0 +1,137 @@
+"""How the time of a CEM generation grows with the work.
+
+    python -m benchmarks.scaling [--config configs/gpt2.py] [--plot docs/scaling.png] [--json]
+
+Varies one thing at a time: the population, the tokens of the text, and the published sizes of
+GPT-2; fits ``seconds = c * work^exponent`` by least squares on logarithms.  The plot needs
+matplotlib (the peers extra).
+"""
+
+import gc
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import flags
+
+from benchmarks import cem, common
+from grpocem_jax import commands
+from grpocem_jax.models import gpt2
+
+POPULATIONS = (10, 30, 100, 300, 1000)
+LENGTHS = (8, 16, 32, 64, 128, 256)
+
+
+class Series(NamedTuple):
+    """Seconds of a generation against one quantity.
+
+    Attributes:
+      quantity: what varies.
+      fixed: what does not.
+      work: its values.
+      seconds: median seconds of a generation.
+      exponent: of the fitted power law.
+    """
+
+    quantity: str
+    fixed: str
+    work: list[float]
+    seconds: list[float]
+    exponent: float
+
+
+def exponent(work: Sequence[float], seconds: Sequence[float]) -> float:
+    """The slope of log seconds over log work."""
+    return float(np.polyfit(np.log(work), np.log(seconds), 1)[0])
+
+
+def seconds_of(subject: common.Subject, length: int, repetitions: int) -> float:
+    """Median seconds of a generation."""
+    run, _ = cem.generation(subject, common.random_tokens(subject, length))
+    return common.alternate({"generation": run}, repetitions)["generation"].median
+
+
+def with_population(subject: common.Subject, settings: Any, size: int) -> common.Subject:
+    """The same model with another population."""
+    changed = ml_collections.ConfigDict(settings)
+    changed.cem.population_size = size
+    return subject._replace(config=common.parse_config(changed))
+
+
+def measure(settings: Any, *, repetitions: int) -> list[Series]:
+    """All series; some minutes on two cores."""
+    series = []
+
+    def add(quantity: str, fixed: str, work: list[float], seconds: list[float]) -> None:
+        series.append(Series(quantity, fixed, work, seconds, exponent(work, seconds)))
+
+    subject = common.load(settings)
+    seconds = [
+        seconds_of(with_population(subject, settings, size), 12, repetitions)
+        for size in POPULATIONS
+    ]
+    add("candidates", f"{subject.source}, 12 tokens", list(map(float, POPULATIONS)), seconds)
+    few = with_population(subject, settings, 20)
+    lengths = [n for n in LENGTHS if n <= subject.carrier.model.context_length]
+    seconds = [seconds_of(few, length, repetitions) for length in lengths]
+    # The first token is not scored, and the last one predicts nothing.
+    scored = [float(length - 1) for length in lengths]
+    add("scored tokens", f"{subject.source}, 20 candidates", scored, seconds)
+    sizes, seconds = [], []
+    del subject, few
+    for shape in gpt2.SHAPES:
+        changed = ml_collections.ConfigDict(settings)
+        changed.model.source = f"random:{shape}"
+        changed.cem.population_size = 10
+        subject = common.load(changed)
+        sizes.append(float(subject.pretrained.num_params()))
+        seconds.append(seconds_of(subject, 12, repetitions))
+        del subject  # the next one may need all the memory there is
+        gc.collect()
+    add("parameters", f"{', '.join(gpt2.SHAPES)}; 10 candidates, 12 tokens", sizes, seconds)
+    return series
+
+
+def plot(series: Sequence[Series], path: str) -> None:
+    """Draws the series beside each other on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(series), figsize=(4 * len(series), 3.4))
+    for axis, part in zip(axes, series, strict=True):
+        axis.loglog(part.work, part.seconds, "o", color="#1f4e79")
+        scale = np.exp(np.mean(np.log(part.seconds) - part.exponent * np.log(part.work)))
+        line = np.array([min(part.work), max(part.work)])
+        axis.loglog(line, scale * line**part.exponent, color="#c55a11", linewidth=1)
+        axis.set_xlabel(part.quantity)
+        axis.set_ylabel("seconds per generation")
+        axis.set_title(f"exponent {part.exponent:.2f}", fontsize=10)
+        axis.grid(True, which="both", alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints and plots."""
+    del argv
+    values = flags.FLAGS
+    series = measure(values.config, repetitions=values.repetitions)
+    rows = [("", "work", "seconds")]
+    for part in series:
+        rows.append((f"{part.quantity} ({part.fixed})", "", f"exponent {part.exponent:.2f}"))
+        for work, seconds in zip(part.work, part.seconds, strict=True):
+            rows.append(("", f"{work:,.0f}", f"{seconds:.3f}"))
+    if values.plot:
+        plot(series, values.plot)
+    record = {"series": [part._asdict() for part in series]}
+    common.show(common.table(rows), record, values.json)
+
+
+if __name__ == "__main__":
+    common.define_flags()
+    flags.DEFINE_integer("repetitions", 3, "Timed repetitions, after one to warm up.", 1)
+    flags.DEFINE_string("plot", None, "File to draw the plot to.")
+    commands.run(main)
