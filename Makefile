@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
+PEERS_VENV ?= .venv-peers
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: train test lint parity model experts study clean
+.PHONY: train test lint parity bench model experts study clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
@@ -20,6 +21,15 @@ lint: $(VENV)/.installed
 # Compares with PyTorch and transformers live; needs an environment with PyTorch's CPU build.
 parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+
+# Makes the figures of docs/benchmarks.md again, against PyTorch, transformers and TRL.
+bench: $(PEERS_VENV)/.installed
+	$(PEERS_VENV)/bin/python -m benchmarks.cem --peers
+	$(PEERS_VENV)/bin/python -m benchmarks.cem --tokens 128
+	$(PEERS_VENV)/bin/python -m benchmarks.decode --peers
+	$(PEERS_VENV)/bin/python -m benchmarks.grpo --peers --repetitions 2
+	$(PEERS_VENV)/bin/python -m benchmarks.memory
+	$(PEERS_VENV)/bin/python -m benchmarks.scaling --plot docs/scaling.png
 
 # Pretrains the built-in model again.
 model: $(VENV)/.installed
@@ -48,5 +58,10 @@ $(PARITY_VENV)/.installed: requirements.lock pyproject.toml
 	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e .
 	touch $@
 
+$(PEERS_VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/pip install $(PIP_FLAGS) -c requirements.lock -e '.[peers]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) $(PEERS_VENV) build dist *.egg-info

@@ -96,7 +96,7 @@ def measure(settings: Any, *, length: int, repetitions: int, looped: int, peers:
     scored = {"torch_loop": looped, "torch_batched": population}
     rates = {name: scored[name] / timings[name].median for name in scored if name in timings}
     arithmetic = common.arithmetic(products)
-    rows = [("", "seconds", "spread", "candidates/s", "GFLOP/s")]
+    rows: list[tuple[str, ...]] = [("", "seconds", "spread", "candidates/s", "GFLOP/s")]
     for name, count, label in (
         ("generation", population, f"one generation of {population}"),
         ("products", 0, "its matrix products alone"),
@@ -124,8 +124,8 @@ def measure(settings: Any, *, length: int, repetitions: int, looped: int, peers:
         lines.append(
             f"memory              {extra / 1e6:.0f} MB beyond the weights ({memory.source})"
         )
-    for name, rate in rates.items():
-        lines.append(f"against {name:<13}{population / seconds / rate:.1f} times")
+    for name, other in rates.items():
+        lines.append(f"against {name:<14}{population / seconds / other:.1f} times")
     record = {
         "candidates_per_s": population / seconds,
         "seconds_per_generation": seconds,

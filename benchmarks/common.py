@@ -46,17 +46,17 @@ class Timing(NamedTuple):
 
 
 class Product(NamedTuple):
-    """``count`` matrix products of ``[rows, inner]`` by ``[inner, columns]``."""
+    """``repeats`` matrix products of ``[rows, inner]`` by ``[inner, columns]``."""
 
     rows: int
     inner: int
     columns: int
-    count: int
+    repeats: int
 
     @property
     def arithmetic(self) -> int:
         """Floating-point operations of all of them; a multiplication and an addition are two."""
-        return 2 * self.rows * self.inner * self.columns * self.count
+        return 2 * self.rows * self.inner * self.columns * self.repeats
 
 
 def define_flags() -> None:
@@ -169,10 +169,10 @@ def run_products(products: Sequence[Product], dtype: str) -> Callable[[], Any]:
     multiply = jax.jit(lambda x, y: base.dense(y, x))
     key = jax.random.key(0)
     work: list[tuple[Any, jax.Array, jax.Array, int]] = []
-    for rows, inner, columns, count in products:
+    for rows, inner, columns, repeats in products:
         x = jax.random.normal(key, (rows, inner), dtype)
         y = jax.random.normal(key, (inner, columns), dtype)
-        work.append((multiply.lower(x, y).compile(), x, y, count))
+        work.append((multiply.lower(x, y).compile(), x, y, repeats))
 
     def run() -> None:
         for program, x, y, count in work:

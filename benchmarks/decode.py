@@ -111,7 +111,7 @@ def measure(
     tokens, seconds = samples * length, timings["sample"].median
     fraction = timings["products"].median / seconds
     rates = {name: tokens / timings[name].median for name in timings if name.startswith("trans")}
-    rows = [("", "seconds", "spread", "tokens/s")]
+    rows: list[tuple[str, ...]] = [("", "seconds", "spread", "tokens/s")]
     for name, label in (
         ("sample", "sample"),
         ("products", "its matrix products alone"),

@@ -131,7 +131,7 @@ def measure(
         "products": "its matrix products alone",
         "trl": "TRL, LoRA of rank 1",
     }
-    rows = [("", "seconds", "spread")]
+    rows: list[tuple[str, ...]] = [("", "seconds", "spread")]
     rows += [(labels[name], *common.timing_cells(x)) for name, x in timings.items()]
     lines = [
         common.headline(

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     completions: jax.Array
     mask: jax.Array
     old_logps: jax.Array
-    rewards: jax.Array
+    rewards: Any
 
 
 class Trainable(NamedTuple):

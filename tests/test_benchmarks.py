@@ -1,0 +1,227 @@
+"""The benchmarks: the real commands on the built-in model, and the arithmetic they report."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import common, decode, memory, ppo, scaling
+from benchmarks import grpo as grpo_benchmark
+from configs import tiny as tiny_config
+from grpocem_jax import grpo
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--config=configs/tiny.py",
+    "--config.cem.population_size=10",
+    "--config.train.batch_size=16",
+    "--config.train.accumulation_steps=2",
+)
+
+
+def run(name, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *SMALL, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def record_of(name, *flags):
+    result = run(name, "--json", *flags)
+    assert result.returncode == 0, result.stderr
+    *table, last = result.stdout.splitlines()
+    assert len(table) > 5
+    return json.loads(last)
+
+
+def test_cem_reports_what_it_promises():
+    record = record_of("cem", "--tokens=8", "--repetitions=2")
+    assert record["population"] == 10
+    assert record["tokens"] == 8
+    assert record["peers"] == {}
+    rate = record["population"] / record["seconds_per_generation"]
+    assert record["candidates_per_s"] == pytest.approx(rate)
+    products, generation = (record["seconds"][x]["median"] for x in ("products", "generation"))
+    assert record["gemm_fraction"] == pytest.approx(products / generation)
+    assert record["seconds"]["generation"]["repetitions"] == 2
+    assert record["compile_seconds"] > 0
+
+
+def test_decode_reports_what_it_promises():
+    record = record_of("decode", "--tokens=4", "--prompt_tokens=5", "--repetitions=1")
+    assert record["samples"] == 32  # 16 x 2 completions
+    expected = 32 * 4 / record["seconds"]["sample"]["median"]
+    assert record["tokens_per_s"] == pytest.approx(expected)
+    assert record["peers"] == {}
+
+
+def test_grpo_reports_what_it_promises():
+    record = record_of("grpo", "--tokens=4", "--prompt_tokens=5", "--repetitions=1")
+    parts = record["rollout_seconds"] + record["update_seconds"]
+    assert record["step_seconds"] == pytest.approx(parts)
+    assert record["tokens_per_s"] == pytest.approx(32 * 9 / record["step_seconds"])
+
+
+def test_memory_reports_what_it_promises():
+    record = record_of("memory", "--tokens=4", "--prompt_tokens=5")
+    # A trained critic brings weights, gradients of a step and of a micro-batch, and two moments.
+    weights = record["weight_bytes"]
+    assert record["ppo_separate_critic_peak_bytes"] > record["grpo_peak_bytes"] + 3 * weights
+    assert record["ppo_value_head_peak_bytes"] >= 0.9 * record["grpo_peak_bytes"]
+    assert record["grpo_peak_bytes"] == max(
+        record["grpo_rollout_bytes"], record["grpo_update_bytes"]
+    )
+    assert record["grpo_peak_bytes"] > weights
+    for name in ("grpo_peak_bytes", "ppo_separate_critic_peak_bytes", "ppo_value_head_peak_bytes"):
+        assert "memory analysis" in record["how"][name]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is not None, reason="the peers are installed here"
+)
+def test_peers_that_are_not_installed_are_named():
+    result = run("decode", "--tokens=2", "--prompt_tokens=2", "--peers")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: --peers: ")
+    assert "is not installed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "said"),
+    [
+        ("cem", "--tokens=100000", "--tokens=100000: the model's context is"),
+        ("grpo", "--prompt_tokens=100000", "lower one of them"),
+        ("cem", "--config.cem.population_size=1", "population_size"),
+    ],
+)
+def test_settings_that_cannot_be_measured_are_named(name, flag, said):
+    result = run(name, flag)
+    assert result.returncode != 0
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def subject():
+    before = jax.config.jax_enable_compilation_cache
+    settings = tiny_config.get_config()
+    settings.train.batch_size = 16
+    settings.train.accumulation_steps = 2
+    yield common.load(settings)
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+def test_a_published_name_stands_for_its_shape(monkeypatch):
+    from configs import gpt2
+
+    asked = []
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def load_model(source, *, seed):
+        asked.append(source)
+        raise Stop
+
+    before = jax.config.jax_enable_compilation_cache
+    monkeypatch.setattr(common.hub, "load_model", load_model)
+    with pytest.raises(Stop):
+        common.load(gpt2.get_config())
+    jax.config.update("jax_enable_compilation_cache", before)
+    assert asked == ["random:gpt2"]
+
+
+def test_products_are_those_of_the_model(subject):
+    products = common.linear_products(subject, 7)
+    d, layers = subject.pretrained.config.width, subject.pretrained.config.num_layers
+    # c_attn 3, c_proj as two factors 2, c_fc 4 and the MLP's c_proj 4, each times width squared.
+    assert common.arithmetic(products) == 2 * 7 * 13 * d * d * layers
+    head = common.head_product(subject, 7)
+    assert head == common.Product(7, d, subject.pretrained.config.vocab_size, 1)
+    # Before the first adapted map, the first layer's c_attn is the same for all candidates.
+    shared = common.linear_products(subject, 7, shared_rows=1)
+    assert common.arithmetic(products) - common.arithmetic(shared) == 2 * 6 * 3 * d * d
+
+
+def test_a_step_counts_reference_policy_and_backward_pass(subject):
+    rollout = common.arithmetic(decode.rollout_products(subject, 5, 4))
+    step = common.arithmetic(grpo_benchmark.step_products(subject, 5, 4))
+    d, layers = subject.pretrained.config.width, subject.pretrained.config.num_layers
+    vocabulary = subject.pretrained.config.vocab_size
+    prompts, completions = 4, 32
+    linear = 2 * 13 * d * d * layers * (prompts * 5 + completions * 3)
+    head = 2 * d * vocabulary * completions * 4
+    assert step - rollout == 3 * linear + 4 * head
+
+
+def test_functions_run_in_turn_after_one_untimed_round():
+    calls = []
+    timings = common.alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repetitions=2
+    )
+    assert calls == ["a", "b"] * 3
+    assert timings["a"].repetitions == 2
+    assert timings["a"].low <= timings["a"].median <= timings["a"].high
+
+
+def test_memory_counts_what_a_program_holds():
+    program = jax.jit(lambda x: (x @ x) @ x).lower(jnp.ones((512, 512))).compile()
+    size = 512 * 512 * 4
+    assert 3 * size <= memory.program_bytes(program) <= 4 * size
+
+
+def test_a_power_law_has_its_exponent():
+    work = [1.0, 10.0, 200.0]
+    assert scaling.exponent(work, [3 * x**1.5 for x in work]) == pytest.approx(1.5)
+
+
+def test_advantages_by_hand():
+    values = jnp.array([[0.5, 0.25, -0.5, 9.0]])
+    mask = jnp.array([[True, True, True, False]])
+    # delta = value of the next - own value, at the last token reward - own value.
+    deltas = [0.25 - 0.5, -0.5 - 0.25, 1.0 + 0.5]
+    third = deltas[2]
+    second = deltas[1] + 0.95 * third
+    first = deltas[0] + 0.95 * second
+    found = ppo.advantages(jnp.array([1.0]), values, mask)
+    np.testing.assert_allclose(found, [[first, second, third, 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_ppo_step_trains_policy_and_critic(subject, separate):
+    carrier = subject.carrier
+    hp = grpo.Hyperparameters(micro_batch=4, learning_rate=1e-2)
+    rng = np.random.default_rng(0)
+    tokens = jnp.array(rng.integers(0, carrier.model.vocab_size, (2, 4, 5)))
+    everywhere = jnp.ones(tokens.shape, bool)
+    batch = ppo.Batch(
+        tokens[:, 0, :3],
+        everywhere[:, 0, :3],
+        tokens,
+        everywhere,
+        -5.0 * everywhere,
+        jnp.array(rng.random((2, 4)), jnp.float32),
+    )
+    critic = jax.tree.map(jnp.array, subject.pretrained.params) if separate else None
+    width = subject.pretrained.config.width
+    start = ppo.Trainable(jax.tree.map(jnp.array, carrier.zero), 0.1 * jnp.ones(width), critic)
+    copy = jax.tree.map(np.array, start)
+    models = ppo.Models(carrier.model, subject.pretrained.build())
+    after, _ = ppo.update(
+        start, grpo.optimizer(hp).init(start), carrier.params, batch, 1.0, models=models, hp=hp
+    )
+    for old, new in zip(jax.tree.leaves(copy), jax.tree.leaves(after), strict=True):
+        assert np.all(np.isfinite(new))
+        # AdamW's first step is about the learning rate, wherever there is a gradient.
+        assert math.isclose(np.abs(new - old).max(), 1e-2, rel_tol=0.1)
