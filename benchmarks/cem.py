@@ -46,20 +46,12 @@ def generation_products(
 def generation(subject: common.Subject, tokens: np.ndarray) -> tuple[Any, Any]:
     """A function that runs one generation, and the first result, which has compiled it."""
     texts, chunk = problem(subject, tokens)
-    settings, carrier = subject.config.cem, subject.carrier
-    method = gj.CEM(
-        population_size=settings.population_size,
-        elite_ratio=settings.elite_ratio,
-        noise_std=settings.noise_std,
-        momentum=settings.momentum,
-        std_momentum=settings.std_momentum,
-        threshold=settings.threshold,
-    )
+    carrier = subject.carrier
     score = fitness.Likelihood(carrier.params, carrier.model)
 
     def run() -> gj.SearchResult:
         return gj.search(
-            method,
+            subject.config.cem.search_method,
             score,
             gj.full_space(carrier.zero),
             texts,
@@ -71,10 +63,16 @@ def generation(subject: common.Subject, tokens: np.ndarray) -> tuple[Any, Any]:
     return run, run()
 
 
-def measure(settings: Any, *, length: int, repetitions: int, looped: int, peers: bool) -> Any:
+def measure(
+    settings: Any, *, length: int, repetitions: int, looped: int, peers: bool
+) -> tuple[str, dict[str, Any]]:
     """Runs the benchmark; returns the text to show and the JSON record."""
     subject = common.load(settings)
     config, population = subject.config, subject.config.cem.population_size
+    if config.cem.method != "cem":
+        raise InputError(
+            f"config.cem.method={config.cem.method!r}: this measures CEM; set it to 'cem'."
+        )
     if length > subject.carrier.model.context_length:
         raise InputError(
             f"--tokens={length}: the model's context is {subject.carrier.model.context_length}; "

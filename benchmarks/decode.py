@@ -6,6 +6,7 @@ Times `grpocem_jax.sampling.sample` with the config's sampling settings: a step'
 of completions of each, none of which ends early.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +17,6 @@ from benchmarks import common
 from grpocem_jax import commands, sampling
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import gpt2
-
-
-def define_lengths() -> None:
-    """The flags that say how long prompts and completions are."""
-    flags.DEFINE_integer("tokens", 32, "Tokens of each completion.", 1)
-    flags.DEFINE_integer("prompt_tokens", 23, "Tokens of each prompt.", 1)
 
 
 def sampling_settings(subject: common.Subject, length: int) -> dict[str, Any]:
@@ -77,7 +72,7 @@ def check_length(subject: common.Subject, prompt_length: int, length: int) -> No
 
 def measure(
     settings: Any, *, prompt_length: int, length: int, repetitions: int, peers: bool
-) -> Any:
+) -> tuple[str, dict[str, Any]]:
     """Runs the benchmark; returns the text to show and the JSON record."""
     subject = common.load(settings)
     check_length(subject, prompt_length, length)
@@ -151,22 +146,27 @@ def measure(
     return "\n".join(lines), record
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags and measures."""
-    del argv
-    values = flags.FLAGS
-    text, record = measure(
-        values.config,
-        prompt_length=values.prompt_tokens,
-        length=values.tokens,
-        repetitions=values.repetitions,
-        peers=values.peers,
-    )
-    common.show(text, record, values.json)
+def run(measure: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    """The command of a benchmark of prompts and completions."""
+
+    def main(argv: list[str]) -> None:
+        del argv
+        values = flags.FLAGS
+        text, record = measure(
+            values.config,
+            prompt_length=values.prompt_tokens,
+            length=values.tokens,
+            repetitions=values.repetitions,
+            peers=values.peers,
+        )
+        common.show(text, record, values.json)
+
+    common.define_flags()
+    common.define_timing_flags()
+    flags.DEFINE_integer("tokens", 32, "Tokens of each completion.", 1)
+    flags.DEFINE_integer("prompt_tokens", 23, "Tokens of each prompt.", 1)
+    commands.run(main)
 
 
 if __name__ == "__main__":
-    common.define_flags()
-    common.define_timing_flags()
-    define_lengths()
-    commands.run(main)
+    run(measure)

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from benchmarks import common, decode
-from grpocem_jax import commands, grpo, sampling
+from grpocem_jax import grpo, sampling
 from grpocem_jax.models import gpt2
 
 
@@ -91,7 +90,7 @@ def step_products(subject: common.Subject, prompt_length: int, length: int) -> l
 
 def measure(
     settings: Any, *, prompt_length: int, length: int, repetitions: int, peers: bool
-) -> Any:
+) -> tuple[str, dict[str, Any]]:
     """Runs the benchmark; returns the text to show and the JSON record."""
     subject = common.load(settings)
     decode.check_length(subject, prompt_length, length)
@@ -195,22 +194,5 @@ def _peer(subject: common.Subject, prompt_length: int, length: int) -> Any:
     return run
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags and measures."""
-    del argv
-    values = flags.FLAGS
-    text, record = measure(
-        values.config,
-        prompt_length=values.prompt_tokens,
-        length=values.tokens,
-        repetitions=values.repetitions,
-        peers=values.peers,
-    )
-    common.show(text, record, values.json)
-
-
 if __name__ == "__main__":
-    common.define_flags()
-    common.define_timing_flags()
-    decode.define_lengths()
-    commands.run(main)
+    decode.run(measure)

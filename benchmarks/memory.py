@@ -69,7 +69,7 @@ def ppo_bytes(
     return max(program_bytes(update), program_bytes(rollouts) + resident)
 
 
-def measure(settings: Any, *, prompt_length: int, length: int) -> Any:
+def measure(settings: Any, *, prompt_length: int, length: int) -> tuple[str, dict[str, Any]]:
     """Runs the benchmark; returns the text to show and the JSON record."""
     subject = common.load(settings)
     config = subject.config
