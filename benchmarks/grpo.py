@@ -73,18 +73,20 @@ def run_step(subject: common.Subject, step: Step) -> tuple[float, float]:
 def step_products(subject: common.Subject, prompt_length: int, length: int) -> list[common.Product]:
     """The products of a step in the sizes in which they are run.
 
-    Linear maps: once for the reference, once forward and once backward, as nothing of the model is
-    trained but the offsets.  The head: the same, and once more to make its logits again.
+      Linear maps: once for the reference, once forward and once backward, as nothing of the model is
+      trained but the offsets.  The head: the same, and once more where its logits are too large to
+    be kept.
     """
     config = subject.config
     micro = config.train.batch_size
     rows = micro // config.grpo.group_size * prompt_length + micro * (length - 1)
     count = config.train.accumulation_steps
     passes = 3 if config.grpo.beta else 2
+    again = not grpo.keep_logits(micro * length, subject.carrier.model)
     return [
         *decode.rollout_products(subject, prompt_length, length),
         *common.linear_products(subject, rows, passes * count),
-        common.head_product(subject, micro * length, (passes + 1) * count),
+        common.head_product(subject, micro * length, (passes + again) * count),
     ]
 
 

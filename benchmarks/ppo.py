@@ -120,7 +120,13 @@ def loss(
 
     def judged(adapter: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden = hidden_states(models.policy, params, adapter, batch)
-        score = functools.partial(token_logps, models.policy, params, temperature=temperature)
+        score = functools.partial(
+            token_logps,
+            models.policy,
+            params,
+            temperature=temperature,
+            keep_logits=grpo.keep_logits(batch.completions.size, models.policy),
+        )
         return hidden, *jax.vmap(jax.vmap(score))(hidden, batch.completions)
 
     hidden, logps, entropies = judged(trainable.adapter)

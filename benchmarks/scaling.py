@@ -3,8 +3,7 @@
     python -m benchmarks.scaling [--config configs/gpt2.py] [--plot docs/scaling.png] [--json]
 
 Varies one thing at a time: the population, the tokens of the text, and the published sizes of
-GPT-2; fits ``seconds = c * work^exponent`` by least squares on logarithms.  The plot needs
-matplotlib (the peers extra).
+GPT-2; fits ``seconds = c * work^exponent`` by least squares on logarithms.
 """
 
 import gc
@@ -98,7 +97,7 @@ def plot(series: Sequence[Series], path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, len(series), figsize=(4 * len(series), 3.4))
     for axis, part in zip(axes, series, strict=True):
@@ -106,10 +105,15 @@ def plot(series: Sequence[Series], path: str) -> None:
         scale = np.exp(np.mean(np.log(part.seconds) - part.exponent * np.log(part.work)))
         line = np.array([min(part.work), max(part.work)])
         axis.loglog(line, scale * line**part.exponent, color="#c55a11", linewidth=1)
+        axis.set_xticks([float(f"{x:.3g}") for x in part.work])
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.minorticks_off()
         axis.set_xlabel(part.quantity)
         axis.set_ylabel("seconds per generation")
         axis.set_title(f"exponent {part.exponent:.2f}", fontsize=10)
-        axis.grid(True, which="both", alpha=0.2)
+        axis.grid(True, alpha=0.2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

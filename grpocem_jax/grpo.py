@@ -31,6 +31,10 @@ MEMORY_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 """For XLA's CPU compiler, which otherwise starts the recomputation of all layers at once and keeps
 what comes of it: 1.9 instead of 1.3 GB at the report's setting. Other backends pass it over."""
 
+KEPT_LOGITS_BYTES = 2**28
+"""Logits of a micro-batch up to this size are kept for the backward pass: 16 completions of 64
+tokens of GPT-2. Larger ones are made again."""
+
 
 # Advantages
 
@@ -247,6 +251,11 @@ def adapt_lr_scale(scale: jax.Array, kl: jax.Array, hp: Hyperparameters) -> jax.
     return jnp.clip(scale * factor, *hp.lr_scale_range)
 
 
+def keep_logits(num_tokens: int, model: Model) -> bool:
+    """Whether the logits of so many tokens are kept for the backward pass."""
+    return 4 * num_tokens * model.vocab_size <= KEPT_LOGITS_BYTES
+
+
 def loss(
     adapter: Any,
     params: Params,
@@ -265,7 +274,9 @@ def loss(
     Returns:
       the loss and its parts, each a weighted sum: policy_loss, kl, entropy, clip_ratio.
     """
-    evaluate = functools.partial(completion_logps, model)
+    evaluate = functools.partial(
+        completion_logps, model, keep_logits=keep_logits(batch.completions.size, model)
+    )
     # Jitted, so that policy and reference are one function and traced once.
     over_prompts = jax.jit(jax.vmap(evaluate, in_axes=(None, None, 0, 0, 0, 0, None)))
     inputs = (batch.prompts, batch.prompt_mask, batch.completions, batch.mask, temperature)

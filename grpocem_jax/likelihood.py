@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpocem_jax.models.base import AdapterParams, Model, Params
+from grpocem_jax.models.base import AdapterParams, Model, Params, keep, remat
 
 CHUNK = 2048
 """Rows of the vocabulary that go through the head at a time: a product large enough to run at full
@@ -33,12 +33,12 @@ def token_logps(
     temperature: jax.Array | float,
     *,
     chunk: int = CHUNK,
+    keep_logits: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each token and entropy of the policy, a part of the vocabulary at a time.
 
     The normaliser is summed up as in an online softmax (Milakov and Gimelshein 2018, arXiv
-    1805.02867), so that a part's logits are read once, where they were made.  The backward pass
-    makes them again.
+    1805.02867), so that a part's logits are read once, where they were made.
 
     Args:
       model: the model record.
@@ -47,23 +47,26 @@ def token_logps(
       tokens: int32 ``[N]``.
       temperature: above 0.
       chunk: rows of the vocabulary at a time.
+      keep_logits: keep them all, float32 ``[N, V]``, for the backward pass, which makes them again
+        otherwise: a product of the size of the head for that memory.
 
     Returns:
       float32 ``[N]`` and ``[N]`` (nats).
     """
 
     def add(sums: _Sums, start: jax.Array | int, count: int) -> _Sums:
-        logits = model.logits(params, hidden, start, count) / temperature
+        logits = model.logits(params, hidden, start, count)
+        logits = (keep(logits) if keep_logits else logits) / temperature
         largest = jnp.maximum(sums.largest, jax.lax.stop_gradient(jnp.max(logits, -1)))
         shifted = logits - largest[:, None]
         exps = jnp.exp(shifted)
         drop = sums.largest - largest
-        keep = jnp.exp(drop)
+        scale = jnp.exp(drop)
         mine = jnp.arange(count)[None] == (tokens - start)[:, None]
         return _Sums(
             largest,
-            keep * sums.normalizer + jnp.sum(exps, -1),
-            keep * (sums.weighted + drop * sums.normalizer) + jnp.sum(exps * shifted, -1),
+            scale * sums.normalizer + jnp.sum(exps, -1),
+            scale * (sums.weighted + drop * sums.normalizer) + jnp.sum(exps * shifted, -1),
             sums.target + jnp.sum(jnp.where(mine, logits, 0.0), -1),
         )
 
@@ -72,10 +75,10 @@ def token_logps(
     sums = _Sums(jnp.full_like(zeros, -1e30), zeros, zeros, zeros)
     whole, rest = divmod(model.vocab_size, chunk)
     if whole:
-        part = jax.checkpoint(lambda sums, start: (add(sums, start, chunk), None))
+        part = remat(lambda sums, start: (add(sums, start, chunk), None))
         sums, _ = jax.lax.scan(part, sums, jnp.arange(whole) * chunk)
     if rest:
-        sums = jax.checkpoint(add, static_argnums=(1, 2))(sums, whole * chunk, rest)
+        sums = remat(lambda sums: add(sums, whole * chunk, rest))(sums)
     log_normalizer = jnp.log(sums.normalizer)
     logps = sums.target - sums.largest - log_normalizer
     return logps, log_normalizer - sums.weighted / sums.normalizer
@@ -90,6 +93,8 @@ def completion_logps(
     completions: jax.Array,
     mask: jax.Array,
     temperature: jax.Array | float,
+    *,
+    keep_logits: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies of one prompt's group; the prompt is processed once.
 
@@ -102,6 +107,7 @@ def completion_logps(
       completions: int32 ``[G, N]``.
       mask: bool ``[G, N]``.
       temperature: above 0.
+      keep_logits: as in `token_logps`, ``[G, N, V]`` of them.
 
     Returns:
       float32 ``[G, N]`` and ``[G, N]``; zero off the mask.
@@ -111,7 +117,7 @@ def completion_logps(
     def one(tokens, mask):
         hidden = model.forward(params, adapter, tokens[:-1], mask[:-1], context)
         hidden = jnp.concatenate([last[None], hidden])
-        return token_logps(model, params, hidden, tokens, temperature)
+        return token_logps(model, params, hidden, tokens, temperature, keep_logits=keep_logits)
 
     logps, entropies = jax.vmap(one)(completions, mask)
     return jnp.where(mask, logps, 0.0), jnp.where(mask, entropies, 0.0)

@@ -154,7 +154,7 @@ def test_products_are_those_of_the_model(subject):
     assert common.arithmetic(products) - common.arithmetic(shared) == 2 * 6 * 3 * d * d
 
 
-def test_a_step_counts_reference_policy_and_backward_pass(subject):
+def test_a_step_counts_reference_policy_and_backward_pass(subject, monkeypatch):
     rollout = common.arithmetic(decode.rollout_products(subject, 5, 4))
     step = common.arithmetic(grpo_benchmark.step_products(subject, 5, 4))
     d, layers = subject.pretrained.config.width, subject.pretrained.config.num_layers
@@ -162,6 +162,9 @@ def test_a_step_counts_reference_policy_and_backward_pass(subject):
     prompts, completions = 4, 32
     linear = 2 * 13 * d * d * layers * (prompts * 5 + completions * 3)
     head = 2 * d * vocabulary * completions * 4
+    assert step - rollout == 3 * linear + 3 * head
+    monkeypatch.setattr(grpo, "KEPT_LOGITS_BYTES", 0)
+    step = common.arithmetic(grpo_benchmark.step_products(subject, 5, 4))
     assert step - rollout == 3 * linear + 4 * head
 
 

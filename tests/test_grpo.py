@@ -132,14 +132,19 @@ def test_unknown_aggregation_is_named():
         grpo.token_weights(jnp.ones((1, 1, 1), bool), "median")
 
 
+@pytest.mark.parametrize("keep_logits", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
-def test_parts_of_the_vocabulary_make_up_its_log_probabilities_and_gradients(tiny, chunk):
+def test_parts_of_the_vocabulary_make_up_its_log_probabilities_and_gradients(
+    tiny, chunk, keep_logits
+):
     hidden = jax.random.normal(jax.random.key(0), (LENGTH, tiny.factored["wte"].shape[1]))
     tokens = jnp.arange(LENGTH)
     weights = jax.random.normal(jax.random.key(1), (2, LENGTH))
 
     def in_parts(hidden):
-        found = likelihood.token_logps(tiny.model, tiny.factored, hidden, tokens, 0.7, chunk=chunk)
+        found = likelihood.token_logps(
+            tiny.model, tiny.factored, hidden, tokens, 0.7, chunk=chunk, keep_logits=keep_logits
+        )
         return jnp.sum(weights * jnp.stack(found)), found
 
     def at_once(hidden):
@@ -154,6 +159,24 @@ def test_parts_of_the_vocabulary_make_up_its_log_probabilities_and_gradients(tin
     np.testing.assert_allclose(logps, np.log(p[np.arange(LENGTH), tokens]), atol=1e-5)
     np.testing.assert_allclose(entropies, -(p * np.log(p)).sum(-1), atol=1e-5)
     np.testing.assert_allclose(gradient, jax.grad(at_once)(hidden), atol=1e-5)
+
+
+def test_logits_are_kept_up_to_a_quarter_of_a_gigabyte(tiny):
+    # 2**28 bytes are 2**26 float32.
+    largest = 2**26 // tiny.model.vocab_size
+    assert grpo.keep_logits(largest, tiny.model)
+    assert not grpo.keep_logits(largest + 1, tiny.model)
+
+
+def test_kept_logits_change_no_update(tiny, batch, monkeypatch):
+    hp = grpo.Hyperparameters(micro_batch=GROUP, entropy=0.1, beta=0.1)
+    results = []
+    for limit in (0, 2**28):
+        monkeypatch.setattr(grpo, "KEPT_LOGITS_BYTES", limit)
+        step = jax.jit(functools.partial(grpo.update.__wrapped__, model=tiny.model, hp=hp))
+        results.append(step(grpo.init_state(tiny.adapted(), hp), tiny.factored, batch, 0.7))
+    for again, kept in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(again, kept, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e5])
