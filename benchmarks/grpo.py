@@ -73,9 +73,9 @@ def run_step(subject: common.Subject, step: Step) -> tuple[float, float]:
 def step_products(subject: common.Subject, prompt_length: int, length: int) -> list[common.Product]:
     """The products of a step in the sizes in which they are run.
 
-      Linear maps: once for the reference, once forward and once backward, as nothing of the model is
-      trained but the offsets.  The head: the same, and once more where its logits are too large to
-    be kept.
+    Linear maps: once for the reference, once forward and once backward, as nothing of the model is
+    trained but the offsets.  The head: the same, and once more where its logits are too large to be
+    kept.
     """
     config = subject.config
     micro = config.train.batch_size
