@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +31,55 @@ class Gain:
     gain: float
     gain_ci95: tuple[float, float]
     n: int
+
+
+class Judged(NamedTuple):
+    """What a policy makes of ``n`` held-out prompts.
+
+    Attributes:
+      rewards: mean reward of each prompt's samples, float64 ``[n]``, NaN where all abstained.
+      texts: the samples, ``[n][samples]``.
+      greedy_rewards: reward of each prompt's greedy completion, float64 ``[n]``.
+      greedy_texts: those completions, ``[n][1]``.
+    """
+
+    rewards: np.ndarray
+    texts: list[list[str]]
+    greedy_rewards: np.ndarray
+    greedy_texts: list[list[str]]
+
+
+def judge(
+    policy: Policy,
+    adapter: Offsets,
+    items: Sequence[rollouts.Item],
+    key: jax.Array,
+    config: Config,
+) -> Judged:
+    """`evaluate` with samples and greedily, both with the same arguments."""
+    return Judged(
+        *evaluate(policy, adapter, items, key, config, greedy=False),
+        *evaluate(policy, adapter, items, key, config, greedy=True),
+    )
+
+
+def records(items: Sequence[rollouts.Item], before: Judged, after: Judged) -> list[dict[str, Any]]:
+    """What heldout.jsonl says of each prompt: the first sample, the mean reward of all samples,
+    and the greedy completion with its reward; None for a reward where all abstained."""
+    lines = []
+    for number, item in enumerate(items):
+        line: dict[str, Any] = {"task": item.task.name, "prompt": item.example.prompt}
+        for when, judged in (("before", before), ("after", after)):
+            rewards = (judged.rewards[number], judged.greedy_rewards[number])
+            mean, greedy = (None if np.isnan(x) else float(x) for x in rewards)
+            line |= {
+                f"reward_{when}": mean,
+                f"completion_{when}": judged.texts[number][0],
+                f"greedy_reward_{when}": greedy,
+                f"greedy_{when}": judged.greedy_texts[number][0],
+            }
+        lines.append(line)
+    return lines
 
 
 def evaluate(
@@ -85,7 +135,7 @@ def evaluate(
             own_adapters=own_adapters,
         )
         groups = rollouts.decode(policy, *jax.device_get((out.tokens, out.mask)))[: len(rows)]
-        scores = rollouts.score(chosen, groups)
+        scores = rollouts.score(chosen, groups).total
         for row, group, values in zip(rows, groups, scores, strict=True):
             texts[row] = group
             present = values[~np.isnan(values)]

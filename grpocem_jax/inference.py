@@ -1,6 +1,8 @@
 """What ``adapt.py`` does: reads prompts and examples, adapts, and shows what came of it."""
 
+import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,11 +12,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from grpocem_jax import adaptation, checkpoints, rollouts, screens, tables
+from grpocem_jax import adaptation, checkpoints, report, rollouts, screens, tables
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import write_json
 from grpocem_jax.searching import History
-from grpocem_jax.tasks import TASKS, SourceConfig, example_of
+from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.training import load_data
 
@@ -55,6 +58,11 @@ def run(
     if not evaluate:
         texts = _read_prompts(prompt, prompts, optional=examples is not None)
     trained = adaptation.load_run(workdir, settings)
+    if evaluate and not os.access(workdir, os.W_OK):
+        raise InputError(
+            f"--workdir={workdir}: --evaluate writes evaluation.json and report/ there, which is "
+            "not allowed; copy the run to a folder of yours."
+        )
     if trained.config.cem.fitness == "reward" and not evaluate:
         if examples is None:
             raise InputError(
@@ -64,7 +72,7 @@ def run(
         if not trained.config.cem.task:
             raise InputError(
                 "config.cem.task='': name the task whose reward scores completions of --examples: "
-                f"{', '.join(TASKS)}."
+                f"{', '.join(trained.config.data.tasks)}."
             )
     # What cannot be used is refused before the first search.
     for text in texts:
@@ -100,6 +108,9 @@ def run(
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     elif evaluate:
         print(tables.show(result, trained.config))
+    if evaluate:
+        write_json(Path(workdir) / "evaluation.json", result)
+        print(f"report    {report.write(workdir)}", file=sys.stderr)
     return result
 
 
@@ -119,7 +130,7 @@ def _adapt_to_file(
     """Adapts once, to all examples of a file, for all prompts."""
     view = _LiveView("examples", run.config.cem.generations)
     if run.config.cem.fitness == "reward":
-        task = TASKS[run.config.cem.task]
+        task = run.config.task(run.config.cem.task)
         source = run.config.data.sources.get(task.name, SourceConfig())
         chosen = [example_of(task, row, source) for row in file_rows(examples)]
         items = rollouts.encode(run.policy, task, chosen)
@@ -156,7 +167,7 @@ def _evaluate(run: TrainedRun) -> dict[str, Any]:
         progress=view.count,
     )
     view.close()
-    return result
+    return {**result, "cem": dataclasses.asdict(run.config.cem)}
 
 
 def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> list[str]:

@@ -38,7 +38,7 @@ def adapted_tables(
       ``heldout`` (sampled) and ``heldout_greedy``: gains by task, as in summary.json;
       ``adaptation``: means by task of what `adaptation.summary` gives, with ``heldout_before`` and
       ``heldout_after``: mean log-likelihood per token of the held-out references, where the task
-      has them.
+      has them; ``convergence``: `convergence` of all searches.
 
     Raises:
       InputError: too few support examples; a reward without them.
@@ -96,7 +96,33 @@ def adapted_tables(
             before_after = likelihood[rows].mean(0)
             entry["heldout_before"], entry["heldout_after"] = map(float, before_after)
         tables["adaptation"][name] = entry
+    tables["convergence"] = convergence(list(shared.values()) or results)
     return tables
+
+
+def convergence(results: Sequence[Adaptation]) -> dict[str, list[Any]]:
+    """How the searches of several adaptations went, generation by generation.
+
+    A search that ended early counts with its last values in the generations after.
+
+    Args:
+      results: the adaptations; those without a search do not count.
+
+    Returns:
+      ``best`` and ``mean``: means over the searches of each generation's largest and mean fitness,
+      None where no search has one; ``running``: how many searches had this generation. All are as
+      long as the longest search.
+    """
+    histories = [result.search.history for result in results if result.search is not None]
+    longest = max((len(history.best) for history in histories), default=0)
+    running = [sum(len(h.best) > number for h in histories) for number in range(longest)]
+    found: dict[str, list[Any]] = {}
+    for name in ("best", "mean"):
+        curves = [np.asarray(getattr(history, name), np.float64) for history in histories]
+        rows = [np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves]
+        means = [values[np.isfinite(values)] for values in np.array(rows).T]
+        found[name] = [float(values.mean()) if len(values) else None for values in means]
+    return {**found, "running": running}
 
 
 def _adapt_to_examples(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def test_examples_with_the_columns_of_a_task_are_adapted_to_for_its_reward(adapt
 
 
 @pytest.mark.parametrize("support", [0, 2])
-def test_evaluate_gives_the_tables_of_the_report(adapt, support):
+def test_evaluate_gives_the_tables_of_the_report(adapt, workdir, support):
     changes = {
         "cem.support": support,
         "cem.buckets": (64,),
@@ -231,7 +232,13 @@ def test_evaluate_gives_the_tables_of_the_report(adapt, support):
     }
     result, out, err = adapt(changes, evaluate=True, as_json=True)
     (line,) = out.splitlines()
-    assert json.loads(line).keys() == {"heldout", "heldout_greedy", "adaptation"}
+    tabled = {"heldout", "heldout_greedy", "adaptation", "convergence", "cem"}
+    assert json.loads(line).keys() == tabled
+    assert json.loads((Path(workdir) / "evaluation.json").read_text()) == json.loads(line)
+    assert (Path(workdir) / "report" / "cem_convergence.png").is_file()
+    assert len(result["convergence"]["best"]) == 2
+    assert 0 < result["convergence"]["running"][0] <= (2 if support else 4)
+    assert result["convergence"]["best"][0] >= result["convergence"]["mean"][0]
     for table in ("heldout", "heldout_greedy"):
         assert list(result[table]) == ["sentiment", "general", "overall"]
         assert result[table]["overall"]["n"] == 4

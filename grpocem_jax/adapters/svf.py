@@ -8,11 +8,13 @@ which the report writes as its eq. 10 and Transformer-squared (Sun et al. 2025, 
 as SVF.  ``U`` and ``V`` are shared by all candidates and never multiplied out.
 """
 
+import functools
 import hashlib
 import math
+import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from grpocem_jax.adapters.base import Adapter
+from grpocem_jax.adapters.base import Adapter, Sites
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import cache_folder, write_safetensors
 from grpocem_jax.models.base import dense
@@ -72,6 +74,23 @@ def cached_svd(folder: Path | None = None) -> SVD:
         return u, s, vt
 
     return lookup
+
+
+def singular_values(params: Any, sites: Sites) -> dict[str, np.ndarray]:
+    """The singular values in use at each site, float32 ``[r]`` descending.
+
+    Args:
+      params: parameters made by `adapters.base.factor_params`.
+      sites: the adapted sites; those of other adapters than `svf` are left out.
+    """
+    factors = {
+        name: functools.reduce(operator.getitem, path, params) for name, path in sites.items()
+    }
+    return {
+        name: np.asarray(own.s, np.float32)
+        for name, own in factors.items()
+        if isinstance(own, SVFFactors)
+    }
 
 
 def svf(

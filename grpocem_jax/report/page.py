@@ -1,0 +1,302 @@
+"""Puts the page together: its head, the sections with their panels, the samples, the settings."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from grpocem_jax.report import courses, panels, plots, sites
+from grpocem_jax.report.panels import Panel, Table, exact, interval
+from grpocem_jax.report.record import Record
+from grpocem_jax.screens import one_line
+
+SAMPLES = 3
+"""Prompts of each task that are shown; heldout.jsonl has all."""
+
+LONGEST = 600
+"""Characters of a text that are shown."""
+
+
+class Section(NamedTuple):
+    """A heading with panels under it."""
+
+    name: str
+    title: str
+    panels: Sequence[Panel]
+    tables: Sequence[Table] = ()
+
+
+class Sample(NamedTuple):
+    """A held-out prompt with its greedy completions and their rewards."""
+
+    prompt: str
+    before: str
+    after: str
+    reward_before: str
+    reward_after: str
+
+
+def make(record: Record) -> tuple[str, dict[str, bytes]]:
+    """The page as HTML, and the PNG of each panel that has a plot, by its name."""
+    found = sections(record)
+    rendered = {
+        panel.name: plots.render(panel.name, panel.draw, height=panel.height)
+        for section in found
+        for panel in section.panels
+        if panel.draw is not None
+    }
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["one_line"] = one_line
+    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
+    html = template.render(
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        colours=plots.COLOURS,
+        run=record.workdir.resolve().name,
+        conclusions=conclusions(record),
+        notices=notices(record),
+        facts=facts(record),
+        sections=found,
+        samples=samples(record),
+        plots={name: plot.svg for name, plot in rendered.items()},
+        settings=Table("Settings of the run", ["setting", "value"], list(_flat(record.config))),
+    )
+    return html, {name: plot.png for name, plot in rendered.items()}
+
+
+def sections(record: Record) -> list[Section]:
+    """All panels, in the order of the page."""
+    summary = record.summary
+    unfinished = "Held-out reward is measured at the end of training; there is no summary.json."
+    temperature = record.setting("generation", "temperature")
+    at = "" if temperature is None else f" at T = {temperature:g}"
+    curves = functools.partial(courses.curves, record)
+    no_memory = f"The backend of this run{_named(summary.get('platform'))} does not report memory."
+    training = [
+        courses.rewards(record),
+        curves("kl_entropy", "KL and entropy", {"kl": "KL divergence", "entropy": "entropy"}),
+        curves(
+            "policy_loss",
+            "Policy loss",
+            {"policy_loss": "policy loss"},
+            remark="It is no measure of quality; held-out reward is.",
+        ),
+        curves(
+            "zero_variance", "Groups without variance", {"frac_reward_zero_std": "share of groups"}
+        ),
+        curves("grad_norm", "Gradient norm", {"grad_norm": "gradient norm"}),
+        curves("learning_rate", "Learning rate", {"learning_rate": "learning rate"}, smooth=False),
+        curves(
+            "completion_length",
+            "Completion length",
+            {"completions/mean_length": "mean length"},
+            unit=" tokens",
+        ),
+        curves(
+            "memory",
+            "Memory",
+            {"device_memory_peak_bytes": "peak device memory"},
+            scale=1e-9,
+            unit=" GB",
+            smooth=False,
+            missing=no_memory,
+        ),
+    ]
+    words = ("before training", "after training")
+    return [
+        Section(
+            "result",
+            "Held-out reward",
+            [
+                panels.before_after(
+                    "heldout", f"Sampled{at}", summary.get("heldout", {}), words, unfinished
+                ),
+                panels.before_after(
+                    "heldout_greedy", "Greedy", summary.get("heldout_greedy", {}), words, unfinished
+                ),
+            ],
+        ),
+        Section("training", "Training", training),
+        Section(
+            "data-and-adapter",
+            "Data and adapter",
+            [
+                panels.data(record),
+                sites.spectrum(record),
+                sites.offsets(record),
+            ],
+        ),
+        _adaptation(record),
+    ]
+
+
+def _named(value: Any) -> str:
+    return f" ({value})" if value else ""
+
+
+def _adaptation(record: Record) -> Section:
+    found, name, title = record.evaluation, "adaptation", "Adaptation at inference"
+    shown = [courses.convergence(record)]
+    if not found:
+        return Section(name, title, shown)
+    words = ("trained adapter", "adapted")
+    to = "task" if found.get("cem", {}).get("support") else "prompt"
+    for key, own in (("heldout", "sampled"), ("heldout_greedy", "greedy")):
+        gains = found.get(key, {})
+        missing = f"evaluation.json has no {key}."
+        shown.append(
+            panels.before_after(
+                f"adapted_{key}", f"Adapted to each {to}, {own}", gains, words, missing
+            )
+        )
+    columns = {
+        "fitness_before": "fitness before",
+        "fitness_after": "after",
+        "adapted": "share adapted",
+        "converged": "share converged",
+        "generations": "generations",
+        "candidates": "candidates",
+        "seconds": "seconds",
+        "heldout_before": "reference log-likelihood before",
+        "heldout_after": "after",
+        "searches": "searches",
+    }
+    rows = [
+        [task, *(exact(row.get(key)) for key in columns)]
+        for task, row in found.get("adaptation", {}).items()
+    ]
+    caption = "Searches by task: means, with log-likelihoods per token in nats"
+    return Section(name, title, shown, [Table(caption, ["task", *columns.values()], rows)])
+
+
+def conclusions(record: Record) -> list[str]:
+    """What came of the run, in sentences: first the sampled reward, then the greedy one."""
+    if not record.summary.get("heldout"):
+        return [
+            "Training has not finished: there is no summary.json, so nothing is known about "
+            "held-out reward."
+        ]
+    temperature = record.setting("generation", "temperature")
+    kinds = {
+        "heldout": "of sampled completions"
+        + ("" if temperature is None else f" (T = {temperature:g})"),
+        "heldout_greedy": "of greedy completions",
+    }
+    return [
+        _conclusion(record.summary[key], what)
+        for key, what in kinds.items()
+        if record.summary.get(key)
+    ]
+
+
+def _conclusion(gains: Mapping[str, Any], what: str) -> str:
+    gain = gains["overall"]
+    low, high = gain["gain_ci95"]
+    verdict = "the interval includes zero, so this does not show that training changed it"
+    if low > 0:
+        verdict = "training raised it"
+    elif high < 0:
+        verdict = "training lowered it"
+    lost = [name for name, own in gains.items() if name != "overall" and own["gain_ci95"][1] < 0]
+    losses = f" Lower than before: {', '.join(lost)}." if lost else ""
+    tasks = len(gains) - 1
+    return (
+        f"Mean held-out reward {what} went from {gain['before']:.3f} to {gain['after']:.3f}, a "
+        f"gain of {interval(gain)} (95% interval, {gain['n']:,} prompts of {tasks} "
+        f"task{'s' if tasks > 1 else ''}): {verdict}.{losses}"
+    )
+
+
+def notices(record: Record) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    summary, found = record.summary, []
+    if summary.get("random_weights"):
+        found.append(
+            "The model has random weights: this run tests plumbing and speed, and its rewards mean "
+            "nothing."
+        )
+    if summary.get("builtin_model"):
+        found.append(
+            "The model is the tiny one that comes with the package, not a published language model."
+        )
+    builtin = [name for name, own in summary.get("builtin_data", {}).items() if own]
+    if builtin:
+        found.append(
+            f"Built-in data, generated from templates: {', '.join(builtin)}. They show that the "
+            "method works, not how good it is at reading."
+        )
+    return found
+
+
+def facts(record: Record) -> list[tuple[str, str]]:
+    """What was trained on what: names and values of the list at the head of the page."""
+    summary, setting = record.summary, record.setting
+    sites_named = ", ".join(setting("adapter", "sites") or record.offsets)
+    trainable = sum(x.size for x in record.offsets.values())
+    kind = "offsets of singular values" if record.spectrum else "numbers"
+    total = summary.get("total_parameters")
+    share = f", {100 * trainable / total:.3f}% of the model" if total else ""
+    source = summary.get("model") or setting("model", "source")
+    found = {
+        "Model": source and f"{source}{f', {total:,} parameters' if total else ''}, frozen",
+        "Adapter": f"{trainable:,} {kind} at {sites_named}{share}" if record.offsets else None,
+        "Steps": summary.get("steps") or len(record.metrics) or None,
+        "Each step": (batch := setting("train", "batch_size"))
+        and f"{batch * setting('train', 'accumulation_steps')} completions in groups of "
+        f"{setting('grpo', 'group_size')}, learning rate {setting('train', 'learning_rate'):g}",
+        "Seed": record.config.get("seed"),
+        "Device": summary.get("platform")
+        and f"{summary['platform']} ({summary.get('device')}), {setting('model', 'dtype')}",
+        "Time": summary.get("seconds")
+        and f"{summary['seconds']:.0f} s, of them {summary['train_seconds']:.0f} s of training and "
+        f"{summary['compile_seconds']:.0f} s of compilation",
+        "Versions": summary.get("versions")
+        and ", ".join(
+            [
+                *(f"{name} {version}" for name, version in summary["versions"].items()),
+                f"Python {summary.get('python')}",
+            ]
+        ),
+    }
+    return [(name, one_line(str(value))) for name, value in found.items() if value is not None]
+
+
+def samples(record: Record) -> dict[str, list[Sample]]:
+    """The first held-out prompts of each task, in their order, whatever came of them."""
+    found: dict[str, list[Sample]] = {}
+    for line in record.heldout:
+        listed = found.setdefault(str(line.get("task")), [])
+        if len(listed) < SAMPLES:
+            listed.append(
+                Sample(
+                    _shown(line.get("prompt"), end=True),
+                    # Completions begin with the space between words.
+                    _shown(line.get("greedy_before")).removeprefix(" "),
+                    _shown(line.get("greedy_after")).removeprefix(" "),
+                    *(
+                        "–" if line.get(key) is None else f"{line[key]:.3g}"
+                        for key in ("greedy_reward_before", "greedy_reward_after")
+                    ),
+                )
+            )
+    return found
+
+
+def _shown(text: Any, *, end: bool = False) -> str:
+    """A text on one line with control characters as escapes, cut where it is long."""
+    text = one_line(str(text))
+    if len(text) <= LONGEST:
+        return text
+    return f"…{text[-LONGEST:]}" if end else f"{text[:LONGEST]}…"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", one_line(str(value))

@@ -1,0 +1,780 @@
+"""The report page: its numbers, its words, what it does with hostile text, and in a browser."""
+
+import functools
+import html.parser
+import importlib.util
+import itertools
+import json
+import math
+import operator
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from grpocem_jax import adaptation, evaluation, report, searching, tables
+from grpocem_jax.adapters import svf
+from grpocem_jax.errors import InputError
+from grpocem_jax.report import courses, plots, record, sites
+from grpocem_jax.report import page as page_module
+
+ROOT = Path(__file__).parent.parent
+TASKS = ["qa", "sentiment"]
+HOSTILE = (
+    "<script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>\x1b[31m\u202e$x$"
+)
+CURVES = {
+    "policy_loss": ["policy_loss"],
+    "kl_entropy": ["kl", "entropy"],
+    "zero_variance": ["frac_reward_zero_std"],
+    "grad_norm": ["grad_norm"],
+    "learning_rate": ["learning_rate"],
+    "completion_length": ["completions/mean_length"],
+}
+FILES = (
+    "summary.json", "metrics.jsonl", "heldout.jsonl", "evaluation.json", "spectrum.safetensors",
+    "adapter/adapter_model.safetensors",
+)  # fmt: skip
+PLOTS = {
+    *CURVES, "heldout", "heldout_greedy", "reward", "memory", "data", "spectrum", "offsets",
+    "cem_convergence", "adapted_heldout", "adapted_heldout_greedy",
+}  # fmt: skip
+
+
+def gain(before, after, half, n):
+    return {
+        "before": before,
+        "after": after,
+        "gain": after - before,
+        "gain_ci95": [after - before - half, after - before + half],
+        "n": n,
+    }
+
+
+def metric_lines(steps=60):
+    rng = np.random.default_rng(0)
+    lines = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "reward": rng.normal(), "device_memory_peak_bytes": 10**9 + step}
+        line |= {key: rng.normal() for keys in CURVES.values() for key in keys}
+        # A step need not have prompts of every task.
+        line |= {f"rewards/{task}/mean": rng.normal() for task in TASKS[: 1 + step % 2]}
+        lines.append(line)
+    return lines
+
+
+def summary(name="sentiment"):
+    overall = gain(0.1, 0.325, 0.04, 8)
+    gains = {"qa": gain(-0.3, -0.35, 0.02, 4), name: gain(0.5, 1.0, 0.1, 4), "overall": overall}
+    return {
+        "heldout": gains,
+        "heldout_greedy": {**gains, "overall": gain(0.1, 0.11, 0.04, 8)},
+        "data": {
+            "qa": {"source": "builtin", "train": 1234, "heldout": 4},
+            name: {"source": "/data/" + name, "train": 50, "heldout": 4},
+        },
+        "builtin_model": True,
+        "random_weights": False,
+        "builtin_data": {"qa": True, name: False},
+        "steps": 60,
+        "model": "builtin",
+        "total_parameters": 714_000,
+        "platform": "cpu",
+        "device": "cpu",
+        "seconds": 100.0,
+        "train_seconds": 60.0,
+        "compile_seconds": 20.0,
+        "python": "3.11",
+        "versions": {"jax": "0.10.2"},
+    }
+
+
+def evaluated():
+    search = {"fitness_before": -2.5, "fitness_after": -2.25, "adapted": 0.5, "searches": 4}
+    return {
+        **{key: summary()[key] for key in ("heldout", "heldout_greedy")},
+        "adaptation": {"qa": {**search, "heldout_before": -1.5, "heldout_after": -1.75}},
+        "convergence": {
+            "best": [-2.0, -1.5, -1.25],
+            "mean": [-3.0, -2.5, None],
+            "running": [4, 4, 1],
+        },
+        "cem": {
+            "fitness": "likelihood",
+            "support": 0,
+            "method": "cem",
+            "population_size": 100,
+            "space": "full",
+            "gate": True,
+        },
+    }
+
+
+def config():
+    path = ROOT / "configs" / "tiny.py"
+    spec = importlib.util.spec_from_file_location("tiny", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config().to_dict()
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def offsets():
+    rng = np.random.default_rng(1)
+    return {f"h.{i}.attn.c_proj": rng.normal(size=6).astype(np.float32) for i in range(3)}
+
+
+def spectra():
+    return {
+        name: np.float32([8, 7, 6, 5, 4, 3, 2, 1]) * (1 + i) for i, name in enumerate(offsets())
+    }
+
+
+def write_run(folder, *, without=(), metrics=None, task="sentiment", text="fine"):
+    """A run directory with every file but those of ``without``."""
+    (folder / "adapter").mkdir(parents=True)
+    heldout = [
+        {
+            "task": name,
+            "prompt": f"{text} prompt {number}",
+            **{f"reward_{when}": 0.5 for when in ("before", "after")},
+            **{f"completion_{when}": text for when in ("before", "after")},
+            "greedy_before": f"{text} before {number}",
+            "greedy_after": f"{text} after {number}",
+            "greedy_reward_before": -0.25 * number,
+            "greedy_reward_after": None if number else 0.125,
+        }
+        for name in ("qa", task)
+        for number in range(4)
+    ]
+    for name, content in {
+        "config.json": config(),
+        "summary.json": summary(task),
+        "evaluation.json": evaluated(),
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+    write_lines(folder / "metrics.jsonl", metric_lines() if metrics is None else metrics)
+    write_lines(folder / "heldout.jsonl", heldout)
+    save_file(offsets(), folder / "adapter" / "adapter_model.safetensors")
+    save_file(spectra(), folder / "spectrum.safetensors")
+    for name in without:
+        (folder / name).unlink()
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """A page taken apart: elements, tables by caption, texts of elements by identifier."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements, self.tables, self.texts = [], {}, {}
+        self._open, self._table = [], None
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.elements.append((tag, values))
+        if tag in ("meta", "link", "img", "br"):
+            return
+        self._open.append((tag, values.get("id")))
+        if tag == "table":
+            self._table = {"caption": "", "rows": []}
+        elif tag == "tr":
+            self._table["rows"].append([])
+        elif tag in ("th", "td"):
+            self._table["rows"][-1].append("")
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop()[0] != tag:
+            pass
+        if tag == "table":
+            self.tables[self._table["caption"]] = self._table["rows"]
+            self._table = None
+
+    def handle_data(self, data):
+        for _, name in self._open:
+            if name:
+                self.texts[name] = self.texts.get(name, "") + data
+        tag = self._open[-1][0] if self._open else ""
+        if tag == "caption":
+            self._table["caption"] += data
+        elif tag in ("th", "td"):
+            self._table["rows"][-1][-1] += data
+
+    def text(self, name):
+        return " ".join(self.texts[name].split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("report") / "run")
+    report.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return Page(run / "report" / "index.html")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """The page of a run whose texts and names do what they can to break it."""
+    folder = tmp_path_factory.mktemp("hostile") / "run"
+    metrics = [{**line, f"rewards/{HOSTILE}/mean": 1.0} for line in metric_lines(3)]
+    return report.write(write_run(folder, text=HOSTILE * 3, task=HOSTILE, metrics=metrics))
+
+
+def numbers(rows):
+    """The cells of a table without its header; a dash is NaN."""
+    cells = [[cell.replace(",", "") for cell in row] for row in rows[1:]]
+    return np.array([[math.nan if c == "–" else float(c) for c in row] for row in cells])
+
+
+def titles(page):
+    return {name: page.text(f"{name}-title") for name in PLOTS if f"{name}-title" in page.texts}
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("panel", CURVES)
+def test_the_table_of_a_curve_is_metrics_jsonl(page, panel):
+    found = numbers(page.tables[titles(page)[panel]])
+    lines = metric_lines()
+    expected = [[line["step"], *(line[key] for key in CURVES[panel])] for line in lines]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_table_of_rewards_leaves_out_tasks_that_a_step_did_not_have(page):
+    found = numbers(page.tables["Reward by task"])
+    keys = ["step", "reward", *(f"rewards/{task}/mean" for task in TASKS)]
+    expected = [[line.get(key, math.nan) for key in keys] for line in metric_lines()]
+    assert np.isnan(expected).sum() == 30
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_memory_is_in_gigabytes(page):
+    found = numbers(page.tables["Memory"])
+    np.testing.assert_allclose(found[:, 1], [1.0 + step * 1e-9 for step in range(1, 61)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("panel", "key"), [("heldout", "heldout"), ("heldout_greedy", "heldout_greedy")]
+)
+def test_the_tables_of_held_out_reward_are_those_of_the_summary(page, panel, key):
+    caption = f"{titles(page)[panel]}; from and to: 95% interval of the gain"
+    rows = page.tables[caption]
+    expected = [
+        [g["before"], g["after"], g["gain"], *g["gain_ci95"], g["n"]]
+        for g in summary()[key].values()
+    ]
+    assert [row[0] for row in rows[1:]] == [*TASKS, "overall"]
+    np.testing.assert_allclose(numbers([row[1:] for row in rows]), expected, rtol=1e-5)
+
+
+def test_the_tables_of_data_and_adapter_are_those_of_their_files(page):
+    assert page.tables["Prompts by task"][1:] == [
+        ["qa", "builtin", "1,234", "4"],
+        ["sentiment", "/data/sentiment", "50", "4"],
+    ]
+    rows = page.tables["Offsets by layer"][1:]
+    assert [row[0] for row in rows] == list(offsets())
+    for row, x in zip(rows, offsets().values(), strict=True):
+        expected = [6, np.sqrt(np.mean(x**2)), x.min(), np.median(x), x.max()]
+        np.testing.assert_allclose([float(c) for c in row[1:]], expected, rtol=1e-5)
+    # Six of eight values are trained: the sixth of the second site is 3 x 2.
+    assert page.tables["Spectrum by layer"][2][1:] == ["8", "6", "16", "6", "2"]
+
+
+def test_the_tables_of_adaptation_are_those_of_the_evaluation(page):
+    caption = "CEM convergence: log-likelihood per token (nats)"
+    assert page.tables[caption][1:] == [
+        ["1", "-2", "-3", "4"],
+        ["2", "-1.5", "-2.5", "4"],
+        ["3", "-1.25", "–", "1"],
+    ]
+    (row,) = page.tables["Searches by task: means, with log-likelihoods per token in nats"][1:]
+    assert row == ["qa", "-2.5", "-2.25", "0.5", "–", "–", "–", "–", "-1.5", "-1.75", "4"]
+
+
+def test_a_curve_in_words_has_its_ends_and_extremes():
+    text = courses.course("loss", np.arange(1, 6), np.array([0.031, math.nan, 0.5, 0.008, 0.012]))
+    assert text == (
+        "loss over 4 steps: 0.031 at first, 0.012 at last, lowest 0.008 at step 4, "
+        "highest 0.5 at step 3."
+    )
+
+
+def test_every_plot_has_its_numbers_in_words(page):
+    for panel, keys in CURVES.items():
+        for key in keys:
+            values = [line[key] for line in metric_lines()]
+            text = page.text(f"{panel}-text")
+            assert f"lowest {min(values):.3g}" in text
+            assert f"highest {max(values):.3g}" in text
+    assert "qa -0.300 to -0.350, gain -0.050 [-0.070, -0.030]" in page.text("heldout-text")
+    assert "sentiment 0.500 and 1.000" in page.text("reward-text")
+    searches = page.text("cem_convergence-text")
+    assert "Best of a generation: -2.000 in the first generation, -1.250" in searches
+    assert "CEM, 100 candidates a generation, over all offsets, with the gate" in searches
+    assert "3 of them ended earlier" in searches
+    assert "18 of 24 singular values at 3 sites" in page.text("spectrum-text")
+
+
+def test_the_head_says_what_came_of_it_and_what_not_to_believe(page):
+    head = " ".join(re.sub("<[^>]*>", " ", page.source[: page.source.index("<main")]).split())
+    assert "from 0.100 to 0.325, a gain of +0.225 [+0.185, +0.265] (95% interval, 8 prompts" in head
+    assert "training raised it. Lower than before: qa." in head
+    # The greedy interval, 0.01 +- 0.04, includes zero.
+    assert "the interval includes zero" in head
+    assert "tiny one that comes with the package" in head
+    assert "Built-in data, generated from templates: qa." in head
+    assert "random weights" not in head
+    for fact in (
+        "714,000 parameters",
+        "18 offsets of singular values at attn.c_proj",
+        "cpu (cpu), float32",
+        "jax 0.10.2",
+    ):
+        assert fact in head
+
+
+def test_samples_are_the_first_three_of_each_task_with_the_rewards_of_their_texts(page):
+    text = page.text("samples")
+    for number in range(3):
+        assert f"fine prompt {number}" in text
+        assert f"fine before {number}" in text
+        assert f"fine after {number}" in text
+    assert "prompt 3" not in text
+    assert "Before reward -0.25" in text
+    assert "After reward 0.125" in text
+    assert "After reward –" in text
+
+
+# Files
+
+
+def test_the_page_is_whole_by_itself_and_each_plot_is_a_png_beside_it(run, page):
+    names = {path.name for path in (run / "report").iterdir()}
+    assert names == {"index.html", *(f"{name}.png" for name in PLOTS)}
+    for name in PLOTS:
+        assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
+    for tag, values in page.elements:
+        assert tag not in ("script", "img", "iframe", "object", "embed")
+        for key in ("src", "href", "xlink:href"):
+            assert values.get(key, "#").startswith(("#", "data:,"))
+
+
+def test_the_same_run_gives_the_same_bytes(run):
+    before = {path: path.read_bytes() for path in (run / "report").iterdir()}
+    report.write(run)
+    assert {path: path.read_bytes() for path in (run / "report").iterdir()} == before
+
+
+def test_identifiers_are_unique_and_references_resolve(page):
+    names = [values["id"] for _, values in page.elements if "id" in values]
+    assert len(names) == len(set(names))
+    references = set(re.findall(r"url\(#([^)]+)\)", page.source))
+    for _, values in page.elements:
+        for key in ("aria-labelledby", "aria-describedby"):
+            references |= {values[key]} if key in values else set()
+        for key in ("href", "xlink:href"):
+            if values.get(key, "").startswith("#"):
+                references.add(values[key][1:])
+    assert references <= set(names)
+
+
+def test_plots_have_only_colours_that_follow_the_page(page):
+    drawn = page.source[page.source.index("<main") :]
+    assert drawn.count("var(--hue0)") > 10
+    assert re.findall(r"(?:fill|stroke): (?!none|var\(|url\()[^;\"]+", drawn) == []
+
+
+# Hostile text
+
+
+def test_hostile_text_is_inert_and_escapes_are_visible(hostile):
+    page = Page(hostile)
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "img"}
+    assert not any(key.startswith("on") for _, values in page.elements for key in values)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e]", page.source)
+    assert "&lt;script&gt;" in page.source
+    assert r"\x1b[31m\u202e$x$ before 0" in page.text("samples")
+
+
+# What is missing
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The page of a run of which only the config is there."""
+    folder = write_run(tmp_path_factory.mktemp("bare") / "run", without=FILES)
+    return Page(report.write(folder)), folder
+
+
+@pytest.mark.parametrize(
+    ("panels", "sentence"),
+    [
+        ([*CURVES, "reward", "memory"], "No step was recorded"),
+        (["heldout", "heldout_greedy"], "there is no summary.json"),
+        (["data"], "does not say how many prompts"),
+        (["spectrum"], "no singular values"),
+        (["offsets"], "no trained adapter"),
+        (["cem_convergence"], "No adaptation was evaluated"),
+        (["cem_convergence"], "grpocem-adapt --config CONFIG --workdir {run} --evaluate"),
+        (["samples"], "there is no heldout.jsonl"),
+    ],
+)
+def test_a_panel_without_its_file_is_a_sentence(bare, panels, sentence):
+    page, folder = bare
+    for name in panels:
+        assert sentence.format(run=folder) in page.text(name)
+
+
+def test_a_page_without_plots_has_none_and_says_that_training_has_not_finished(bare):
+    page, folder = bare
+    assert [path.name for path in (folder / "report").iterdir()] == ["index.html"]
+    assert "svg" not in {tag for tag, _ in page.elements}
+    assert "Training has not finished" in page.source
+
+
+def test_the_command_makes_the_page_again(bare):
+    _, folder = bare
+    page = folder / "report" / "index.html"
+    before = page.read_bytes()
+    page.unlink()
+    command = [sys.executable, "-m", "grpocem_jax.report", "--workdir", folder]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(page)
+    assert page.read_bytes() == before
+
+
+def test_an_adapter_on_its_own_has_a_page(tmp_path):
+    without = {*FILES, "config.json"} - {"adapter/adapter_model.safetensors"}
+    page = Page(report.write(write_run(tmp_path / "run", without=without)))
+    assert list(page.tables) == ["Offsets by layer", "Settings of the run"]
+
+
+def read(folder, **options):
+    return record.read(write_run(folder / "run", **options))
+
+
+def drawn(panel):
+    return plots.render(panel.name, panel.draw, height=panel.height)
+
+
+def test_a_metric_that_is_missing_leaves_the_others_of_its_panel(tmp_path):
+    lines = [{k: v for k, v in line.items() if k != "kl"} for line in metric_lines()]
+    names = {"kl": "KL divergence", "entropy": "entropy"}
+    panel = courses.curves(read(tmp_path, metrics=lines), "panel", "Panel", names)
+    assert panel.table.columns == ["step", "entropy"]
+    assert panel.text.endswith("metrics.jsonl has no kl.")
+    assert drawn(panel).svg.count("entropy") == 1
+
+
+def test_a_metric_that_is_not_there_is_a_sentence(tmp_path):
+    left = ("policy_loss", "device_memory_peak_bytes")
+    lines = [{k: v for k, v in line.items() if k not in left} for line in metric_lines()]
+    run = read(tmp_path, metrics=lines)
+    panel = courses.curves(run, "policy_loss", "Policy loss", {"policy_loss": "policy loss"})
+    assert panel.draw is None
+    assert panel.text == "There is nothing to draw: metrics.jsonl has no policy_loss."
+    (memory,) = [p for s in page_module.sections(run) for p in s.panels if p.name == "memory"]
+    assert memory.draw is None
+    assert memory.text == "The backend of this run (cpu) does not report memory."
+
+
+def test_a_single_step_is_drawn(tmp_path):
+    run = read(tmp_path, metrics=metric_lines(1))
+    panel = courses.curves(run, "loss", "Loss", {"policy_loss": "loss"})
+    assert "over 1 step:" in panel.text
+    assert "<use" in drawn(panel).svg
+    assert "<use" in drawn(courses.rewards(run)).svg
+
+
+def test_random_weights_are_named(tmp_path):
+    run = read(tmp_path)
+    run.summary.update(random_weights=True, builtin_model=False, builtin_data={})
+    (notice,) = page_module.notices(run)
+    assert notice.startswith("The model has random weights")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no run; give a folder"):
+        report.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fragment"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n{"step": ', "metrics.jsonl, line 2: is no JSON"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1: is no JSON object"),
+        ("summary.json", "", "summary.json: is no JSON"),
+        ("spectrum.safetensors", "text", "spectrum.safetensors: cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, fragment):
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        report.write(folder)
+    assert fragment in str(error.value)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_run_whole(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    folder = write_run(tmp_path / "run")
+    before = (folder / "summary.json").read_bytes()
+    monkeypatch.setattr(page_module, "make", lambda run: ("", {}))
+    monkeypatch.setattr(report, "write_bytes", full)
+    with pytest.raises(InputError, match=r"\(No space left on device\), but the run is whole"):
+        report.write(folder)
+    assert (folder / "summary.json").read_bytes() == before
+
+
+# Long runs
+
+
+def test_a_long_run_is_thinned_and_says_so_but_keeps_its_extremes(tmp_path):
+    lines = metric_lines(5000)
+    lines[1233]["policy_loss"], lines[2341]["policy_loss"] = 99.0, -99.0
+    page = Page(report.write(write_run(tmp_path / "run", metrics=lines)))
+    (caption,) = [name for name in page.tables if name.startswith("Policy loss")]
+    assert caption.endswith(
+        "one of every 5 of 5,000 steps, and the lowest and highest; all are in metrics.jsonl"
+    )
+    found = numbers(page.tables[caption])
+    assert found[:, 0].tolist() == sorted({*range(1, 5000, 5), 1234, 2342, 5000})
+    assert "lowest -99 at step 2342, highest 99 at step 1234" in page.text("policy_loss-text")
+    assert len(page.source) < 2_000_000
+
+
+def test_a_moving_mean_skips_what_is_missing_and_shrinks_at_the_ends():
+    values = np.array([1.0, 2.0, math.nan, 6.0, math.nan, math.nan, math.nan])
+    expected = [1.5, 1.5, 4.0, 6.0, 6.0, math.nan, math.nan]
+    np.testing.assert_allclose(courses.moving_mean(values, 3), expected)
+
+
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        ("h.3.attn.c_proj", (3, "attn.c_proj")),
+        ("layers.12.mlp/a", (12, "mlp.a")),
+        ("head", (7, "head")),
+    ],
+)
+def test_the_layer_is_the_number_in_the_name_of_a_site(site, expected):
+    assert sites.layer_and_kind(site, 7) == expected
+
+
+# What a run writes for the page
+
+
+def test_singular_values_are_those_of_the_kernels_of_svf_sites_only(tiny):
+    found = svf.singular_values(tiny.factored, tiny.sites)
+    assert list(found) == list(tiny.sites)
+    for name, path in tiny.sites.items():
+        kernel = functools.reduce(operator.getitem, path, tiny.params)
+        expected = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    assert svf.singular_values(tiny.params, tiny.sites) == {}
+
+
+def adapted(best, mean):
+    empty = np.zeros(len(best))
+    history = searching.History(np.array(best), np.array(mean), empty, empty, empty)
+    search = types.SimpleNamespace(history=history)
+    return adaptation.Adaptation({}, 0.0, 0.0, search)
+
+
+def test_a_search_that_ended_early_counts_with_its_last_values():
+    found = tables.convergence(
+        [
+            adapted([1.0, 3.0], [0.0, 1.0]),
+            adapted([2.0, 4.0, 6.0], [-math.inf, 3.0, 4.0]),
+            adaptation.Adaptation({}, 0.0, 0.0, None),
+        ]
+    )
+    assert found == {
+        "best": [1.5, 3.5, 4.5],
+        "mean": [0.0, 2.0, 2.5],
+        "running": [2, 2, 1],
+    }
+    assert tables.convergence([]) == {"best": [], "mean": [], "running": []}
+
+
+def test_records_pair_each_prompt_with_its_own_texts_and_rewards():
+    task, example = types.SimpleNamespace(name="qa"), types.SimpleNamespace(prompt="Q")
+    items = [types.SimpleNamespace(task=task, example=example)] * 2
+    before = evaluation.Judged(
+        np.array([0.5, np.nan]), [["a", "b"], ["c", "d"]], np.array([1.0, -1.0]), [["e"], ["f"]]
+    )
+    after = before._replace(rewards=np.array([0.75, 0.25]), texts=[["g", "h"], ["i", "j"]])
+    first, second = evaluation.records(items, before, after)
+    assert first == {
+        "task": "qa", "prompt": "Q",
+        "reward_before": 0.5, "completion_before": "a",
+        "greedy_reward_before": 1.0, "greedy_before": "e",
+        "reward_after": 0.75, "completion_after": "g",
+        "greedy_reward_after": 1.0, "greedy_after": "e",
+    }  # fmt: skip
+    assert second["reward_before"] is None
+    assert second["completion_after"] == "i"
+
+
+# In a browser
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium to show the page in")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page of a width in a colour scheme."""
+    opened = []
+
+    def open_page(path, width=1280, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        opened.append(context)
+        shown = context.new_page()
+        shown.problems, shown.requests = [], []
+        shown.on("console", lambda message: shown.problems.append(message.text))
+        shown.on("pageerror", lambda error: shown.problems.append(str(error)))
+        shown.on("request", lambda request: shown.requests.append(request.url))
+        shown.goto(path.as_uri())
+        return shown
+
+    yield open_page
+    for context in opened:
+        context.close()
+
+
+def test_the_browser_asks_for_nothing_else_and_reports_no_error(hostile, visit):
+    shown = visit(hostile)
+    assert shown.problems == []
+    assert shown.requests == [hostile.as_uri()]
+    assert shown.evaluate("window.harmed") is None
+
+
+def test_every_panel_is_drawn_with_something_in_it(run, visit):
+    boxes = visit(run / "report" / "index.html").evaluate(
+        """() => Object.fromEntries([...document.querySelectorAll('.panel svg')].map(svg => [
+            svg.closest('.panel').id,
+            [svg, ...svg.querySelectorAll('path, use, text')].map(
+                x => x.getBoundingClientRect()).map(box => Math.max(box.width, box.height)),
+        ]))"""
+    )
+    assert boxes.keys() == PLOTS
+    for name, (whole, *parts) in boxes.items():
+        assert whole > 300, name
+        assert sum(size > 0 for size in parts) > 10, name
+
+
+@pytest.mark.parametrize("width", [360, 700, 1280])
+def test_no_width_needs_scrolling_sideways(hostile, visit, width):
+    shown = visit(hostile, width)
+    shown.evaluate("document.querySelectorAll('details').forEach(x => x.open = true)")
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+
+
+CONTRAST = """([ink, ground]) => {
+    const light = colour => {
+        const [r, g, b] = colour.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255)
+            .map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+    };
+    const [a, b] = [light(ink), light(ground)];
+    return Math.max(a, b) / Math.min(a, b);
+}"""
+STYLES = """() => {
+    const of = (selector, name) => getComputedStyle(document.querySelector(selector))[name];
+    return {
+        page: of('body', 'backgroundColor'), ground: of('.panel', 'backgroundColor'),
+        text: of('.panel h3', 'color'), caption: of('figcaption', 'color'),
+        link: of('summary', 'color'), label: of('svg text', 'fill'),
+        curve: of('#learning_rate svg path[style*="hue0"]', 'stroke'),
+    };
+}"""
+
+
+def test_light_and_dark_differ_and_both_can_be_read(run, visit):
+    found = {}
+    for scheme in ("light", "dark"):
+        shown = visit(run / "report" / "index.html", scheme=scheme)
+        found[scheme] = shown.evaluate(STYLES)
+        ground = found[scheme]["ground"]
+        for name, least in {
+            "text": 7,
+            "caption": 4.5,
+            "link": 4.5,
+            "label": 4.5,
+            "curve": 3,
+        }.items():
+            contrast = shown.evaluate(CONTRAST, [found[scheme][name], ground])
+            assert contrast >= least, (scheme, name)
+    assert all(found["light"][name] != found["dark"][name] for name in found["light"])
+
+
+def test_the_keyboard_reaches_the_content_and_the_tables(run, visit):
+    shown = visit(run / "report" / "index.html")
+    shown.keyboard.press("Tab")
+    focused = "document.activeElement.getBoundingClientRect().top"
+    assert shown.evaluate("document.activeElement.textContent") == "Skip to the content"
+    assert shown.evaluate(focused) >= 0
+    shown.keyboard.press("Enter")
+    assert shown.evaluate("document.activeElement.id") == "content"
+    shown.keyboard.press("Tab")
+    assert shown.evaluate("document.activeElement.textContent") == "Numbers of Sampled at T = 1"
+    shown.keyboard.press("Enter")
+    shown.keyboard.press("Tab")
+    assert shown.evaluate("document.activeElement.getAttribute('role')") == "region"
+    assert shown.evaluate(f"{focused} >= 0")
+
+
+def test_a_screen_reader_finds_landmarks_headings_and_what_plots_say(run, visit):
+    shown = visit(run / "report" / "index.html")
+    for role in ("banner", "main", "contentinfo"):
+        assert shown.get_by_role(role).count() == 1
+    assert shown.get_by_role("navigation", name="Sections").count() == 1
+    levels = shown.evaluate(
+        "[...document.querySelectorAll('h1, h2, h3')].map(x => Number(x.tagName[1]))"
+    )
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    plot = shown.get_by_role("img", name="Policy loss", exact=True)
+    assert plot.count() == 1
+    described = plot.get_attribute("aria-describedby")
+    assert shown.locator(f"#{described}").inner_text().startswith("Policy loss over 60 steps: ")
