@@ -137,9 +137,10 @@ def _read_arrays(path: Path, template: Offsets) -> Offsets:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copies an adapter folder; makes the folders above ``target``."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, target)
+    """Copies the files of an adapter folder; makes ``target`` and the folders above it."""
+    target.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        shutil.copyfile(source / name, target / name)
 
 
 def save_trajectory(library: Path, snapshots: Offsets) -> None:

@@ -1,8 +1,10 @@
-"""Files that are either whole or not there: JSON and safetensors."""
+"""Files and folders that are either whole or not there: JSON, safetensors, a folder of files."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ import numpy as np
 from safetensors.numpy import save_file
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file."""
+    partial = _partial(path)
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON; NaN and infinity, which JSON lacks, raise ValueError."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_bytes(path, text.encode())
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -26,6 +33,23 @@ def write_safetensors(path: Path, arrays: Mapping[str, Any]) -> None:
     save_file(contiguous, partial, metadata={"format": "pt"})
     partial.chmod(0o644)
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder beside ``path`` to fill, which takes that name when the block ends.
+
+    The folders above are made. Where anything goes wrong in the block, nothing is left at ``path``
+    or beside it.
+    """
+    partial = _partial(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def cache_folder() -> Path:

@@ -142,7 +142,7 @@ def _resolve(source: str) -> tuple[str, Path]:
         raise InputError(
             f"model.source={source!r} is not in the local Hub cache and there is no network to "
             "fetch it; set --config.model.source to a local folder that holds the checkpoint, or "
-            "run --config configs/tiny.py, which needs no network."
+            "run --config tiny, which needs no network."
         ) from error
 
 
@@ -255,6 +255,9 @@ def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) 
       config: config record of one of the `ARCHITECTURES`.
       params: its parameters (plain kernels, not factors).
       tokenizer: a transformers tokenizer with an ``eos_token_id``.
+
+    Raises:
+      OSError, safetensors.SafetensorError: a file that cannot be written.
     """
     architecture = next(
         module for module in ARCHITECTURES.values() if module.Config is type(config)
@@ -264,4 +267,10 @@ def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) 
     fields = architecture.config_to_hf(config, end_token=tokenizer.eos_token_id)
     write_json(folder / "config.json", fields)
     write_safetensors(folder / "model.safetensors", architecture.params_to_state(params, config))
-    tokenizer.save_pretrained(str(folder))
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # The tokenizers library has no class of its own for a file that it cannot write.
+        raise OSError(str(error)) from error

@@ -9,14 +9,18 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpocem_jax import sampling
+from grpocem_jax import adaptation, export, sampling
 from grpocem_jax.models import base, gpt2, hub
 from tests.parity import weights
+from tests.test_adaptation import PROMPT
+from tests.test_export import make_run
 from tests.test_parity import REFERENCE, TOLERANCE, run
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; use make parity")
 
 from transformers import (  # noqa: E402 (after the skip)
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2LMHeadModel,
     RepetitionPenaltyLogitsProcessor,
     TopPLogitsWarper,
@@ -111,6 +115,32 @@ def test_transformers_loads_what_we_save(tmp_path, tokenizer, capsys):
         np.testing.assert_array_equal(model.state_dict()[name].numpy(), x, err_msg=name)
     tokens = weights.tokens(SMALL, 12)
     compare("saved", run(config, params, tokens), record.outputs(model.eval(), tokens), capsys)
+
+
+def test_transformers_computes_and_writes_what_we_do_from_an_export(tmp_path, capsys):
+    """Logits of base model and adapter, and greedy completions that end at the run's stop token."""
+    changes = {"generation.stop": (",",), "generation.max_new_tokens": 24}
+    run = adaptation.load_run(make_run(tmp_path / "run", changes=changes))
+    exported = export.export_model(tmp_path / "run", tmp_path / "model")
+    model, report = AutoModelForCausalLM.from_pretrained(exported.folder, output_loading_info=True)
+    assert not any(report.values())
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.transformer.wte.weight
+    tokens = np.random.default_rng(2).integers(0, model.config.vocab_size, 128)
+    hidden = run.policy.model.forward(run.policy.params, run.adapter, tokens, np.ones(128, bool))
+    expected = np.asarray(run.policy.model.logits(run.policy.params, hidden))
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    assert exported.transformers_difference < TOLERANCE
+    compare("exported", {"logits": found}, {"logits": expected}, capsys)
+    tokenizer = AutoTokenizer.from_pretrained(exported.folder)
+    for prompt in (PROMPT, "On Monday, as usual,"):
+        given = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**given, do_sample=False, max_new_tokens=24)[0]
+        text = tokenizer.decode(out[given["input_ids"].shape[1] :])
+        (ours,) = adaptation.complete(run, run.adapter, [prompt])
+        assert len(ours) > 10
+        assert text == f"{ours},"
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
