@@ -5,7 +5,7 @@ PARITY_VENV ?= .venv-parity
 PEERS_VENV ?= .venv-peers
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: train test lint parity bench model experts study clean
+.PHONY: train test lint parity bench model experts study docs clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
@@ -45,6 +45,10 @@ experts: $(VENV)/.installed
 # Makes the figures of docs/adaptation.md again.
 study: $(VENV)/.installed
 	$(VENV)/bin/python -m studies.adaptation --doc docs/adaptation.md
+
+# Writes docs/config.md again.
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m docs.generate
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

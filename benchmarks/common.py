@@ -16,15 +16,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
-from grpocem_jax import metrics
+from grpocem_jax import commands, metrics
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import base, gpt2, hub
 from grpocem_jax.policy import Carrier, put_adapter
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Subject(NamedTuple):
@@ -61,8 +58,7 @@ class Product(NamedTuple):
 
 def define_flags() -> None:
     """The flags that every benchmark has."""
-    path = str(ROOT / "configs" / "gpt2.py")
-    config_flags.DEFINE_config_file("config", path, "Config file; its model gives the shape.")
+    commands.define_config("gpt2")
     flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
 

@@ -3,17 +3,50 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+import ml_collections
 from absl import app, flags, logging
+from ml_collections import config_flags
 
+from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import cache_folder
 
+# Flags that this module defines are listed in the help of the command that asks for them.
+flags.disclaim_key_flags()
 
-def run(main: Callable[[list[str]], None]) -> None:
+
+class _ConfigParser(flags.ArgumentParser):
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        return load_config(argument).lock()
+
+
+def define_config(default: str | None = None) -> Any:
+    """Defines ``--config``, of which every field is a flag too: ``--config.seed=1``.
+
+    Args:
+      default: what `load_config` takes; None where the command cannot do without the flag.
+
+    Returns:
+      absl's holder of the flag, its ``value`` a locked ConfigDict.
+    """
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "Config: a file, or one of those in the package (tiny, gpt2, gpt2:tuned)."
+    )
+    # ml_collections knows files only.
+    flags.FLAGS["config"].parser = _ConfigParser()
+    if default is not None:
+        flags.set_default(holder, default)
+    return holder
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
     """Runs a command's ``main`` under absl; mistakes end it with one sentence and status 2."""
+    for flag in flags.FLAGS.get_flags_for_module(main.__module__):
+        # Flags defined in a module of the package are what --help of the command is asked about.
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def guarded(argv: list[str]) -> None:
         # Orbax reports every step of a save at the level of info.
@@ -21,8 +54,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         keep_compiled_programs()
         if len(argv) > 1:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
-        if flags.FLAGS["config"].value is None:
-            _fail("--config is missing; start with --config configs/tiny.py.")
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
+            _fail("--config is missing; start with --config tiny.")
         try:
             main(argv)
         except InputError as error:
@@ -44,23 +77,16 @@ def keep_compiled_programs() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
-        config = flags.FLAGS["config"].value
-        if config is not None:
-            config.to_dict()  # a file that could not be loaded says so when it is used
+        return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
         _fail(f"an override names a field that the config does not have: {_one_line(error)}")
     except (flags.Error, OSError, TypeError, ValueError) as error:
         _fail(_one_line(error))
-    return rest
 
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()]
-    lines = [line.strip("'\"\\") for line in lines if line]
-    # ml_collections passes a config file's own error on as the text of its traceback.
-    is_traceback = any("Traceback" in line for line in lines)
-    return lines[-1] if is_traceback else " ".join(lines)
+    return " ".join(line.strip("'\"\\") for line in lines if line)
 
 
 def _fail(sentence: str) -> NoReturn:

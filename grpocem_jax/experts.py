@@ -16,7 +16,6 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from grpocem_jax import checkpoints, commands, grpo
 from grpocem_jax.config import parse_config
@@ -93,6 +92,6 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny.py.")
+    commands.define_config()
     flags.DEFINE_string("workdir", "runs/experts", "Folder of the runs and the library.")
     commands.run(_main)

@@ -204,7 +204,7 @@ def test_tensors_that_do_not_fit_are_named(folder, edit, fragments):
 @pytest.mark.parametrize(
     ("fields", "fragments"),
     [
-        ({"model_type": "llama"}, ["model_type='llama'", "gpt2"]),
+        ({"model_type": "bloom"}, ["model_type='bloom'", "gpt2, llama, mistral, qwen2"]),
         ({"model_type": None}, ["model_type='None'"]),
         ({"activation_function": "relu"}, ["activation_function='relu'", "'gelu_new'"]),
         ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
@@ -373,7 +373,7 @@ def test_without_network_training_ends_with_one_sentence(tmp_path):
     assert line.startswith("error: model.source='openai-community/gpt2' ")
     assert "no network" in line
     assert "local folder" in line
-    assert "configs/tiny.py" in line
+    assert "--config tiny" in line
     assert process.stdout == ""
     assert not workdir.exists()
 

@@ -149,7 +149,7 @@ def hub_rows(path: str, subset: str, split: str, revision: str, *, field: str) -
     """
     import datasets
 
-    ways_on = f"give a local folder in {field}, or use configs/tiny.py, whose data are built in"
+    ways_on = f"give a local folder in {field}, or use --config tiny, whose data are built in"
     if not (datasets.config.HF_HUB_OFFLINE or _hub_answers()):
         # Otherwise every request is tried again for half a minute before the cache is looked at.
         datasets.config.HF_HUB_OFFLINE = True

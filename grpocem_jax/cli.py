@@ -1,0 +1,62 @@
+"""The commands ``grpocem-train`` and ``grpocem-adapt``: their flags and nothing else."""
+
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from grpocem_jax import commands, inference
+from grpocem_jax.training import train as train_run
+
+
+def train() -> None:
+    """Trains an adapter."""
+    config = commands.define_config()
+    workdir = flags.DEFINE_string("workdir", None, "Run directory; by default runs/CONFIG-TIME.")
+
+    def main(argv: list[str]) -> None:
+        del argv
+        name = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        default = f"runs/{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        train_run(config.value, workdir.value or default)
+
+    commands.run(main)
+
+
+def adapt() -> None:
+    """Adapts a trained adapter at inference."""
+    config = commands.define_config()
+    workdir = flags.DEFINE_string("workdir", None, "Run directory with a trained adapter.")
+    prompt = flags.DEFINE_string("prompt", None, "The prompt to adapt to and to complete.")
+    prompts = flags.DEFINE_string(
+        "prompts", None, "File of prompts, each adapted to by itself: .txt (one a line) or .jsonl."
+    )
+    examples = flags.DEFINE_string(
+        "examples",
+        None,
+        "File of examples, adapted to together before the prompts are completed: .txt (one a "
+        "line), or .jsonl with text, with prompt and completion, or with the columns of cem.task.",
+    )
+    heldout = flags.DEFINE_string(
+        "heldout", None, "File of texts that only judge: their likelihood before and after."
+    )
+    evaluate = flags.DEFINE_bool("evaluate", False, "The report's tables on held-out prompts.")
+    save = flags.DEFINE_string("save", None, "Folder to save the adapted adapter in.")
+    as_json = flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
+
+    def main(argv: list[str]) -> None:
+        del argv
+        inference.run(
+            config.value,
+            workdir=workdir.value,
+            prompt=prompt.value,
+            prompts=prompts.value,
+            examples=examples.value,
+            heldout=heldout.value,
+            evaluate=evaluate.value,
+            save=save.value,
+            as_json=as_json.value,
+        )
+
+    commands.run(main)

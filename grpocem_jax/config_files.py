@@ -1,0 +1,60 @@
+"""Config files: Python files with a ``get_config``, some of which come with the package."""
+
+import importlib.util
+from pathlib import Path
+
+import ml_collections
+
+from grpocem_jax.errors import InputError
+
+
+def config_folder() -> Path:
+    """The configs of this version: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def load_config(name: str) -> ml_collections.ConfigDict:
+    """Loads a config.
+
+    Args:
+      name: a file (``configs/gpt2.py``), or the name of one that comes with the package (``tiny``,
+        ``gpt2``); behind a colon the argument of its ``get_config`` (``gpt2:tuned``).
+
+    Raises:
+      InputError: no such file, or one that fails or returns no config.
+    """
+    file, *argument = name.split(":", 1)
+    path = _find(file)
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file}: is no Python file; a config is one with a get_config().")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*argument)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    except Exception as error:  # whatever the file's own code may raise
+        raise InputError(
+            f"{file} cannot be used as a config ({type(error).__name__}: {error}); correct it."
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"{file}: its get_config returns {type(config).__name__}, not a ConfigDict of "
+            "ml_collections; return one."
+        )
+    return config
+
+
+def _find(file: str) -> Path:
+    if Path(file).is_file():
+        return Path(file)
+    shipped = {path.stem: path for path in config_folder().glob("*.py")}
+    if file not in shipped:
+        raise InputError(
+            f"{file!r} is neither a file nor a config that comes with the package; those are "
+            f"{', '.join(sorted(shipped))}."
+        )
+    return shipped[file]

@@ -1,0 +1,107 @@
+"""The documents: made files are up to date, names and links lead somewhere."""
+
+import importlib
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from docs import generate
+from grpocem_jax.config import Config
+
+ROOT = Path(__file__).parent.parent
+METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def resolve(name):
+    """The object that a dotted name means from the package on."""
+    parts = name.removeprefix("grpocem_jax.").split(".")
+    value = importlib.import_module("grpocem_jax")
+    for number, part in enumerate(parts, start=1):
+        if not hasattr(value, part):
+            importlib.import_module(".".join(["grpocem_jax", *parts[:number]]))
+        value = getattr(value, part)
+    return value
+
+
+def named(text):
+    """Dotted names in code font: functions, and settings, which begin with ``config.``."""
+    names = set(re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)(?:=[^`]*)?`", text))
+    names = {name for name in names if not name.endswith((".md", ".py", ".c_proj"))}
+    settings = {name for name in names if name.startswith("config.")}
+    return names - settings, settings
+
+
+def test_the_reference_of_settings_is_what_the_records_and_configs_make():
+    written = generate.TARGET.read_text(encoding="utf-8")
+    assert written == generate.reference(), "run make docs"
+
+
+def test_the_reference_has_every_setting_with_its_meaning_and_the_configs_values():
+    text = generate.reference()
+    assert "| `seed` | int | from 0 to 2147483647 | Fixes data order" in text
+    row = next(line for line in text.splitlines() if line.startswith("| `learning_rate` |"))
+    assert row.endswith("| `0.02` | `5e-05` | `0.01` |")
+    assert "source `'rajpurkar/squad'`<br>subset `'plain_text'`" in text
+    assert "| `budget_s` | float or None |" in text
+
+
+@pytest.mark.parametrize("name", sorted(named(METHOD)[0]))
+def test_a_function_that_the_method_names_is_there(name):
+    assert resolve(name) is not None
+
+
+@pytest.mark.parametrize("name", sorted(named(METHOD)[1]))
+def test_a_setting_that_the_method_names_is_there(name):
+    section, field = name.removeprefix("config.").split(".")
+    assert field in Config.__annotations__[section].__annotations__
+
+
+def test_functions_and_equations_of_the_report_name_each_other():
+    rows = re.findall(r"^\| ([\d, ]+) \|.*\| (.*) \|$", METHOD, re.MULTILINE)
+    assert len(rows) == 7
+    for numbers, functions in rows:
+        docs = ""
+        for name in re.findall(r"`([\w.]+)`", functions):
+            docs += inspect.getdoc(resolve(name)) + inspect.getmodule(resolve(name)).__doc__
+        for number in numbers.split(", "):
+            assert re.search(rf"\beqs?\. [\d, and-]*\b{number}\b", docs, re.IGNORECASE), number
+
+
+def test_the_list_of_dependencies_is_that_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = {"run": project["dependencies"], **project["optional-dependencies"]}
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    listed = {}
+    for section in text.split("\n## ")[1:]:
+        title = section.splitlines()[0]
+        group = "run" if title == "To run" else title.split("`")[1]
+        rows = re.findall(r"^\| `([\w-]+)` \| (.+) \|$", section, re.MULTILINE)
+        listed[group] = [name for name, _ in rows]
+    expected = {
+        group: sorted(re.match(r"[\w-]+", entry).group() for entry in entries)
+        for group, entries in asked.items()
+    }
+    assert listed == expected
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    links += re.findall(r'(?:src|href|srcset)="([^"#]+)"', text)
+    for link in links:
+        assert "://" in link or (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_headings_lead_to_one(path):
+    text = path.read_text(encoding="utf-8")
+    for link, heading in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", text):
+        target = (path.parent / link) if link else path
+        lines = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+        assert heading in anchors
