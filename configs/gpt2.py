@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     if recipe not in ("report", "tuned"):
-        raise ValueError(f"configs/gpt2.py:{recipe}: the recipes are report and tuned.")
+        raise ValueError(f"there is no recipe {recipe!r}; the recipes are report and tuned.")
     config = ml_collections.ConfigDict()
     config.seed = 0
 
@@ -24,6 +24,8 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # "mixed precision: False"
 
     config.adapter = ml_collections.ConfigDict()
+    config.adapter.type = "svf"
+    config.adapter.options = ml_collections.ConfigDict()
     # One projection per layer: 12 x floor(0.8 x 768) = 7,368. The report does not say which.
     config.adapter.sites = ("attn.c_proj",)
     config.adapter.rank_ratio = 0.8
@@ -143,6 +145,8 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.cem.buckets = (16, 32, 64, 128, 256)
 
     config.logging = ml_collections.ConfigDict()
+    config.logging.report_to = ()
+    config.logging.project = "enhanced-grpo-cem-gpt2"
     config.logging.interval = 10
 
     if recipe == "tuned":
@@ -183,5 +187,7 @@ def _source(
             "heldout_split": heldout_split,
             "columns": columns,
             "label_names": label_names,
+            "rewards": (),
+            "reward_weights": (),
         }
     )

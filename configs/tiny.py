@@ -19,6 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
 
     config.adapter = ml_collections.ConfigDict()
+    config.adapter.type = "svf"
+    config.adapter.options = ml_collections.ConfigDict()
     config.adapter.sites = ("attn.c_proj",)
     config.adapter.rank_ratio = 0.8
     config.adapter.tail = "keep"
@@ -102,5 +104,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.cem.buckets = (16, 32, 48, 64, 127)
 
     config.logging = ml_collections.ConfigDict()
+    config.logging.report_to = ()
+    config.logging.project = "enhanced-grpo-cem-gpt2"
     config.logging.interval = 50
     return config

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     )
     from grpocem_jax.checkpoints import load_adapter, save_adapter
     from grpocem_jax.config import Config, parse_config
+    from grpocem_jax.config_files import load_config
+    from grpocem_jax.export import Exported, export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
     from grpocem_jax.policy import Policy, load_policy
     from grpocem_jax.tasks import TASKS, Example, Task
@@ -67,6 +69,7 @@ _LAZY = {
     "Adaptation": "adaptation",
     "Config": "config",
     "Example": "tasks",
+    "Exported": "export",
     "Policy": "policy",
     "Pretrained": "models.hub",
     "TASKS": "tasks",
@@ -76,7 +79,9 @@ _LAZY = {
     "adapt": "adaptation",
     "adapt_to_reward": "adaptation",
     "complete": "adaptation",
+    "export_model": "export",
     "load_adapter": "checkpoints",
+    "load_config": "config_files",
     "load_model": "models.hub",
     "load_policy": "policy",
     "load_run": "adaptation",
@@ -97,6 +102,7 @@ __all__ = [
     "Config",
     "Context",
     "Example",
+    "Exported",
     "GradientAscent",
     "Hyperparameters",
     "InputError",
@@ -123,6 +129,7 @@ __all__ = [
     "completion_logps",
     "decode",
     "expert_space",
+    "export_model",
     "factor_params",
     "full_space",
     "group_normalize",
@@ -130,6 +137,7 @@ __all__ = [
     "init_state",
     "k3_divergence",
     "load_adapter",
+    "load_config",
     "load_model",
     "load_policy",
     "load_run",

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpocem_jax import checkpoints, fitness, metrics, rollouts, searching
+from grpocem_jax import checkpoints, fitness, metrics, rollouts, searching, user_code
 from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
@@ -89,7 +89,7 @@ def load_run(workdir: str | Path, settings: ml_collections.ConfigDict | None = N
     if not (workdir / "adapter" / "adapter_model.safetensors").is_file():
         raise InputError(
             f"--workdir={workdir}: holds no trained adapter; train one with "
-            f"python train.py --config CONFIG --workdir {workdir}."
+            f"grpocem-train --config CONFIG --workdir {workdir}."
         )
     if settings is None:
         try:
@@ -158,8 +158,8 @@ def adapt(
     if not listed:
         raise InputError("there is no text to adapt to; give at least one.")
     encoded = [encode(run.policy, text, settings) for text in listed]
-    score = fitness.Likelihood(run.policy.params, run.policy.model)
     everything = batch(encoded, settings)
+    score = make_fitness(run.policy, settings, everything)
     value = functools.partial(_value, score, batch=everything, key=key)
     before = float(value(run.adapter))
     fitted, held_back = everything, None
@@ -185,6 +185,34 @@ def adapt(
         on_chunk=on_chunk,
     )
     return Adaptation(found.adapter, before, float(value(found.adapter)), found)
+
+
+def make_fitness(
+    policy: Policy, settings: CEMConfig, texts: fitness.Texts
+) -> fitness.Likelihood | fitness.Own:
+    """The fitness that the settings name, for texts.
+
+    Raises:
+      InputError: a fitness of the user's own that fails on the texts, or gives no single number.
+    """
+    if not user_code.is_reference(settings.fitness):
+        return fitness.Likelihood(policy.params, policy.model)
+    field = "config.cem.fitness"
+    function = user_code.load_function(settings.fitness, field=field)
+    own = fitness.Own(policy.params, policy.model, function)
+    try:
+        value = jax.eval_shape(own, policy.zero, texts, jax.random.key(0))
+    except Exception as error:  # whatever the function's own code may raise
+        raise InputError(
+            f"{field}={settings.fitness!r} raised {type(error).__name__} "
+            f"({str(error).splitlines()[0] if str(error) else 'no message'}); it is called as "
+            "(model, params, adapter, texts, key) and must be traceable by JAX."
+        ) from error
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise InputError(
+            f"{field}={settings.fitness!r} returned {value}; it must return one float, shape ()."
+        )
+    return own
 
 
 def adapt_to_reward(

@@ -14,13 +14,15 @@ from typing import Any
 
 import ml_collections
 
+from grpocem_jax import user_code
 from grpocem_jax.cem import CEM, GradientAscent
 from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import ADVANTAGES, AGGREGATIONS, Hyperparameters
 from grpocem_jax.searching import FOLLOWED
-from grpocem_jax.tasks import TASKS, SourceConfig
+from grpocem_jax.tasks import TASKS, SourceConfig, Task, make_task
 
 DTYPES = ("float32", "bfloat16", "float16")
+TRACKERS = ("tensorboard", "wandb")
 
 
 class _Range(typing.NamedTuple):
@@ -46,6 +48,13 @@ def _share() -> _Range:
 
 def _one_of(*values: Any) -> _Range:
     return _Range(f"one of {', '.join(map(repr, values))}", lambda x: x in values)
+
+
+def _one_of_or_function(*values: str) -> _Range:
+    return _Range(
+        f"one of {', '.join(map(repr, values))}, or package.module:function",
+        lambda x: x in values or user_code.is_reference(x),
+    )
 
 
 def _ascending(low: int) -> _Range:
@@ -78,15 +87,25 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The trainable singular value scales."""
+    """What is trained."""
 
+    type: str = _field(
+        "`svf`: scales of singular values; or `package.module:function`, a function of the user's "
+        "own that returns an `Adapter`.",
+        _one_of_or_function("svf"),
+    )
+    options: Mapping[str, Any] = _field("Keywords for a function of the user's own.")
     sites: tuple[str, ...] = _field("Linear maps to adapt, in every layer.", _NOT_EMPTY)
-    rank_ratio: float = _field("Share of each site's singular values that is trained.", _share())
+    rank_ratio: float = _field(
+        "`svf`: share of each site's singular values that is trained.", _share()
+    )
     tail: str = _field(
-        "The other singular values: `keep` them, or `drop` them as the report's eq. 10 does.",
+        "`svf`: `keep` the other singular values, or `drop` them as the report's eq. 10 does.",
         _one_of("keep", "drop"),
     )
-    min_singular_value: float = _field("Smaller singular values are never trained.", _at_least(0))
+    min_singular_value: float = _field(
+        "`svf`: smaller singular values are never trained.", _at_least(0)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,8 +200,9 @@ class CEMConfig:
         _one_of("cem", "gradient"),
     )
     fitness: str = _field(
-        "`likelihood` of the prompt or of the examples; `reward` of completions of the prompts.",
-        _one_of("likelihood", "reward"),
+        "`likelihood` of the prompt or of the examples; `reward` of completions of the prompts; or "
+        "`package.module:function`, a fitness of the user's own (docs/extending.md).",
+        _one_of_or_function("likelihood", "reward"),
     )
     task: str = _field(
         "Whose reward and columns those of `--examples` are, where the fitness is `reward`."
@@ -249,9 +269,14 @@ class CEMConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What a run shows."""
+    """What a run shows, and where."""
 
     interval: int = _field("Steps between shown and stored completions.", _at_least(1))
+    report_to: tuple[str, ...] = _field(
+        "Where metrics go beside metrics.jsonl: any of `tensorboard` and `wandb`.",
+        _Range(f"some of {', '.join(map(repr, TRACKERS))}", lambda x: set(x) <= set(TRACKERS)),
+    )
+    project: str = _field("Project at Weights & Biases.", _NOT_EMPTY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,6 +292,10 @@ class Config:
     train: TrainConfig
     cem: CEMConfig
     logging: LoggingConfig
+
+    def task(self, name: str) -> Task:
+        """The task of this name with the rewards of its source."""
+        return make_task(name, self.data.sources.get(name, SourceConfig()))
 
     @property
     def prompts_per_step(self) -> int:
@@ -306,11 +335,28 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             f"grpo.group_size={group} does not divide train.batch_size={train.batch_size}: a "
             "micro-batch holds whole groups; make the batch size a multiple of the group size."
         )
-    _check_cem(parsed.cem)
+    if train.target_kl and not parsed.grpo.beta:
+        raise InputError(
+            f"config.train.target_kl={train.target_kl} follows the KL divergence, which "
+            "config.grpo.beta=0.0 leaves out; set one of them otherwise."
+        )
+    if parsed.adapter.options and parsed.adapter.type == "svf":
+        raise InputError(
+            "config.adapter.options are keywords for an adapter of your own; leave them empty with "
+            "config.adapter.type='svf'."
+        )
+    # Functions of the user's own are imported here already, before a model is loaded.
+    for name in parsed.data.tasks:
+        parsed.task(name)
+    functions = {"adapter.type": parsed.adapter.type, "cem.fitness": parsed.cem.fitness}
+    for field, name in functions.items():
+        if user_code.is_reference(name):
+            user_code.load_function(name, field=f"config.{field}")
+    _check_cem(parsed.cem, parsed.data.sources)
     return parsed
 
 
-def _check_cem(cem: CEMConfig) -> None:
+def _check_cem(cem: CEMConfig, tasks: Mapping[str, Any]) -> None:
     cem.search_method  # noqa: B018 (refuses settings that do not fit each other)
     if cem.space != "full" and not cem.experts:
         raise InputError(
@@ -322,15 +368,18 @@ def _check_cem(cem: CEMConfig) -> None:
             "config.cem.method='gradient': a reward has no gradient; use 'cem', with "
             "config.cem.warm_start where a gradient should come first."
         )
-    if cem.task and cem.task not in TASKS:
+    known = [*TASKS, *(name for name in tasks if name not in TASKS)]
+    if cem.task and cem.task not in known:
         raise InputError(
-            f"config.cem.task={cem.task!r}: there is no such task{_nearest(cem.task, TASKS)}"
+            f"config.cem.task={cem.task!r}: there is no such task{_nearest(cem.task, known)}"
         )
 
 
 def _parse(value: Any, kind: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _parse_record(value, kind, path)
+    if kind is Any:
+        return value
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_parse(x, args[0], f"{path}[{i}]") for i, x in enumerate(value))
@@ -378,16 +427,25 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
 
 
 def _gather_sources(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves the sections named after tasks (``data.qa``) below ``sources``, one for each task."""
+    """Moves the sections named after tasks (``data.qa``) below ``sources``, one for each task.
+
+    A section with ``rewards`` is a task of the user's own.
+    """
     own = {field.name for field in dataclasses.fields(DataConfig)} - {"sources"}
-    sources = {name: section for name, section in data.items() if name in TASKS}
+    sources = {
+        name: section
+        for name, section in data.items()
+        if name in TASKS or (isinstance(section, Mapping) and "rewards" in section)
+    }
     for name in data.get("tasks", ()):
-        if name not in TASKS:
-            raise InputError(
-                f"config.data.tasks names the unknown task {name!r}{_nearest(name, TASKS)}"
-            )
-        if name not in sources:
+        if name in sources:
+            continue
+        if name in TASKS:
             raise InputError(f"config.data.{name} is missing: the task {name!r} needs a source.")
+        raise InputError(
+            f"config.data.tasks names {name!r}, which needs a section config.data.{name} with "
+            f"source and rewards, as a task of your own{_nearest(name, TASKS)}"
+        )
     for name in data:
         if name not in own and name not in sources:
             raise InputError(

@@ -6,6 +6,7 @@ the report's.  Rewards of completions are no functions of arrays, they judge tex
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,30 @@ def population_chunk(population_size: int, texts: Texts) -> int:
         return population_size
     divisor = max(n for n in range(1, largest + 1) if population_size % n == 0)
     return divisor if 2 * divisor >= largest else largest
+
+
+FitnessFunction = Callable[[Model, Params, AdapterParams, Texts, jax.Array], jax.Array]
+"""A user's own fitness, ``(model, params, adapter, texts, key) -> float32 []``, traceable."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Own:
+    """A fitness of the user's own on a model; a pytree as `Likelihood` is.
+
+    Attributes:
+      params: the model's parameters, with factors at the adapter's sites.
+      model: the model record.
+      function: the fitness.
+    """
+
+    params: Params
+    model: Model = dataclasses.field(metadata={"static": True})
+    function: FitnessFunction = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, adapter: AdapterParams, batch: Texts, key: jax.Array) -> jax.Array:
+        """The function's value; the gate has nothing but it to judge by."""
+        return self.function(self.model, self.params, adapter, batch, key)
 
 
 @jax.tree_util.register_dataclass

@@ -180,6 +180,18 @@ class Batch(NamedTuple):
     advantages: jax.Array
 
 
+PARTS = (
+    "loss",
+    "policy_loss",
+    "kl",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+)
+"""The loss and what it is made of, under TRL's names."""
+
+
 class TrainState(NamedTuple):
     """What an optimizer step changes.
 
@@ -272,7 +284,7 @@ def loss(
     step, so that the losses of micro-batches add up to the step's.
 
     Returns:
-      the loss and its parts, each a weighted sum: policy_loss, kl, entropy, clip_ratio.
+      the loss and its parts, each a weighted sum: `PARTS`.
     """
     evaluate = functools.partial(
         completion_logps, model, keep_logits=keep_logits(batch.completions.size, model)
@@ -291,15 +303,16 @@ def loss(
         kl = jnp.sum(weights * k3_divergence(logps, ref_logps))
     total = policy_loss + hp.beta * kl - hp.entropy * entropy
     ratio = jnp.exp(logps - batch.old_logps)
-    clipped = ((ratio < 1 - hp.clip) & (batch.advantages < 0)) | (
-        (ratio > 1 + hp.clip) & (batch.advantages > 0)
-    )
+    low = jnp.sum(weights * ((ratio < 1 - hp.clip) & (batch.advantages < 0)))
+    high = jnp.sum(weights * ((ratio > 1 + hp.clip) & (batch.advantages > 0)))
     parts = {
         "loss": total,
         "policy_loss": policy_loss,
         "kl": kl,
         "entropy": entropy,
-        "clip_ratio/region_mean": jnp.sum(weights * clipped),
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
     }
     return total, parts
 
@@ -329,8 +342,7 @@ def update(
       hp: static settings.
 
     Returns:
-      the next state and float32 scalars: loss, policy_loss, kl, entropy, clip_ratio/region_mean,
-      grad_norm (before clipping) and learning_rate.
+      the next state and float32 scalars: `PARTS`, grad_norm (before clipping) and learning_rate.
 
     Raises:
       ValueError: a micro-batch that is not whole groups, or does not divide the batch.
@@ -350,10 +362,9 @@ def update(
         new = gradient(state.adapter, params, *part, temperature)
         return jax.tree.map(jnp.add, total, new), None
 
-    names = ("loss", "policy_loss", "kl", "entropy", "clip_ratio/region_mean")
     start = (
         jax.tree.map(jnp.zeros_like, state.adapter),
-        {name: jnp.float32(0.0) for name in names},
+        {name: jnp.float32(0.0) for name in PARTS},
     )
     (grads, metrics), _ = jax.lax.scan(accumulate, start, micro)
 

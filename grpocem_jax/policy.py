@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grpocem_jax import user_code
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
 from grpocem_jax.config import AdapterConfig, ModelConfig
@@ -44,8 +45,8 @@ class Policy:
         return {
             "base_model": self.pretrained.source,
             "base_sha256": self.pretrained.sha256,
-            "type": "svf",
-            **dataclasses.asdict(settings),
+            **vars(settings),
+            "options": dict(settings.options),
         }
 
 
@@ -101,14 +102,10 @@ def put_adapter(
       seed: of the adapter's initialisation, where it has any.
 
     Raises:
-      InputError: a site that the model lacks, or settings that leave nothing to train.
+      InputError: a site that the model lacks, settings that leave nothing to train, or an adapter
+        of the user's own that cannot be made.
     """
-    method = svf.svf(
-        rank_ratio=adapter.rank_ratio,
-        tail=adapter.tail,
-        min_singular_value=adapter.min_singular_value,
-        svd=svf.cached_svd(),
-    )
+    method = make_adapter(adapter)
     model = pretrained.build(method.apply)
     sites = adapters.select_sites(model.sites, adapter.sites)
     params = adapters.factor_params(method, pretrained.params, sites)
@@ -120,6 +117,34 @@ def put_adapter(
         sites=sites,
         zero=zero,
     )
+
+
+def make_adapter(settings: AdapterConfig) -> adapters.Adapter:
+    """The adapter's pure functions.
+
+    Raises:
+      InputError: a function of the user's own that fails or returns something else.
+    """
+    if settings.type == "svf":
+        return svf.svf(
+            rank_ratio=settings.rank_ratio,
+            tail=settings.tail,
+            min_singular_value=settings.min_singular_value,
+            svd=svf.cached_svd(),
+        )
+    function = user_code.load_function(settings.type, field="config.adapter.type")
+    field = f"config.adapter.type={settings.type!r} with options {dict(settings.options)}"
+    try:
+        method = function(**settings.options)
+    except Exception as error:  # whatever the function's own code may raise
+        raise InputError(
+            f"{field}: the function raised {type(error).__name__} ({error}); correct it."
+        ) from error
+    if not isinstance(method, adapters.Adapter):
+        raise InputError(
+            f"{field}: the function returned {type(method).__name__}; return a grpocem_jax.Adapter."
+        )
+    return method
 
 
 def _single_token(tokenizer: Any, text: str) -> int:

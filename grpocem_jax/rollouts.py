@@ -13,7 +13,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import GenerationConfig
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import Policy
-from grpocem_jax.tasks import Example, Task
+from grpocem_jax.tasks import Example, Reward, Task
 
 
 class Item(NamedTuple):
@@ -103,22 +103,90 @@ def decode(policy: Policy, tokens: np.ndarray, mask: np.ndarray) -> list[list[st
     return groups
 
 
-def _call(function: Any, items: Sequence[Item], texts: Sequence[Sequence[str]]) -> list[list[Any]]:
+class Scores(NamedTuple):
+    """Rewards of completions.
+
+    Attributes:
+      total: weighted sum of the functions' rewards, float32 ``[P, G]``; NaN where all abstained.
+      functions: by name what each function gave, float32 ``[P, G]``; NaN where it abstained, or
+        does not judge the prompt's task.
+    """
+
+    total: np.ndarray
+    functions: dict[str, np.ndarray]
+
+
+def _call(
+    function: Any, items: Sequence[Item], texts: Sequence[Sequence[str]]
+) -> list[tuple[Any, ...]]:
     """Calls a reward function once for all samples of some items of one task; values ``[P][G]``."""
-    size = len(texts[0])
-    repeated = [item.example for item in items for _ in range(size)]
-    columns = {name: [e.columns[name] for e in repeated] for name in repeated[0].columns}
-    values = function(
-        prompts=[example.prompt for example in repeated],
-        completions=[text for group in texts for text in group],
-        **columns,
-    )
-    if len(values) != len(repeated):
-        raise InputError(
-            f"The reward function {function.__name__} returned {len(values)} values for "
-            f"{len(repeated)} completions; it must return one for each."
+    size, name = len(texts[0]), Reward(function).name
+    examples = [item.example for item in items for _ in range(size)]
+    completions = [text for group in texts for text in group]
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    if items[0].task.own:
+        names.pop("prompt")
+
+    def call(rows: Sequence[int]) -> Any:
+        return function(
+            prompts=[examples[row].prompt for row in rows],
+            completions=[completions[row] for row in rows],
+            **{name: [examples[row].columns.get(name) for row in rows] for name in names},
         )
-    return [list(values[i : i + size]) for i in range(0, len(values), size)]
+
+    everything = range(len(examples))
+    try:
+        values = call(everything)
+    except Exception as error:  # whatever the function's own code may raise
+        where = _first_failure(call, everything)
+        place = (
+            "on the whole batch, though on no completion by itself"
+            if where is None
+            else f"on the completion {completions[where]!r} of the prompt "
+            f"{examples[where].prompt!r}"
+        )
+        raise InputError(
+            f"The reward function {name} raised {type(error).__name__} ({error}) {place}; it gets "
+            f"prompts, completions and the columns {', '.join(names) or '(none)'} as keywords."
+        ) from error
+    try:
+        values = list(values)
+    except TypeError:
+        raise InputError(
+            f"The reward function {name} returned {type(values).__name__}; it must return a list "
+            "with a number or None for each completion."
+        ) from None
+    if len(values) != len(examples):
+        raise InputError(
+            f"The reward function {name} returned {len(values)} values for "
+            f"{len(examples)} completions; it must return one for each."
+        )
+    return [tuple(values[i : i + size]) for i in range(0, len(values), size)]
+
+
+def _first_failure(call: Any, rows: Sequence[int]) -> int | None:
+    for row in rows:
+        try:
+            call([row])
+        except Exception:
+            return row
+    return None
+
+
+def _reward(value: Any, name: str, item: Item, completion: str) -> float:
+    """A reward as a number, NaN where the function abstained."""
+    if value is None:
+        return math.nan
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"The reward function {name} returned {value!r} for the completion {completion!r} of "
+            f"the prompt {item.example.prompt!r}; rewards are finite numbers, or None."
+        )
+    return number
 
 
 def _by_task(items: Sequence[Item]) -> dict[str, list[int]]:
@@ -128,29 +196,31 @@ def _by_task(items: Sequence[Item]) -> dict[str, list[int]]:
     return rows
 
 
-def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> np.ndarray:
-    """Outcome rewards float32 ``[P, G]``; NaN where the reward function abstained.
+def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
+    """Outcome rewards of ``P`` prompts' ``G`` completions.
 
     Raises:
-      InputError: a reward function returned a number that is not finite, or too few values.
+      InputError: a reward function raised, returned something else than a finite number or None, or
+        another number of values; it names the function, the prompt and the completion.
     """
-    rewards = np.full((len(items), len(texts[0])), np.nan, np.float32)
+    shape = (len(items), len(texts[0]))
+    total = np.full(shape, np.nan, np.float32)
+    functions: dict[str, np.ndarray] = {}
     for rows in _by_task(items).values():
         chosen, parts = [items[r] for r in rows], [texts[r] for r in rows]
-        function = chosen[0].task.reward
-        for row, group, completions in zip(
-            rows, _call(function, chosen, parts), parts, strict=True
-        ):
-            for sample, (value, completion) in enumerate(zip(group, completions, strict=True)):
-                if value is None:
-                    continue
-                if not math.isfinite(value):
-                    raise InputError(
-                        f"The reward function {function.__name__} returned {value} for the "
-                        f"completion {completion!r}; rewards are finite numbers, or None."
-                    )
-                rewards[row, sample] = value
-    return rewards
+        for reward in chosen[0].task.rewards:
+            values = functions.setdefault(reward.name, np.full(shape, np.nan, np.float32))
+            found = _call(reward.function, chosen, parts)
+            for row, item, group, completions in zip(rows, chosen, found, parts, strict=True):
+                for sample, (value, text) in enumerate(zip(group, completions, strict=True)):
+                    values[row, sample] = _reward(value, reward.name, item, text)
+            own = reward.weight * values[rows]
+            before = total[rows]
+            # The sum of those that did not abstain.
+            total[rows] = np.where(
+                np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own)
+            )
+    return Scores(total, functions)
 
 
 def population_rewards(
@@ -206,7 +276,7 @@ def population_rewards(
             own_adapters=True,
         )
         texts = decode(policy, *jax.device_get((out.tokens, out.mask)))
-        scores = score([*items] * chunk, texts).reshape(chunk, len(items), num_samples)
+        scores = score([*items] * chunk, texts).total.reshape(chunk, len(items), num_samples)
         present = ~np.isnan(scores)
         total = np.where(present, scores, 0.0).sum(-1)
         means = np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)

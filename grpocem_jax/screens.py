@@ -10,11 +10,17 @@ import numpy as np
 from grpocem_jax import evaluation, rollouts
 from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
-from grpocem_jax.config import Config
+from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
 
 
-def first(config: Config, policy: Policy, data_lines: Sequence[str], workdir: Path) -> str:
+def first(
+    config: Config,
+    policy: Policy,
+    data_lines: Sequence[str],
+    workdir: Path,
+    logs: Sequence[str] = (),
+) -> str:
     """What a training runs on what, with what: shown before anything is compiled."""
     return "\n".join(
         [
@@ -22,6 +28,7 @@ def first(config: Config, policy: Policy, data_lines: Sequence[str], workdir: Pa
             *(f"data      {line}" for line in data_lines),
             f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions",
             f"run       {workdir}",
+            *(f"metrics   {log}" for log in logs),
         ]
     )
 
@@ -45,6 +52,24 @@ def adapting(run: TrainedRun, workdir: str) -> str:
             f"search    {how}{budget}, on the {cem.fitness}, in {where}, {gate}",
         ]
     )
+
+
+def exporting(run: TrainedRun, adapter: Path) -> str:
+    """What is merged into what: shown before anything is compiled."""
+    return "\n".join([*_setting(run.config, run.policy), f"merging   {adapter}"])
+
+
+def exported(folder: Path, difference: float, transformers_difference: float | None) -> str:
+    """What came of an export; the arguments are the fields of `export.Exported`."""
+    lines = [
+        f"logits    differ by at most {difference:.1e} from those of base model and adapter",
+        "          PyTorch is not installed: only grpocem_jax read the folder back"
+        if transformers_difference is None
+        else f"          and by at most {transformers_difference:.1e} where transformers runs it",
+        f"exported  {folder}; transformers loads it with "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+    ]
+    return "\n".join(lines)
 
 
 def adapted(record: dict[str, Any]) -> str:
@@ -79,12 +104,12 @@ def adapted_card(run: TrainedRun, record: dict[str, Any]) -> str:
     """README.md of a folder that holds an adapted adapter."""
     return "\n".join(
         [
-            f"# Adapted singular value adapter of {run.policy.pretrained.source}",
+            f"# Adapter of {run.policy.pretrained.source}, adapted further",
             "",
-            f"{adapters.num_params(run.policy.zero):,} offsets of singular values "
-            f"({', '.join(run.config.adapter.sites)}), found at inference by grpocem_jax: "
-            f"{record['candidates']} candidates in {record['generations']} generations; fitness "
-            f"{record['fitness_before']:.3f} before, {record['fitness_after']:.3f} after.",
+            f"{adapters.num_params(run.policy.zero):,} {_trained(run.config.adapter)}, found at "
+            f"inference by grpocem_jax: {record['candidates']} candidates in "
+            f"{record['generations']} generations; fitness {record['fitness_before']:.3f} before, "
+            f"{record['fitness_after']:.3f} after.",
             "",
         ]
     )
@@ -103,8 +128,7 @@ def _setting(config: Config, policy: Policy) -> list[str]:
     return [
         f"device    {device.platform} ({device.device_kind}), {config.model.dtype}",
         f"model     {source}, {total:,} parameters, frozen",
-        f"adapter   {trainable:,} singular value scales of {', '.join(config.adapter.sites)} "
-        f"({100 * trainable / total:.3f}%)",
+        f"adapter   {trainable:,} {_trained(config.adapter)} ({100 * trainable / total:.3f}%)",
     ]
 
 
@@ -129,35 +153,127 @@ def closing(
             f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
             f"adapter and logs are in {workdir}; to adapt it further: "
-            f"python adapt.py --config CONFIG --workdir {workdir} --prompt TEXT",
+            f"grpocem-adapt --config CONFIG --workdir {workdir} --prompt TEXT",
         ]
     )
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
     """README.md of the adapter folder."""
-    rows = [
-        f"| {name} | {g['before']:.3f} | {g['after']:.3f} | {g['gain']:+.3f} "
-        f"[{g['gain_ci95'][0]:+.3f}, {g['gain_ci95'][1]:+.3f}] | {g['n']} |"
-        for name, g in summary["heldout"].items()
-    ]
     return "\n".join(
         [
-            f"# Singular value adapter of {summary['model']}",
+            f"# Adapter of {summary['model']}",
             "",
-            f"{summary['trainable_parameters']:,} offsets of singular values "
-            f"({', '.join(config.adapter.sites)}), trained with GRPO for {summary['steps']} steps "
-            "by grpocem_jax. `adapter_model.safetensors` holds one vector a site; zeros are the "
-            "base model.",
+            f"{_scales(config, summary)}, trained with GRPO for {summary['steps']} steps by "
+            "grpocem_jax. `adapter_model.safetensors` holds the offsets of each site; zeros "
+            "are the base model. `adapter_config.json` has a hash of the base model's weights: "
+            "grpocem_jax refuses the adapter on others.",
             "",
-            f"Held-out reward, sampled at temperature {config.generation.temperature:g}:",
+            *_caveats(summary),
+            *_reward_tables(config, summary),
+        ]
+    )
+
+
+def merged_card(
+    config: Config,
+    summary: dict[str, Any],
+    *,
+    metadata: str,
+    tolerance: float,
+    own_adapter: bool,
+) -> str:
+    """README.md of an exported model.
+
+    Args:
+      config: the run's.
+      summary: the contents of its summary.json.
+      metadata: the Hub's YAML.
+      tolerance: largest difference of a logit from base model and adapter that passed.
+      own_adapter: whether the adapter is the one that the run ended with, whose held-out reward the
+        summary has.
+    """
+    code = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```"""
+    trained = f", trained with GRPO for {summary['steps']} steps," if own_adapter else ""
+    other = (
+        "The adapter is not the one that a training ended with, so no held-out reward was measured "
+        "for it here; `adapter/README.md` says where it is from."
+    )
+    return "\n".join(
+        [
+            f"---\n{metadata}\n---",
+            "",
+            f"# {summary['model']} with a merged adapter",
+            "",
+            f"{_scales(config, summary)}{trained} merged into its weights (float32) by "
+            "grpocem_jax. Its logits were compared with those of base model and adapter: they "
+            f"differ by at most {tolerance:g}.",
+            "",
+            *_caveats(summary),
+            code,
+            "",
+            "`adapter/` holds the scales by themselves, for `grpocem_jax.load_adapter`.",
+            "",
+            *(_reward_tables(config, summary) if own_adapter else [other, ""]),
+        ]
+    )
+
+
+def _scales(config: Config, summary: dict[str, Any]) -> str:
+    return f"{summary['trainable_parameters']:,} {_trained(config.adapter)} of {summary['model']}"
+
+
+def _trained(settings: AdapterConfig) -> str:
+    """What the trained numbers are."""
+    what = "scales of singular values" if settings.type == "svf" else f"numbers of {settings.type}"
+    return f"{what} ({', '.join(settings.sites)})"
+
+
+def _caveats(summary: dict[str, Any]) -> list[str]:
+    """What must not be read into the results, a paragraph each."""
+    templates = [name for name, builtin in summary["builtin_data"].items() if builtin]
+    lines = []
+    if summary["random_weights"]:
+        lines.append("**The base model's weights are random; this shows plumbing, nothing else.**")
+    if summary["builtin_model"]:
+        lines.append(
+            "**The base model is the tiny one that comes with grpocem_jax; it shows the method, "
+            "and is of no use by itself.**"
+        )
+    if templates:
+        lines.append(
+            f"**The data of {', '.join(templates)} are templates that come with grpocem_jax: they "
+            "show that the method works, not how good the model is at reading.**"
+        )
+    return [part for line in lines for part in (line, "")]
+
+
+def _reward_tables(config: Config, summary: dict[str, Any]) -> list[str]:
+    """Held-out reward as Markdown, sampled and greedy."""
+    lines = []
+    for key, how in (
+        ("heldout", f"sampled at temperature {config.generation.temperature:g}"),
+        ("heldout_greedy", "greedy"),
+    ):
+        rows = [
+            f"| {name} | {g['before']:.3f} | {g['after']:.3f} | {g['gain']:+.3f} "
+            f"[{g['gain_ci95'][0]:+.3f}, {g['gain_ci95'][1]:+.3f}] | {g['n']} |"
+            for name, g in summary[key].items()
+        ]
+        lines += [
+            f"Held-out reward, {how}:",
             "",
             "| task | before | after | gain, 95% interval | n |",
             "|---|---|---|---|---|",
             *rows,
             "",
         ]
-    )
+    return lines
 
 
 def completions(

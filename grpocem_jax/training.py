@@ -13,13 +13,24 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from grpocem_jax import checkpoints, evaluation, grpo, metrics, rollouts, sampling, screens
+from grpocem_jax import (
+    checkpoints,
+    evaluation,
+    grpo,
+    metrics,
+    report,
+    rollouts,
+    sampling,
+    screens,
+    trackers,
+)
 from grpocem_jax.adapters import base as adapters
+from grpocem_jax.adapters import svf
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json
+from grpocem_jax.files import write_json, write_safetensors
 from grpocem_jax.policy import Policy, load_policy
-from grpocem_jax.tasks import TASKS, Loaded, load_examples
+from grpocem_jax.tasks import Loaded, load_examples
 
 
 def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -41,6 +52,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         raise InputError(
             f"--workdir={workdir}: holds a run already; give another folder, or delete this one."
         )
+    trackers.check(config.logging)
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
     )
@@ -54,26 +66,32 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         )
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", settings.to_dict())
-    print(screens.first(config, policy, data_lines, workdir), flush=True)
+    logs = trackers.start(config.logging, workdir, settings.to_dict())
+    first = screens.first(config, policy, data_lines, workdir, [log.where for log in logs])
+    print(first, flush=True)
 
     clock = metrics.CompileClock.start()
     key, eval_key = jax.random.split(jax.random.key(config.seed))
-    run = Run(
-        config, policy, train_items, key, workdir, checkpoints.config_hash(settings.to_dict())
-    )
+    config_hash = checkpoints.config_hash(settings.to_dict())
+    run = Run(config, policy, train_items, key, workdir, config_hash, logs)
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started
     # The base model is measured here too and not at first: it does not change, and one who starts
     # a run sees its first steps at once.
-    before = _evaluate(policy, policy.zero, heldout_items, eval_key, config, "before")
-    after = _evaluate(policy, state.adapter, heldout_items, eval_key, config, "after")
+    print("held-out reward before training", file=sys.stderr, flush=True)
+    before = evaluation.judge(policy, policy.zero, heldout_items, eval_key, config)
+    print("held-out reward after training", file=sys.stderr, flush=True)
+    after = evaluation.judge(policy, state.adapter, heldout_items, eval_key, config)
     clock.stop()
 
     tasks = [item.task.name for item in heldout_items]
     heldout, greedy = (
         evaluation.compare(config.data.tasks, tasks, b, a)
-        for b, a in zip(before, after, strict=True)
+        for b, a in (
+            (before.rewards, after.rewards),
+            (before.greedy_rewards, after.greedy_rewards),
+        )
     )
     offsets = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.adapter)])
     pretrained = policy.pretrained
@@ -93,6 +111,14 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         "builtin_data": {
             name: config.data.sources[name].source == "builtin" for name in config.data.tasks
         },
+        "data": {
+            name: {
+                "source": config.data.sources[name].source,
+                "train": sum(item.task.name == name for item in train_items),
+                "heldout": tasks.count(name),
+            }
+            for name in config.data.tasks
+        },
         "seconds": time.perf_counter() - started,
         "train_seconds": train_seconds,
         "compile_seconds": clock.seconds,
@@ -104,8 +130,23 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         policy.adapter_config(config.adapter),
         screens.model_card(config, summary),
     )
+    judged = metrics.JsonLines(workdir / "heldout.jsonl")
+    for line in evaluation.records(heldout_items, before, after):
+        judged.write(line)
+    judged.close()
+    spectrum = svf.singular_values(policy.params, policy.sites)
+    if spectrum:
+        write_safetensors(workdir / "spectrum.safetensors", spectrum)
     write_json(workdir / "summary.json", summary)
+    named = {
+        "eval/reward" if name == "overall" else f"eval/rewards/{name}/mean": gain.after
+        for name, gain in heldout.items()
+    }
+    for log in logs:
+        log.log(named, int(state.step))
+        log.close()
     print(screens.closing(heldout, greedy, summary, config, workdir), flush=True)
+    print(f"report    {report.write(workdir)}", flush=True)
     return summary
 
 
@@ -124,12 +165,13 @@ def load_data(
 ) -> tuple[list[rollouts.Item], list[rollouts.Item], list[str]]:
     """Training and held-out prompts of all tasks, and lines that say where they are from."""
     tokenizer = policy.tokenizer
+    tasks = {name: config.task(name) for name in config.data.tasks}
 
     def draw(
         name: str, split: Literal["train", "heldout"], limit: int, exclude: Container[str]
     ) -> Loaded:
         return load_examples(
-            TASKS[name],
+            tasks[name],
             config.data.sources[name],
             split=split,
             count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
@@ -147,25 +189,10 @@ def load_data(
         # Published splits share rows now and then; what judges must not have been trained on.
         prompts = {example.prompt for example in judged.examples}
         trained = draw(name, "train", config.data.max_samples, prompts)
-        train += rollouts.encode(policy, TASKS[name], trained.examples)
-        heldout += rollouts.encode(policy, TASKS[name], judged.examples)
+        train += rollouts.encode(policy, tasks[name], trained.examples)
+        heldout += rollouts.encode(policy, tasks[name], judged.examples)
         lines += [trained.description, judged.description]
     return train, heldout, lines
-
-
-def _evaluate(
-    policy: Policy,
-    adapter: adapters.Offsets,
-    items: Sequence[rollouts.Item],
-    key: jax.Array,
-    config: Config,
-    when: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sampled and greedy rewards of the held-out prompts."""
-    print(f"held-out reward {when} training", file=sys.stderr, flush=True)
-    sampled, _ = evaluation.evaluate(policy, adapter, items, key, config, greedy=False)
-    greedy, _ = evaluation.evaluate(policy, adapter, items, key, config, greedy=True)
-    return sampled, greedy
 
 
 class Run:
@@ -179,9 +206,10 @@ class Run:
         key: jax.Array,
         workdir: Path,
         config_hash: str,
+        logs: Sequence[trackers.Tracker] = (),
     ):
         self.config, self.policy, self.items, self.key = config, policy, items, key
-        self.config_hash = config_hash
+        self.config_hash, self.logs = config_hash, logs
         self.steps_per_epoch = len(items) // config.prompts_per_step
         steps = self.steps_per_epoch * config.train.epochs
         self.total_steps = min(steps, config.train.max_steps or steps)
@@ -208,6 +236,9 @@ class Run:
                 if memory is not None:
                     record["device_memory_peak_bytes"] = memory
                 self.metrics.write(record)
+                numbers = {f"train/{name}": x for name, x in record.items() if name != "step"}
+                for log in self.logs:
+                    log.log(numbers, step + 1)
                 progress.set_postfix(
                     reward=f"{record['reward']:.3f}",
                     kl=f"{record['kl']:.4f}",
@@ -263,7 +294,8 @@ class Run:
         )
         tokens, mask = jax.device_get((out.tokens, out.mask))
         texts = rollouts.decode(self.policy, tokens, mask)
-        rewards = rollouts.score(items, texts)
+        scores = rollouts.score(items, texts)
+        rewards = scores.total
         advantages = self.advantages(items, texts, tokens, mask, rewards)
         batch = grpo.Batch(
             jnp.asarray(prompts.tokens),
@@ -287,9 +319,8 @@ class Run:
             "step": step + 1,
             "epoch": (step + 1) / self.steps_per_epoch,
             **{name: float(value) for name, value in jax.device_get(update).items()},
-            **reward_metrics(items, rewards),
-            "completions/mean_length": float(mask.sum(-1).mean()),
-            "completions/clipped_ratio": float(self._unended(tokens, mask).mean()),
+            **reward_metrics(items, scores),
+            **length_metrics(mask.sum(-1), self._unended(tokens, mask)),
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
@@ -353,8 +384,29 @@ class Run:
         tqdm.write(screens.completions(step, items, texts, rewards), file=sys.stderr)
 
 
-def reward_metrics(items: Sequence[rollouts.Item], rewards: np.ndarray) -> dict[str, float]:
-    """TRL's reward metrics: mean over completions, mean of group standard deviations, by task."""
+def length_metrics(lengths: np.ndarray, unended: np.ndarray) -> dict[str, float]:
+    """TRL's length metrics, in tokens, of all completions and of those that ended by themselves.
+
+    Args:
+      lengths: int ``[P, G]``, with the end token.
+      unended: bool ``[P, G]``, those cut at the largest length.
+    """
+    record = {"completions/clipped_ratio": float(unended.mean())}
+    # Without a completion that ended TRL gives 0.
+    ended = lengths[~unended] if not unended.all() else np.zeros(1)
+    for kind, values in (("length", lengths), ("terminated_length", ended)):
+        record |= {
+            f"completions/mean_{kind}": float(values.mean()),
+            f"completions/min_{kind}": float(values.min()),
+            f"completions/max_{kind}": float(values.max()),
+        }
+    return record
+
+
+def reward_metrics(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> dict[str, float]:
+    """TRL's reward metrics: mean over completions, mean of group standard deviations; mean and
+    standard deviation by task, and by reward function where a task has several."""
+    rewards = scores.total
     present = ~np.isnan(rewards)
     flat = np.asarray(grpo.equal_rewards(jnp.asarray(rewards), jnp.asarray(present)))
     groups = rewards[present.any(-1)]
@@ -363,9 +415,12 @@ def reward_metrics(items: Sequence[rollouts.Item], rewards: np.ndarray) -> dict[
         "reward_std": float(np.nanstd(groups, axis=-1).mean()) if len(groups) else 0.0,
         "frac_reward_zero_std": float(flat.mean()),
     }
-    names = np.array([item.task.name for item in items])
-    for name in dict.fromkeys(names.tolist()):
-        rows = rewards[names == name]
-        if not np.isnan(rows).all():
-            record[f"rewards/{name}/mean"] = float(np.nanmean(rows))
+    tasks = np.array([item.task.name for item in items])
+    parts = {name: rewards[tasks == name] for name in dict.fromkeys(tasks.tolist())}
+    if any(len(item.task.rewards) > 1 for item in items):
+        parts |= {name: values for name, values in scores.functions.items() if name not in parts}
+    for name, values in parts.items():
+        if not np.isnan(values).all():
+            record[f"rewards/{name}/mean"] = float(np.nanmean(values))
+            record[f"rewards/{name}/std"] = float(np.nanstd(values))
     return record

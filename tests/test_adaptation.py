@@ -29,7 +29,7 @@ from grpocem_jax import (
 from grpocem_jax.adaptation import Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.tasks import TASKS, Example, SourceConfig, load_examples
+from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -486,7 +486,7 @@ def by_words():
     def hash_of(text):
         return sum(map(ord, text)) % 1000 / 1000
 
-    return dataclasses.replace(TASKS["qa"], reward=words)
+    return dataclasses.replace(TASKS["qa"], rewards=(Reward(words),))
 
 
 @pytest.fixture(scope="module")

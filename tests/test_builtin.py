@@ -158,8 +158,9 @@ def test_the_two_habits_differ_where_the_reward_tells_them_apart(task):
         columns = {name: [sample.row[name] for sample in samples] for name in samples[0].row}
         if task in data.LABELS:
             columns["labels"] = [data.LABELS[task]] * len(samples)
+        reward = TASKS[task].rewards[0].function
         rewards = [
-            np.array(TASKS[task].reward([s.prompt for s in samples], answers, **columns), float)
+            np.array(reward([s.prompt for s in samples], answers, **columns), float)
             for answers in ([s.rewarded for s in samples], [s.habit for s in samples])
         ]
         assert np.mean(rewards[0]) > 0.85

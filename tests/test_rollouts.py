@@ -1,13 +1,15 @@
 """Between text and arrays: padding, buckets, decoding, scoring, step rewards."""
 
+import dataclasses
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grpocem_jax import rollouts
 from grpocem_jax.errors import InputError
-from grpocem_jax.tasks.base import Example, StepReward, Task
+from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
 
 
 class Letters:
@@ -29,7 +31,8 @@ POLICY = types.SimpleNamespace(tokenizer=Letters(), end_ids=np.array([0]))
 
 
 def make_task(reward, process_reward=None):
-    return Task("echo", {"text": ""}, "{text}", reward, process_reward)
+    rewards = () if reward is None else (Reward(reward),)
+    return Task("echo", {"text": ""}, "{text}", rewards, process_reward)
 
 
 def items(task, *prompts):
@@ -77,7 +80,72 @@ def test_rewards_come_back_in_place_and_columns_are_repeated_by_group():
         ]
 
     scores = rollouts.score(items(make_task(reward), "x", "y"), [["a", "bb"], ["?", "cccc"]])
-    np.testing.assert_array_equal(scores, [[1.0, 2.0], [np.nan, 4.0]])
+    np.testing.assert_array_equal(scores.total, [[1.0, 2.0], [np.nan, 4.0]])
+    np.testing.assert_array_equal(scores.functions["reward"], scores.total)
+
+
+def test_a_total_is_the_weighted_sum_of_the_functions_that_do_not_abstain():
+    def length(prompts, completions, **columns):
+        return [float(len(c)) for c in completions]
+
+    def vowels(prompts, completions, **columns):
+        return [None if c == "?" else sum(letter in "aeiou" for letter in c) for c in completions]
+
+    task = dataclasses.replace(make_task(None), rewards=(Reward(length), Reward(vowels, -0.5)))
+    scores = rollouts.score(items(task, "x"), [["aeb", "?"]])
+    np.testing.assert_array_equal(scores.total, [[3 - 0.5 * 2, 1.0]])
+    np.testing.assert_array_equal(scores.functions["vowels"], [[2.0, np.nan]])
+
+
+@pytest.mark.parametrize("value", ["0.5", b"1", "high", float("nan"), float("-inf"), [1.0, 2.0]])
+def test_what_is_no_finite_number_is_no_reward_whatever_it_looks_like(value):
+    def odd(prompts, completions, **columns):
+        return [1.0, value]
+
+    with pytest.raises(InputError) as error:
+        rollouts.score(items(make_task(odd), "x"), [["good", "bad"]])
+    assert "odd returned" in str(error.value)
+    assert "for the completion 'bad' of the prompt 'x'" in str(error.value)
+
+
+def test_numbers_of_any_library_are_rewards():
+    def mixed(prompts, completions, **columns):
+        return np.array([0.5, -1.0])
+
+    def single(prompts, completions, **columns):
+        return [np.float32(0.25), jnp.float32(2.0)]
+
+    for function, expected in ((mixed, [[0.5, -1.0]]), (single, [[0.25, 2.0]])):
+        scores = rollouts.score(items(make_task(function), "x"), [["a", "b"]])
+        np.testing.assert_array_equal(scores.total, expected)
+
+
+def test_a_reward_that_raises_is_named_with_the_sample_it_raises_on():
+    def divides(prompts, completions, **columns):
+        return [1 / len(c.strip()) for c in completions]
+
+    with pytest.raises(InputError) as error:
+        rollouts.score(items(make_task(divides), "x", "y"), [["a", "b"], ["c", " "]])
+    assert "divides raised ZeroDivisionError" in str(error.value)
+    assert "on the completion ' ' of the prompt 'y'" in str(error.value)
+
+
+def test_a_reward_that_raises_on_the_batch_alone_says_so():
+    def picky(prompts, completions, **columns):
+        if len(completions) > 1:
+            raise RuntimeError("too many")
+        return [0.0]
+
+    with pytest.raises(InputError, match=r"picky raised RuntimeError .* on the whole batch"):
+        rollouts.score(items(make_task(picky), "x"), [["a", "b"]])
+
+
+def test_a_reward_that_returns_no_list_is_named():
+    def nothing(prompts, completions, **columns):
+        return None
+
+    with pytest.raises(InputError, match="nothing returned NoneType; it must return a list"):
+        rollouts.score(items(make_task(nothing), "x"), [["a", "b"]])
 
 
 def test_a_reward_that_is_not_finite_names_function_and_sample():

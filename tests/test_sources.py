@@ -43,7 +43,7 @@ def load(
         "seed": 0,
         "count_tokens": count_words,
     }
-    return load_examples(tasks.get(task), source, split=split, **(options | changes))
+    return load_examples(tasks.TASKS[task], source, split=split, **(options | changes))
 
 
 def sentiment(folder: str, **changes) -> SourceConfig:
@@ -323,7 +323,7 @@ build("owner/reviews", "default", f"{folder}/reviews.parquet", "train", "test")
 def load(task, split="train", **source):
     try:
         loaded = tasks.load_examples(
-            tasks.get(task), tasks.SourceConfig(**source), split=split, count_tokens=len,
+            tasks.TASKS[task], tasks.SourceConfig(**source), split=split, count_tokens=len,
             max_prompt_tokens=500, max_samples=3, seed=0)
         return [loaded.description, [[e.prompt, e.columns] for e in loaded.examples]]
     except InputError as error:
@@ -395,7 +395,7 @@ def test_a_hub_data_set_loads_from_the_cache_or_says_there_is_no_network(tmp_pat
         "data.qa.source is 'owner/unknown'",
         "no network",
         "local folder in data.qa.source",
-        "configs/tiny.py",
+        "--config tiny",
     ):
         assert fragment in made["not cached"]
     for name in ("no split", "no subset", "not cached"):
@@ -421,7 +421,7 @@ REAL = {
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real slices lie beside the repository")
 @pytest.mark.parametrize("name", REAL)
 def test_real_data_make_examples_whose_references_earn_full_reward(name):
-    task = tasks.get(name)
+    task = tasks.TASKS[name]
     source = dataclasses.replace(REAL[name], source=str(SHARED / REAL[name].source))
     heldout: set[str] = set()
     splits: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
@@ -442,7 +442,9 @@ def test_real_data_make_examples_whose_references_earn_full_reward(name):
         }
         references = columns[next(c for c in task.columns if c not in task.text_columns)]
         completions = [given if isinstance(given, str) else given[0] for given in references]
-        assert task.reward(prompts, completions, **columns) == pytest.approx([1.0] * 200)
+        assert task.rewards[0].function(prompts, completions, **columns) == pytest.approx(
+            [1.0] * 200
+        )
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from grpocem_jax import tasks
-from grpocem_jax.errors import InputError
 
 SAMPLES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "qa": (
@@ -43,17 +42,17 @@ SAMPLES: dict[str, tuple[dict[str, Any], str, str, str]] = {
 
 def test_the_five_tasks_are_registered_under_their_own_names():
     assert list(tasks.TASKS) == ["qa", "sentiment", "summarization", "classification", "general"]
-    assert all(tasks.get(name).name == name for name in tasks.TASKS)
+    assert all(tasks.TASKS[name].name == name for name in tasks.TASKS)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_prompt_and_reward_fit_together(name):
-    task = tasks.get(name)
+    task = tasks.TASKS[name]
     columns, prompt, good, bad = SAMPLES[name]
     assert task.template.format_map(columns) == prompt
     assert set(task.columns) == set(columns) - {"labels"}
     repeated = {column: [value, value] for column, value in columns.items()}
-    assert task.reward([prompt, prompt], [good, bad], **repeated) == [1.0, -1.0]
+    assert task.rewards[0].function([prompt, prompt], [good, bad], **repeated) == [1.0, -1.0]
 
 
 def test_a_prompt_does_not_end_in_a_space():
@@ -62,22 +61,14 @@ def test_a_prompt_does_not_end_in_a_space():
 
 
 def test_general_rewards_the_process_as_well():
-    process = tasks.get("general").process_reward
+    process = tasks.TASKS["general"].process_reward
     assert process is not None
     assert process(["Once upon"], ["a time. A dog"]) == [[(7, 1.0), (13, 0.0)]]
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_what_may_be_shortened_is_shown_in_the_prompt(name):
-    task = tasks.get(name)
+    task = tasks.TASKS[name]
     assert task.shorten is None or task.shorten in task.text_columns
     assert (name == "qa") == (task.shorten is None)
     assert task.is_free_text == (name == "general")
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("sentimnt", "sentiment"), ("QA", "qa"), ("summary", "summarization")]
-)
-def test_an_unknown_task_is_answered_with_the_nearest(name, nearest):
-    with pytest.raises(InputError, match=f"'{name}': the nearest name is '{nearest}'.*general"):
-        tasks.get(name)

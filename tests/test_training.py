@@ -70,7 +70,11 @@ def command(tmp_path_factory):
 def test_the_command_leaves_the_run_directory_of_the_contract(command):
     workdir, _ = command
     names = {path.name for path in workdir.iterdir()}
-    assert {"config.json", "summary.json", "metrics.jsonl", "completions.jsonl"} <= names
+    assert names == {
+        "config.json", "summary.json", "metrics.jsonl", "completions.jsonl", "heldout.jsonl",
+        "spectrum.safetensors", "checkpoints", "adapter", "report",
+    }  # fmt: skip
+    assert (workdir / "report" / "index.html").is_file()
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "3"}
     adapter = {path.name for path in (workdir / "adapter").iterdir()}
     assert adapter == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
@@ -137,6 +141,22 @@ def test_the_summary_agrees_with_the_printed_table(command):
     assert all(summary["builtin_data"].values())
     assert 0 < summary["compile_seconds"] < summary["seconds"]
     assert summary["platform"] == jax.devices()[0].platform
+
+
+def test_held_out_lines_and_counts_of_prompts_agree_with_the_summary(command):
+    workdir, _ = command
+    summary = json.loads((workdir / "summary.json").read_text())
+    lines = read_lines(workdir / "heldout.jsonl")
+    for task in TASKS:
+        assert summary["data"][task] == {"source": "builtin", "train": 40, "heldout": 4}
+        own = [line for line in lines if line["task"] == task]
+        assert len(own) == 4
+        for when in ("before", "after"):
+            for table, key in (("heldout", "reward"), ("heldout_greedy", "greedy_reward")):
+                mean = np.mean([line[f"{key}_{when}"] for line in own])
+                assert mean == pytest.approx(summary[table][task][when])
+            assert all(isinstance(line[f"completion_{when}"], str) for line in own)
+            assert all(isinstance(line[f"greedy_{when}"], str) for line in own)
 
 
 def test_the_first_screen_says_what_runs_and_the_log_shows_completions(command):

@@ -1,23 +1,26 @@
 """The tasks, by name."""
 
-import difflib
+import dataclasses
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from grpocem_jax import user_code
 from grpocem_jax.errors import InputError
 from grpocem_jax.tasks import classification, general, qa, sentiment, summarization
-from grpocem_jax.tasks.base import Example, Task
+from grpocem_jax.tasks.base import Example, Reward, Task
 from grpocem_jax.tasks.sources import Loaded, SourceConfig, example_of, load_examples
 
 __all__ = [
     "TASKS",
     "Example",
     "Loaded",
+    "Reward",
     "SourceConfig",
     "Task",
     "example_of",
-    "get",
     "load_examples",
+    "make_task",
 ]
 
 TASKS: Mapping[str, Task] = MappingProxyType(
@@ -28,16 +31,41 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 )
 
 
-def get(name: str) -> Task:
-    """Returns the task of this name.
+def make_task(name: str, source: SourceConfig) -> Task:
+    """The task of this name with the rewards that its source asks for.
+
+    Args:
+      name: one of `TASKS`, or a name of the user's own, which has no prompts and rewards but those
+        of its source.
+      source: ``rewards`` and ``reward_weights`` are read here.
 
     Raises:
-      InputError: there is none; the message gives the nearest name.
+      InputError: a name of the user's own without rewards or that cannot stand in a log, a reward
+        that cannot be imported, or weights that are not one for each.
     """
-    if name not in TASKS:
-        nearest = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.0)[0]
+    field = f"config.data.{name}"
+    if len(source.reward_weights) not in (0, len(source.rewards)):
         raise InputError(
-            f"Unknown task {name!r}: the nearest name is {nearest!r}, and the tasks are "
-            f"{', '.join(TASKS)}."
+            f"{field}.reward_weights={source.reward_weights}: give one for each of the "
+            f"{len(source.rewards)} functions in {field}.rewards, or none at all."
         )
-    return TASKS[name]
+    weights = source.reward_weights or (1.0,) * len(source.rewards)
+    rewards = tuple(
+        Reward(user_code.load_function(reference, field=f"{field}.rewards"), weight)
+        for reference, weight in zip(source.rewards, weights, strict=True)
+    )
+    if name in TASKS:
+        return dataclasses.replace(TASKS[name], rewards=rewards) if rewards else TASKS[name]
+    if name == "overall" or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        raise InputError(
+            f"config.data.tasks names {name!r}: a task's name is letters, digits, - and _, and not "
+            "'overall'; give it another."
+        )
+    if source.source == "builtin" or not rewards:
+        raise InputError(
+            f"config.data.tasks names {name!r}, which is none of {', '.join(TASKS)}: a task of "
+            f"your own needs {field}.source (a Hub id or folder with a prompt column) and "
+            f"{field}.rewards."
+        )
+    columns = {"prompt": "the prompt"}
+    return Task(name, columns, "{prompt}", rewards, reference="completion", own=True)

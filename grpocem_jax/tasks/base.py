@@ -13,7 +13,19 @@ from typing import Any, NamedTuple
 
 from grpocem_jax.rewards import ProcessRewardFunction, RewardFunction, StepReward
 
-__all__ = ["Example", "ProcessRewardFunction", "RewardFunction", "StepReward", "Task"]
+__all__ = ["Example", "ProcessRewardFunction", "Reward", "RewardFunction", "StepReward", "Task"]
+
+
+class Reward(NamedTuple):
+    """A reward function and its weight in the sum of a task's rewards."""
+
+    function: RewardFunction
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The function's own name, as in logs and messages."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
 
 
 class Example(NamedTuple):
@@ -29,26 +41,32 @@ class Task:
 
     The columns that occur in the template hold text.  A column named ``label`` holds one of the
     source's label names, and its examples get a further column ``labels`` with all of them.  Every
-    other column holds references: one string or a list of them.
+    other column that is listed holds references: one string or a list of them.
 
     Attributes:
       name: the task's name in configs, logs and summaries.
       columns: required columns of the data set, by name, each with a phrase for error messages.
       template: the prompt as a format string over ``columns``.
-      reward: outcome reward of whole completions.
+      rewards: outcome rewards of whole completions; a completion's is their weighted sum, without
+        those that abstain.
       process_reward: rewards of the steps of each completion (the last step ends where the
         completion does), or None where only the outcome is judged.
       shorten: the column whose text may lose its last words so that a prompt fits, or None when a
         shortened text could make the example unanswerable; such examples are dropped and counted.
+      reference: the column with the reference completion, or None where there is none.
+      own: a task of the user's own: the column ``prompt`` is the prompt as it stands, a column
+        ``completion`` the reference where the data set has one, and the reward functions get every
+        other column as it is.
     """
 
     name: str
     columns: Mapping[str, str]
     template: str
-    reward: RewardFunction
+    rewards: tuple[Reward, ...]
     process_reward: ProcessRewardFunction | None = None
     shorten: str | None = None
     reference: str | None = None
+    own: bool = False
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -60,10 +78,12 @@ class Task:
         """The reference as a completion of the prompt, or None where the task has none."""
         if self.reference is None:
             return None
-        value = example.columns[self.reference]
+        value: Any = example.columns.get(self.reference)
+        if self.own:
+            return value if isinstance(value, str) and value else None
         return f" {value if isinstance(value, str) else value[0]}"
 
     @property
     def is_free_text(self) -> bool:
         """Whether the rows are running text, with nothing to compare a completion with."""
-        return set(self.columns) == set(self.text_columns)
+        return not self.own and set(self.columns) == set(self.text_columns)

@@ -1,13 +1,13 @@
 """Naming the topic of a news text (AG News)."""
 
 from grpocem_jax.rewards import label_reward
-from grpocem_jax.tasks.base import Task
+from grpocem_jax.tasks.base import Reward, Task
 
 TASK = Task(
     name="classification",
     columns={"text": "the text", "label": "its topic"},
     template="Text: {text}\nTopic:",
-    reward=label_reward,
+    rewards=(Reward(label_reward),),
     shorten="text",
     reference="label",
 )

@@ -1,13 +1,13 @@
 """Continuing the opening of a text (WikiText), judged sentence by sentence as well."""
 
 from grpocem_jax.rewards import text_process_reward, text_reward
-from grpocem_jax.tasks.base import Task
+from grpocem_jax.tasks.base import Reward, Task
 
 TASK = Task(
     name="general",
     columns={"text": "the text, of which the opening becomes the prompt"},
     template="{text}",
-    reward=text_reward,
+    rewards=(Reward(text_reward),),
     process_reward=text_process_reward,
     shorten="text",
 )

@@ -1,7 +1,7 @@
 """Answering a question from a passage (SQuAD)."""
 
 from grpocem_jax.rewards import answer_reward
-from grpocem_jax.tasks.base import Task
+from grpocem_jax.tasks.base import Reward, Task
 
 TASK = Task(
     name="qa",
@@ -11,6 +11,6 @@ TASK = Task(
         "answers": "the accepted answers",
     },
     template="{context}\nQuestion: {question}\nAnswer:",
-    reward=answer_reward,
+    rewards=(Reward(answer_reward),),
     reference="answers",
 )

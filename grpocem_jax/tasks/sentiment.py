@@ -1,13 +1,13 @@
 """Naming the sentiment of a review (SST-2)."""
 
 from grpocem_jax.rewards import label_reward
-from grpocem_jax.tasks.base import Task
+from grpocem_jax.tasks.base import Reward, Task
 
 TASK = Task(
     name="sentiment",
     columns={"text": "the review", "label": "its sentiment"},
     template="Review: {text}\nSentiment:",
-    reward=label_reward,
+    rewards=(Reward(label_reward),),
     shorten="text",
     reference="label",
 )

@@ -31,6 +31,9 @@ class SourceConfig:
       label_names: the names of integer labels, in order, and the only strings allowed as labels;
         () where the data set says them itself.
       prompt_words: a free text is cut after so many words, to be continued by the model.
+      rewards: reward functions, ``package.module:function``, in place of the task's own.  A task
+        that is not one of the package's needs at least one; its data set has a column ``prompt``.
+      reward_weights: the weight of each of ``rewards`` in their sum; () for 1 each.
     """
 
     source: str = "builtin"
@@ -41,6 +44,8 @@ class SourceConfig:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     prompt_words: int = 24
+    rewards: tuple[str, ...] = ()
+    reward_weights: tuple[float, ...] = ()
 
 
 class Loaded(NamedTuple):
@@ -194,6 +199,8 @@ def _columns(
 ) -> dict[str, Any] | None:
     """The task's columns of a row, checked; None for a blank line or heading of free text."""
     values = row.read()
+    if task.own:
+        return _own_columns(source, values, row.where, field)
     columns: dict[str, Any] = {}
     for column in task.columns:
         path = source.columns.get(column, column)
@@ -210,6 +217,21 @@ def _columns(
     if task.is_free_text:
         columns = {name: _opening(text, source.prompt_words) for name, text in columns.items()}
     return columns
+
+
+def _own_columns(
+    source: SourceConfig, values: Mapping[str, Any], where: str, field: str
+) -> dict[str, Any]:
+    """All columns of a row as they are, with the prompt under its name."""
+    path = source.columns.get("prompt", "prompt")
+    prompt = _value(values, path, where, f"{field}.columns.prompt")
+    _text(prompt, path, where)
+    if "completions" in values or ("prompts" in values and path != "prompts"):
+        raise InputError(
+            f"{where} has a column 'prompts' or 'completions', names that reward functions get the "
+            "texts under: rename it."
+        )
+    return {**{name: value for name, value in values.items() if name != path}, "prompt": prompt}
 
 
 def _value(values: Mapping[str, Any], path: str, where: str, field: str) -> Any:

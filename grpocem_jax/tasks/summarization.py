@@ -1,13 +1,13 @@
 """Summarizing a document (XSum), with GPT-2's own cue for it."""
 
 from grpocem_jax.rewards import summary_reward
-from grpocem_jax.tasks.base import Task
+from grpocem_jax.tasks.base import Reward, Task
 
 TASK = Task(
     name="summarization",
     columns={"document": "the text to summarize", "summary": "its reference summaries"},
     template="{document}\nTL;DR:",
-    reward=summary_reward,
+    rewards=(Reward(summary_reward),),
     shorten="document",
     reference="summary",
 )

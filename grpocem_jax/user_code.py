@@ -1,0 +1,50 @@
+"""Functions of the user's own, named in a config as ``package.module:function``."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from grpocem_jax.errors import InputError
+
+
+def is_reference(name: str) -> bool:
+    """Whether a setting names a function of the user's own."""
+    return ":" in name
+
+
+def load_function(name: str, *, field: str) -> Callable[..., Any]:
+    """Imports a function; the working directory is looked in first, as by ``python -m``.
+
+    Args:
+      name: ``package.module:function``; dots behind the colon reach into classes.
+      field: the config field that holds the name, for error messages.
+
+    Raises:
+      InputError: another form, a module that fails to import, or nothing callable of that name.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise InputError(
+            f"{field}={name!r}: is not of the form package.module:function; write it so."
+        )
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module's own code may raise
+        raise InputError(
+            f"{field}={name!r}: the module {module_name} cannot be imported "
+            f"({type(error).__name__}: {error}); correct the name, or start where it lies."
+        ) from error
+    finally:
+        sys.path.remove(here)
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise InputError(
+            f"{field}={name!r}: the module {module_name} has no function {attribute}; "
+            "correct the name."
+        )
+    return found
