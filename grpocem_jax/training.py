@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from tqdm import tqdm
 
 from grpocem_jax import (
     checkpoints,
@@ -223,10 +222,7 @@ class Run:
         config, hp = self.config, self.config.hyperparameters
         state = grpo.init_state(self.policy.zero, hp)
         every = config.train.checkpoint_every_steps
-        interval = 0.2 if sys.stderr.isatty() else 30.0  # a file gets a line now and then
-        progress = tqdm(
-            total=self.total_steps, unit="step", dynamic_ncols=True, mininterval=interval
-        )
+        progress = screens.Progress(self.total_steps)
         try:
             for step in range(self.total_steps):
                 started = time.perf_counter()
@@ -239,14 +235,13 @@ class Run:
                 numbers = {f"train/{name}": x for name, x in record.items() if name != "step"}
                 for log in self.logs:
                     log.log(numbers, step + 1)
-                progress.set_postfix(
+                done = step + 1
+                progress.update(
+                    done,
                     reward=f"{record['reward']:.3f}",
                     kl=f"{record['kl']:.4f}",
                     tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
-                    refresh=False,
                 )
-                progress.update()
-                done = step + 1
                 if (
                     done % self.steps_per_epoch == 0
                     or done == self.total_steps
@@ -381,7 +376,7 @@ class Run:
                         "advantage": float(advantages[row, sample, 0]),
                     }
                 )
-        tqdm.write(screens.completions(step, items, texts, rewards), file=sys.stderr)
+        screens.Progress.write(screens.completions(step, items, texts, rewards))
 
 
 def length_metrics(lengths: np.ndarray, unended: np.ndarray) -> dict[str, float]:
