@@ -118,6 +118,9 @@ class DataConfig:
     max_prompt_tokens: int = _field(
         "Longest prompt; longer ones are shortened or dropped, and counted.", _at_least(1)
     )
+    reward_timeout_s: float = _field(
+        "Seconds that one call of a reward function may take; 0 for any time.", _at_least(0)
+    )
     sources: Mapping[str, SourceConfig] = _field("The source of each task's examples.")
 
 
@@ -186,6 +189,15 @@ class TrainConfig:
     )
     checkpoint_every_steps: int = _field(
         "Checkpoints between the ends of epochs; 0 for none.", _at_least(0)
+    )
+    checkpoint_every_minutes: float = _field(
+        "A checkpoint where the last one is so old; 0 for none.", _at_least(0)
+    )
+    keep_checkpoints: int = _field("Checkpoints kept, the last ones; 0 for all.", _at_least(0))
+    max_skipped_updates: int = _field(
+        "Updates in a row that may be skipped because loss or gradient is not finite; then the run "
+        "stops.",
+        _at_least(0),
     )
     eval_batch_size: int = _field("Prompts evaluated at once.", _at_least(1))
     eval_samples: int = _field("Completions drawn per held-out prompt.", _at_least(1))
@@ -295,7 +307,8 @@ class Config:
 
     def task(self, name: str) -> Task:
         """The task of this name with the rewards of its source."""
-        return make_task(name, self.data.sources.get(name, SourceConfig()))
+        task = make_task(name, self.data.sources.get(name, SourceConfig()))
+        return dataclasses.replace(task, reward_timeout_s=self.data.reward_timeout_s)
 
     @property
     def prompts_per_step(self) -> int:

@@ -288,14 +288,6 @@ def test_mistakes_are_named_before_compilation(changes, fragments, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_directory_in_use_is_left_alone(command):
-    workdir, _ = command
-    before = (workdir / "summary.json").read_bytes()
-    with pytest.raises(InputError, match="holds a run already"):
-        run(get_config("tiny"), workdir)
-    assert (workdir / "summary.json").read_bytes() == before
-
-
 @pytest.mark.parametrize(
     ("flags", "fragment"),
     [
