@@ -61,8 +61,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
         except Exception as error:  # JAX has several for it, one of them a bare AssertionError
             asked, reason = os.environ.get("JAX_PLATFORMS", ""), _one_line(error)
             _fail(
-                f"JAX_PLATFORMS={asked!r}: JAX finds no such device ({reason or 'no reason given'}); "
-                "install JAX for it (docs/faq.md), or leave the variable unset."
+                f"JAX_PLATFORMS={asked!r}: JAX finds no such device ({reason or 'without a reason'}"
+                "); install JAX for it (docs/faq.md), or leave the variable unset."
             )
         try:
             main(argv)
