@@ -2,8 +2,8 @@
 
     python train.py --config configs/tiny.py
 
-About two minutes on 2 CPU cores. Held-out reward rises by 0.23 sampled and 0.53 greedy
-(docs/reproduction.md).
+About two minutes on 2 CPU cores. Held-out reward rises by 0.22 sampled and by 0.51 to 0.62 greedy,
+with three seeds (docs/reproduction.md).
 """
 
 import ml_collections

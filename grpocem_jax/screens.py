@@ -28,22 +28,24 @@ class Progress:
         self._bar = tqdm(
             total=total, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
-        self._total, self._started, self._shown = total, time.monotonic(), -math.inf
+        self._total, self._shown = total, -math.inf
+        self._first: tuple[int, float] | None = None
 
     def update(self, done: int, **values: str) -> None:
         """Shows that ``done`` steps are done, with some values by name."""
         self._bar.set_postfix(values, refresh=False)
         self._bar.update(done - self._bar.n)
         now = time.monotonic()
+        # The time of the first update is mostly compilation, and says nothing of those to come.
+        first, started = self._first = self._first or (done, now)
         if self._bar.disable and (now - self._shown >= self.interval_s or done == self._total):
             self._shown = now
-            left = (now - self._started) / done * (self._total - done)
-            pairs = "  ".join(f"{name} {value}" for name, value in values.items())
-            print(
-                f"step {done}/{self._total}  {pairs}  about {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            pairs = [f"{name} {value}" for name, value in values.items()]
+            if first < done < self._total:
+                left = (now - started) / (done - first) * (self._total - done)
+                pairs.append(f"about {left:.0f} s left")
+            line = "  ".join([f"step {done}/{self._total}", *pairs])
+            print(line, file=sys.stderr, flush=True)
 
     @staticmethod
     def write(text: str) -> None:

@@ -1,7 +1,11 @@
 """The examples, run as they stand but shorter."""
 
+import contextlib
 import json
 import runpy
+import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +50,21 @@ def test_rewards_of_the_own_task():
     assert rewards.brief(texts, texts, sentiment=words) == pytest.approx(expected)
 
 
-def test_the_own_task_trains(in_root, tmp_path):
-    settings = short(gj.load_config("examples/own_task/config.py"))
-    summary = gj.train(settings, tmp_path / "run")
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """The run directory of the own task, and its summary."""
+    workdir = tmp_path_factory.mktemp("own") / "run"
+    with contextlib.chdir(ROOT):
+        settings = short(gj.load_config("examples/own_task/config.py"))
+        settings.cem.generations, settings.cem.population_size = 2, 10
+        return workdir, gj.train(settings, workdir)
+
+
+def test_the_own_task_trains(own_run):
+    workdir, summary = own_run
     assert set(summary["heldout"]) == {"reviews", "overall"}
     assert summary["data"]["reviews"]["heldout"] == 4
-    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
     record = json.loads(line)
     total = record["rewards/right/mean"] + 0.5 * record["rewards/brief/mean"]
     assert record["rewards/reviews/mean"] == pytest.approx(total, rel=1e-5)
@@ -112,3 +125,47 @@ def test_the_notebook_script_runs(monkeypatch, capsys):
     assert space["gradient"].search.generations == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["CEM", "gradient", "before", "after"]
+
+
+NOTEBOOK = json.loads((ROOT / "examples" / "colab.ipynb").read_text(encoding="utf-8"))
+CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_of_format_4_and_kept_without_outputs():
+    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
+    names = [cell["id"] for cell in NOTEBOOK["cells"]]
+    assert len(set(names)) == len(names)
+    for cell in NOTEBOOK["cells"]:
+        assert all(isinstance(line, str) for line in cell["source"])
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CODE)
+
+
+def test_the_notebook_runs(own_run, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def train(settings, workdir):
+        made.append(gj.parse_config(settings))
+        shutil.copytree(own_run[0], workdir)  # stands for the notebook's own runs
+        return own_run[1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gj, "train", train)
+    # Stands for IPython, which tests do not need.
+    display = types.SimpleNamespace(HTML=str)
+    ipython = types.SimpleNamespace(display=display, version_info=(9, 0))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    names = {}
+    for number, cell in enumerate(CODE):
+        lines = [line for line in cell["source"] if not line.startswith(("!", "%"))]
+        exec(compile("".join(lines), cell["id"], "exec"), names)
+        if number == 0:
+            names |= {"STEPS": 1, "GPT2": True, "GPT2_STEPS": 2}
+            names |= {"BENCHMARK": "builtin", "POPULATION": 10}
+    assert [config.model.source for config in made] == ["builtin", "openai-community/gpt2"]
+    assert [config.train.max_steps for config in made] == [1, 2]
+    assert names["exported"].folder.name == f"gpt2-{names['started']}-exported"
+    assert "Held-out reward" in names["page"]
+    assert names["result"].candidates == 10 * 10
+    assert names["exported"].difference < 1e-3
+    assert "candidates/s" in capsys.readouterr().out
