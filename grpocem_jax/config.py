@@ -358,9 +358,6 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             "config.adapter.options are keywords for an adapter of your own; leave them empty with "
             "config.adapter.type='svf'."
         )
-    # Functions of the user's own are imported here already, before a model is loaded.
-    for name in parsed.data.tasks:
-        parsed.task(name)
     functions = {"adapter.type": parsed.adapter.type, "cem.fitness": parsed.cem.fitness}
     for field, name in functions.items():
         if user_code.is_reference(name):

@@ -55,6 +55,8 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     """
     started = time.perf_counter()
     config, workdir = parse_config(settings), Path(workdir)
+    for name in config.data.tasks:
+        config.task(name)  # the user's own rewards are imported before a model is loaded
     if rundir.check_settings(workdir, settings.to_dict()) and (workdir / "summary.json").exists():
         print(f"the run in {workdir} is complete; its page is {workdir / 'report/index.html'}")
         return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
@@ -536,15 +538,14 @@ def length_metrics(lengths: np.ndarray, unended: np.ndarray) -> dict[str, float]
 
 
 def reward_metrics(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> dict[str, float]:
-    """TRL's reward metrics: mean over completions, mean of group standard deviations; mean and
-    standard deviation by task, and by reward function where a task has several."""
+    """TRL's reward metrics: mean and sample standard deviation over completions, of all of them, by
+    task, and by reward function where a task has several."""
     rewards = scores.total
     present = ~np.isnan(rewards)
     flat = np.asarray(grpo.equal_rewards(jnp.asarray(rewards), jnp.asarray(present)))
-    groups = rewards[present.any(-1)]
     record = {
         "reward": float(np.nanmean(rewards)) if present.any() else 0.0,
-        "reward_std": float(np.nanstd(groups, axis=-1).mean()) if len(groups) else 0.0,
+        "reward_std": _std(rewards),
         "frac_reward_zero_std": float(flat.mean()),
     }
     tasks = np.array([item.task.name for item in items])
@@ -554,5 +555,11 @@ def reward_metrics(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> d
     for name, values in parts.items():
         if not np.isnan(values).all():
             record[f"rewards/{name}/mean"] = float(np.nanmean(values))
-            record[f"rewards/{name}/std"] = float(np.nanstd(values))
+            record[f"rewards/{name}/std"] = _std(values)
     return record
+
+
+def _std(values: np.ndarray) -> float:
+    """Sample standard deviation of those that are not NaN, 0 of fewer than two."""
+    present = values[~np.isnan(values)]
+    return float(present.std(ddof=1)) if len(present) > 1 else 0.0

@@ -2,8 +2,8 @@
 
     python -m studies.kills [--kills 50] [--workdir DIR]
 
-A small run that writes a checkpoint after every step is killed again and again, each time at a
-random moment of its life, until it completes; then the next one begins.  Every run must end with
+A small run that writes a checkpoint after every step is killed again and again until it completes,
+in turns at a random moment and while it writes a checkpoint; then the next one begins.  Every run must end with
 the adapter, metrics and completions of one that nothing interrupted, bit for bit, times apart.
 """
 
@@ -45,15 +45,15 @@ def start(workdir: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "train.py", "--config", "tiny", *overrides, "--workdir", str(workdir)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=(workdir.parent / f"{workdir.name}.err").open("a"),
     )
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
     """Waits for a process that must succeed."""
-    _, err = process.communicate()
+    process.communicate()
     if process.returncode:
-        raise InputError(f"a run ended with status {process.returncode}: {err.decode()[-500:]}.")
+        raise InputError(f"a run ended with status {process.returncode}; see its .err file.")
 
 
 def outcome(workdir: Path) -> tuple[bytes, list[dict[str, Any]], bytes]:
@@ -65,20 +65,27 @@ def outcome(workdir: Path) -> tuple[bytes, list[dict[str, Any]], bytes]:
     return adapter, records, (workdir / "completions.jsonl").read_bytes()
 
 
-def kill_at_random(workdir: Path, life: float, rng: random.Random) -> tuple[bool, bool]:
-    """Starts the run and kills it within ``life`` seconds.
+def kill_at_random(
+    workdir: Path, life: float, rng: random.Random, *, in_write: bool
+) -> tuple[bool, bool]:
+    """Starts the run and kills it within ``life`` seconds, or where it next writes a checkpoint.
 
     Returns:
       whether it was killed before it ended, and whether a checkpoint was being written.
     """
     process = start(workdir)
-    try:
-        process.communicate(timeout=rng.uniform(0, life))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        writing = any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-        return True, writing
+    began, until = time.monotonic(), rng.uniform(0, life)
+
+    def writing() -> bool:
+        return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+    while process.poll() is None:
+        if writing() if in_write else time.monotonic() - began > until:
+            process.kill()
+            process.communicate()
+            return True, writing()
+        time.sleep(0.001)
+    process.communicate()
     return False, False
 
 
@@ -87,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     folder = Path(values.workdir or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(values.seed)
     finish(start(folder / "warm"))  # compiles, so that the next one's life is that of the others
     began = time.monotonic()
@@ -98,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         runs += 1
         workdir = folder / f"run-{runs}"
         while kills < values.kills:
-            killed, during_write = kill_at_random(workdir, life, rng)
+            killed, during_write = kill_at_random(workdir, life, rng, in_write=kills % 2 == 1)
             kills += killed
             writing += during_write
             if not killed:

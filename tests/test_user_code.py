@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpocem_jax import user_code
+from grpocem_jax import training, user_code
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
@@ -66,10 +66,18 @@ def own_task(section, name="mine"):
     settings = load_config("tiny")
     settings.data.tasks = (name,)
     settings.data[name] = section
-    return parse_config(settings)
+    return parse_config(settings).task(name)
 
 
 GOOD = {"source": "somewhere", "rewards": ("mine_for_tests:Rewards.short",)}
+
+
+def test_training_imports_rewards_before_it_loads_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_policy", lambda *args, **kwargs: pytest.fail("loaded"))
+    settings = load_config("tiny")
+    settings.data.qa = {"source": "builtin", "rewards": ("mine_for_tests:gone",)}
+    with pytest.raises(InputError, match="has no function gone"):
+        training.train(settings, tmp_path / "run")
 
 
 def test_a_built_in_task_takes_other_rewards():
@@ -90,6 +98,7 @@ def test_a_built_in_task_takes_other_rewards():
         (GOOD, "overall", ["'overall'"]),
         ({**GOOD, "reward_weights": (1.0, 2.0)}, "mine", ["reward_weights", "each of the 1"]),
         ({**GOOD, "rewards": ("mine_for_tests:nothing",)}, "mine", ["has no function nothing"]),
+        ({**GOOD, "rewards": 2 * GOOD["rewards"]}, "mine", ["two functions have the same name"]),
     ],
 )
 def test_a_task_of_ones_own_that_lacks_something_is_refused(section, name, fragments):
