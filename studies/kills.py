@@ -3,8 +3,9 @@
     python -m studies.kills [--kills 50] [--workdir DIR]
 
 A small run that writes a checkpoint after every step is killed again and again until it completes,
-in turns at a random moment and while it writes a checkpoint; then the next one begins.  Every run must end with
-the adapter, metrics and completions of one that nothing interrupted, bit for bit, times apart.
+in turns at a random moment and while it writes a checkpoint; then the next one begins.  Every run
+must end with the adapter, metrics and completions of one that nothing interrupted, bit for bit,
+times apart.
 """
 
 import json
