@@ -67,8 +67,8 @@ def _ascending(low: int) -> _Range:
 _NOT_EMPTY = _Range("not empty", lambda x: len(x) > 0)
 
 
-def _field(doc: str, allowed: _Range | None = None) -> Any:
-    return dataclasses.field(metadata={"doc": doc, "range": allowed})
+def _field(doc: str, allowed: _Range | None = None, *, hashed: bool = True) -> Any:
+    return dataclasses.field(metadata={"doc": doc, "range": allowed}, hash=hashed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class AdapterConfig:
         "own that returns an `Adapter`.",
         _one_of_or_function("svf"),
     )
-    options: Mapping[str, Any] = _field("Keywords for a function of the user's own.")
+    options: Mapping[str, Any] = _field("Keywords for a function of the user's own.", hashed=False)
     sites: tuple[str, ...] = _field("Linear maps to adapt, in every layer.", _NOT_EMPTY)
     rank_ratio: float = _field(
         "`svf`: share of each site's singular values that is trained.", _share()
@@ -395,7 +395,8 @@ def _parse(value: Any, kind: Any, path: str) -> Any:
         return tuple(_parse(x, args[0], f"{path}[{i}]") for i, x in enumerate(value))
     if origin is collections.abc.Mapping and isinstance(value, Mapping):
         parsed = {name: _parse(x, args[1], f"{path}.{name}") for name, x in value.items()}
-        return types.MappingProxyType(parsed)
+        # dataclasses.asdict cannot copy a proxy.
+        return parsed if args[1] is Any else types.MappingProxyType(parsed)
     if origin is types.UnionType and type(None) in args:
         return None if value is None else _parse(value, args[0], path)
     if kind is float and type(value) is int:
