@@ -37,6 +37,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.tasks = ("qa", "sentiment", "summarization", "classification", "general")
     config.data.max_samples = 500
+    config.data.reward_timeout_s = 600.0
     config.data.heldout_samples = 100  # not in the report, which has no held-out set
     # "Max length 256" is prompt and completion together.
     config.data.max_prompt_tokens = 192
@@ -107,6 +108,9 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.train.target_kl = 0.01
     config.train.lr_scale_range = (0.1, 10.0)
     config.train.checkpoint_every_steps = 0  # "save every epoch"
+    config.train.checkpoint_every_minutes = 0.0
+    config.train.keep_checkpoints = 3
+    config.train.max_skipped_updates = 5
     config.train.eval_batch_size = 16
     config.train.eval_samples = 1
 

@@ -2,8 +2,8 @@
 
     python train.py --config configs/tiny.py
 
-About two minutes on 2 CPU cores. Held-out reward rises by 0.23 sampled and 0.53 greedy
-(docs/reproduction.md).
+About two minutes on 2 CPU cores. Held-out reward rises by 0.22 sampled and by 0.51 to 0.62 greedy,
+with three seeds (docs/reproduction.md).
 """
 
 import ml_collections
@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.tasks = ("qa", "sentiment", "summarization", "classification", "general")
     config.data.max_samples = 500
+    config.data.reward_timeout_s = 600.0
     config.data.heldout_samples = 100
     config.data.max_prompt_tokens = 64
     for task in config.data.tasks:
@@ -68,6 +69,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.target_kl = 0.0
     config.train.lr_scale_range = (0.1, 10.0)
     config.train.checkpoint_every_steps = 0
+    config.train.checkpoint_every_minutes = 0.0
+    config.train.keep_checkpoints = 3
+    config.train.max_skipped_updates = 5
     config.train.eval_batch_size = 16
     config.train.eval_samples = 4
 

@@ -24,13 +24,22 @@ MAX_EXPERTS = 8
 
 
 class Checkpoints:
-    """The checkpoints of a run directory: ``checkpoints/<step>/`` with state and data position."""
+    """The checkpoints of a run directory: ``checkpoints/<step>/`` with state and data position.
 
-    def __init__(self, workdir: Path):
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+    Args:
+      workdir: the run directory.
+      keep: how many to keep, the last ones; 0 for all.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int = 0):
+        self._folder = (workdir / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: grpo.TrainState, key: jax.Array, position: dict[str, Any]) -> None:
-        """Saves in the background.
+        """Saves in the background; a checkpoint is whole under its name, or not there.
 
         Args:
           state: adapter, optimizer state, step, learning-rate factor.
@@ -38,6 +47,7 @@ class Checkpoints:
           position: where in the data the run stands, and the hash of its config; JSON.
         """
         tree = {"state": state._asdict(), "key": jax.random.key_data(key)}
+        position = {**position, "sha256": _digest(tree, position)}
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -48,17 +58,57 @@ class Checkpoints:
     def restore(
         self, template: grpo.TrainState, step: int
     ) -> tuple[grpo.TrainState, jax.Array, dict[str, Any]]:
-        """The state, base key and position saved at a step; ``template`` gives the structure."""
+        """The state, base key and position saved at a step; ``template`` gives the structure.
+
+        Raises:
+          InputError: a checkpoint that is not whole, or not as it was written.
+        """
         key = jax.random.key_data(jax.random.key(0))
         tree = {"state": template._asdict(), "key": key}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                train=ocp.args.StandardRestore(tree), position=ocp.args.JsonRestore()
-            ),
-        )
+        folder = self._folder / str(step)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    train=ocp.args.StandardRestore(tree), position=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:  # Orbax and what lies below it raise errors of many families
+            first = (str(error).splitlines() or [""])[0][:200]
+            raise InputError(
+                f"{folder}: the checkpoint cannot be read ({type(error).__name__}: {first}); "
+                "delete it to continue from the one before."
+            ) from error
+        position = dict(restored.position)
+        if position.pop("sha256", None) != _digest(restored.train, position):
+            raise InputError(
+                f"{folder}: the checkpoint is not what was written (its checksum differs); delete "
+                "it to continue from the one before."
+            )
         state = grpo.TrainState(**restored.train["state"])
-        return state, jax.random.wrap_key_data(restored.train["key"]), restored.position
+        return state, jax.random.wrap_key_data(restored.train["key"]), position
+
+    def restore_latest(
+        self, template: grpo.TrainState
+    ) -> tuple[tuple[grpo.TrainState, jax.Array, dict[str, Any]] | None, list[str]]:
+        """The latest checkpoint that is whole, and a sentence for each later one that is not.
+
+        Those are moved out of the way, to ``damaged-<step>``.
+
+        Returns:
+          what `restore` gives, or None where there is none, and the sentences.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                return self.restore(template, step), damaged
+            except InputError as error:
+                damaged.append(str(error))
+                aside = self._folder / f"damaged-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._folder / str(step)).rename(aside)
+                self._manager.reload()
+        return None, damaged
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
@@ -68,6 +118,23 @@ class Checkpoints:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _digest(tree: Any, position: dict[str, Any]) -> str:
+    """SHA-256 of the arrays, with their places and types, and of the position."""
+    digest = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    # A NamedTuple comes back from a file as a dict: only names and order are compared.
+    for path, leaf in sorted(((_name(path), leaf) for path, leaf in leaves), key=lambda x: x[0]):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = (getattr(p, "key", getattr(p, "name", getattr(p, "idx", p))) for p in path)
+    return "/".join(map(str, parts))
 
 
 def config_hash(settings: dict[str, Any]) -> str:

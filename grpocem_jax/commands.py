@@ -57,9 +57,20 @@ def run(main: Callable[[list[str]], Any]) -> None:
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
             _fail("--config is missing; start with --config tiny.")
         try:
+            jax.devices()
+        except Exception as error:  # JAX has several for it, one of them a bare AssertionError
+            asked, reason = os.environ.get("JAX_PLATFORMS", ""), _one_line(error)
+            _fail(
+                f"JAX_PLATFORMS={asked!r}: JAX finds no such device ({reason or 'without a reason'}"
+                "); install JAX for it (docs/faq.md), or leave the variable unset."
+            )
+        try:
             main(argv)
         except InputError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     app.run(guarded, flags_parser=_parse_flags)
 

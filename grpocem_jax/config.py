@@ -67,8 +67,8 @@ def _ascending(low: int) -> _Range:
 _NOT_EMPTY = _Range("not empty", lambda x: len(x) > 0)
 
 
-def _field(doc: str, allowed: _Range | None = None) -> Any:
-    return dataclasses.field(metadata={"doc": doc, "range": allowed})
+def _field(doc: str, allowed: _Range | None = None, *, hashed: bool = True) -> Any:
+    return dataclasses.field(metadata={"doc": doc, "range": allowed}, hash=hashed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class AdapterConfig:
         "own that returns an `Adapter`.",
         _one_of_or_function("svf"),
     )
-    options: Mapping[str, Any] = _field("Keywords for a function of the user's own.")
+    options: Mapping[str, Any] = _field("Keywords for a function of the user's own.", hashed=False)
     sites: tuple[str, ...] = _field("Linear maps to adapt, in every layer.", _NOT_EMPTY)
     rank_ratio: float = _field(
         "`svf`: share of each site's singular values that is trained.", _share()
@@ -117,6 +117,9 @@ class DataConfig:
     heldout_samples: int = _field("Most held-out examples of a task.", _at_least(2))
     max_prompt_tokens: int = _field(
         "Longest prompt; longer ones are shortened or dropped, and counted.", _at_least(1)
+    )
+    reward_timeout_s: float = _field(
+        "Seconds that one call of a reward function may take; 0 for any time.", _at_least(0)
     )
     sources: Mapping[str, SourceConfig] = _field("The source of each task's examples.")
 
@@ -186,6 +189,15 @@ class TrainConfig:
     )
     checkpoint_every_steps: int = _field(
         "Checkpoints between the ends of epochs; 0 for none.", _at_least(0)
+    )
+    checkpoint_every_minutes: float = _field(
+        "A checkpoint where the last one is so old; 0 for none.", _at_least(0)
+    )
+    keep_checkpoints: int = _field("Checkpoints kept, the last ones; 0 for all.", _at_least(0))
+    max_skipped_updates: int = _field(
+        "Updates in a row that may be skipped because loss or gradient is not finite; then the run "
+        "stops.",
+        _at_least(0),
     )
     eval_batch_size: int = _field("Prompts evaluated at once.", _at_least(1))
     eval_samples: int = _field("Completions drawn per held-out prompt.", _at_least(1))
@@ -295,7 +307,8 @@ class Config:
 
     def task(self, name: str) -> Task:
         """The task of this name with the rewards of its source."""
-        return make_task(name, self.data.sources.get(name, SourceConfig()))
+        task = make_task(name, self.data.sources.get(name, SourceConfig()))
+        return dataclasses.replace(task, reward_timeout_s=self.data.reward_timeout_s)
 
     @property
     def prompts_per_step(self) -> int:
@@ -345,9 +358,6 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             "config.adapter.options are keywords for an adapter of your own; leave them empty with "
             "config.adapter.type='svf'."
         )
-    # Functions of the user's own are imported here already, before a model is loaded.
-    for name in parsed.data.tasks:
-        parsed.task(name)
     functions = {"adapter.type": parsed.adapter.type, "cem.fitness": parsed.cem.fitness}
     for field, name in functions.items():
         if user_code.is_reference(name):
@@ -385,7 +395,8 @@ def _parse(value: Any, kind: Any, path: str) -> Any:
         return tuple(_parse(x, args[0], f"{path}[{i}]") for i, x in enumerate(value))
     if origin is collections.abc.Mapping and isinstance(value, Mapping):
         parsed = {name: _parse(x, args[1], f"{path}.{name}") for name, x in value.items()}
-        return types.MappingProxyType(parsed)
+        # dataclasses.asdict cannot copy a proxy.
+        return parsed if args[1] is Any else types.MappingProxyType(parsed)
     if origin is types.UnionType and type(None) in args:
         return None if value is None else _parse(value, args[0], path)
     if kind is float and type(value) is int:

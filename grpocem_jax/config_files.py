@@ -1,6 +1,7 @@
 """Config files: Python files with a ``get_config``, some of which come with the package."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import ml_collections
@@ -18,6 +19,9 @@ def config_folder() -> Path:
 def load_config(name: str) -> ml_collections.ConfigDict:
     """Loads a config.
 
+    Modules beside the file can be imported from then on, by it and by the names of functions in it,
+    as those beside a script can; modules of the same name elsewhere go before them.
+
     Args:
       name: a file (``configs/gpt2.py``), or the name of one that comes with the package (``tiny``,
         ``gpt2``); behind a colon the argument of its ``get_config`` (``gpt2:tuned``).
@@ -31,6 +35,9 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     if spec is None or spec.loader is None:
         raise InputError(f"{file}: is no Python file; a config is one with a get_config().")
     module = importlib.util.module_from_spec(spec)
+    beside = str(path.resolve().parent)
+    if beside not in sys.path and path.parent != config_folder():
+        sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*argument)

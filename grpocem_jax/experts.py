@@ -72,6 +72,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         own.data.tasks = tasks
         steps = len(tasks) * config.data.max_samples // config.prompts_per_step
         steps = min(steps * config.train.epochs, config.train.max_steps or sys.maxsize)
+        own.train.keep_checkpoints = 0
         own.train.checkpoint_every_steps = max(1, -(-steps // SNAPSHOTS))
         run = workdir / "runs" / name
         train(own, run)

@@ -333,6 +333,8 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step: gradients accumulated over micro-batches of whole groups, then AdamW.
 
+    Where the loss or its gradient is not finite, nothing but the step's number changes.
+
     Args:
       state: before the step.
       params: frozen parameters of the model.
@@ -342,7 +344,8 @@ def update(
       hp: static settings.
 
     Returns:
-      the next state and float32 scalars: `PARTS`, grad_norm (before clipping) and learning_rate.
+      the next state and float32 scalars: `PARTS`, grad_norm (before clipping), learning_rate, and
+      skipped, 1 where the update was.
 
     Raises:
       ValueError: a micro-batch that is not whole groups, or does not divide the batch.
@@ -374,4 +377,8 @@ def update(
     adapter = jax.tree.map(lambda a, d: a - rate * d, state.adapter, direction)
     metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
     lr_scale = adapt_lr_scale(state.lr_scale, metrics["kl"], hp)
-    return TrainState(adapter, opt_state, state.step + 1, lr_scale), metrics
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+    new = TrainState(adapter, opt_state, state.step, lr_scale)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    return kept._replace(step=state.step + 1), metrics

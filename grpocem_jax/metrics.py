@@ -3,18 +3,44 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from grpocem_jax.errors import InputError
+
 
 class JsonLines:
-    """Appends one JSON object a line, each flushed when written."""
+    """Appends one JSON object a line, each flushed when written.
 
-    def __init__(self, path: Path):
+    Args:
+      path: of the file, made where it is not there.
+      size: bytes of it to keep, what a checkpoint knows of; None keeps all.
+
+    Raises:
+      InputError: the file has fewer bytes.
+    """
+
+    def __init__(self, path: Path, size: int | None = None):
+        if size is not None:
+            present = path.stat().st_size if path.exists() else 0
+            if present < size:
+                raise InputError(
+                    f"{path}: has {present} bytes, but the checkpoint was made at {size}; put the "
+                    "file back, or start anew in another folder."
+                )
+            if present:
+                os.truncate(path, size)
         self._file = path.open("a", encoding="utf-8")
+        self._file.seek(0, os.SEEK_END)
+
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._file.tell()
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes a record; NaN and infinity, which JSON lacks, are refused (ValueError)."""

@@ -1,7 +1,9 @@
 """Between text and arrays: prompts to padded batches, completions to text, text to rewards."""
 
 import math
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -136,7 +138,13 @@ def _call(
 
     everything = range(len(examples))
     try:
-        values = call(everything)
+        values = _within(items[0].task.reward_timeout_s, lambda: call(everything))
+    except _TimeLimitError:
+        raise InputError(
+            f"The reward function {name} took more than data.reward_timeout_s="
+            f"{items[0].task.reward_timeout_s:g} for {len(examples)} completions of the task "
+            f"{items[0].task.name}; make it faster, or raise the limit."
+        ) from None
     except Exception as error:  # whatever the function's own code may raise
         where = _first_failure(call, everything)
         place = (
@@ -162,6 +170,35 @@ def _call(
             f"{len(examples)} completions; it must return one for each."
         )
     return [tuple(values[i : i + size]) for i in range(0, len(values), size)]
+
+
+class _TimeLimitError(Exception):
+    pass
+
+
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What the function returns or raises; `_TimeLimitError` if that takes longer.
+
+    The thread of a function that hangs is left behind, and does not keep the process alive.
+    """
+    if not seconds:
+        return function()
+    results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((True, function()))
+        except BaseException as error:
+            results.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        good, value = results.get(timeout=seconds)
+    except queue.Empty:
+        raise _TimeLimitError from None
+    if not good:
+        raise value
+    return value
 
 
 def _first_failure(call: Any, rows: Sequence[int]) -> int | None:

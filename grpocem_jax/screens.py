@@ -1,17 +1,60 @@
 """What a person reads: the first screen, completions on the way, the closing table, the card."""
 
+import math
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from grpocem_jax import evaluation, rollouts
 from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
+
+
+class Progress:
+    """Progress on stderr: a bar on a terminal; in a file a line at first, every half minute, and at
+    last, without control characters."""
+
+    interval_s = 30.0
+
+    def __init__(self, total: int):
+        self._bar = tqdm(
+            total=total, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self._total, self._shown = total, -math.inf
+        self._first: tuple[int, float] | None = None
+
+    def update(self, done: int, **values: str) -> None:
+        """Shows that ``done`` steps are done, with some values by name."""
+        self._bar.set_postfix(values, refresh=False)
+        self._bar.update(done - self._bar.n)
+        now = time.monotonic()
+        # The time of the first update is mostly compilation, and says nothing of those to come.
+        first, started = self._first = self._first or (done, now)
+        if self._bar.disable and (now - self._shown >= self.interval_s or done == self._total):
+            self._shown = now
+            pairs = [f"{name} {value}" for name, value in values.items()]
+            if first < done < self._total:
+                left = (now - started) / (done - first) * (self._total - done)
+                pairs.append(f"about {left:.0f} s left")
+            line = "  ".join([f"step {done}/{self._total}", *pairs])
+            print(line, file=sys.stderr, flush=True)
+
+    @staticmethod
+    def write(text: str) -> None:
+        """Writes text above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends the line of the bar."""
+        self._bar.close()
 
 
 def first(

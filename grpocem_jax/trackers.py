@@ -44,32 +44,41 @@ def check(settings: LoggingConfig) -> None:
             )
 
 
-def start(settings: LoggingConfig, workdir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+def start(
+    settings: LoggingConfig,
+    workdir: Path,
+    config: Mapping[str, Any],
+    *,
+    run_id: str | None = None,
+    first_step: int = 1,
+) -> list[Tracker]:
     """Starts the trackers that the settings name.
 
     Args:
       settings: the logging section of the config.
       workdir: the run directory; its name is the run's.
       config: all settings, as they go to Weights & Biases.
+      run_id: the run's id there; a run that continues keeps it.
+      first_step: what was written of this step and later ones by an earlier start does not count.
     """
     made: list[Tracker] = []
     for name in settings.report_to:
         if name == "tensorboard":
-            made.append(TensorBoard(workdir))
+            made.append(TensorBoard(workdir, first_step))
         else:
-            made.append(WeightsAndBiases(settings.project, workdir, config))
+            made.append(WeightsAndBiases(settings.project, workdir, config, run_id))
     return made
 
 
 class TensorBoard:
     """Event files in ``tensorboard/`` of the run directory."""
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, first_step: int):
         import tensorboardX
 
         folder = workdir / "tensorboard"
         self.where = f"tensorboard --logdir {folder}"
-        self._writer = tensorboardX.SummaryWriter(str(folder))
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes the values of a step."""
@@ -87,7 +96,7 @@ class WeightsAndBiases:
     ``WANDB_MODE`` decides where it is set.
     """
 
-    def __init__(self, project: str, workdir: Path, config: Mapping[str, Any]):
+    def __init__(self, project: str, workdir: Path, config: Mapping[str, Any], run_id: str | None):
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE")
@@ -96,6 +105,8 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=project,
             name=workdir.name,
+            id=run_id,
+            resume=None if run_id is None else "allow",
             dir=str(workdir),
             config=dict(config),
             mode=mode,

@@ -1,9 +1,12 @@
 """Training: the course of a run from its config to its summary."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from tqdm import tqdm
 
 from grpocem_jax import (
     checkpoints,
@@ -20,6 +22,7 @@ from grpocem_jax import (
     metrics,
     report,
     rollouts,
+    rundir,
     sampling,
     screens,
     trackers,
@@ -36,22 +39,27 @@ from grpocem_jax.tasks import Loaded, load_examples
 def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains an adapter and measures what it did to held-out reward.
 
+    A run directory that holds a run of the same settings continues it from its last checkpoint; the
+    result is bit for bit that of a run that was never interrupted.
+
     Args:
       settings: a config, such as those in configs/.
-      workdir: the run directory; must not hold a run.
+      workdir: the run directory.
 
     Returns:
       the contents of summary.json.
 
     Raises:
       InputError: settings, model, data or run directory that cannot be used; before compilation.
+      Interrupted: SIGTERM or SIGINT came; the run was saved.
     """
     started = time.perf_counter()
     config, workdir = parse_config(settings), Path(workdir)
-    if (workdir / "config.json").exists():
-        raise InputError(
-            f"--workdir={workdir}: holds a run already; give another folder, or delete this one."
-        )
+    for name in config.data.tasks:
+        config.task(name)  # the user's own rewards are imported before a model is loaded
+    if rundir.check_settings(workdir, settings.to_dict()) and (workdir / "summary.json").exists():
+        print(f"the run in {workdir} is complete; its page is {workdir / 'report/index.html'}")
+        return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     trackers.check(config.logging)
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
@@ -64,16 +72,39 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             f"{config.prompts_per_step} (train.batch_size * train.accumulation_steps / "
             "grpo.group_size); give more data or a smaller step."
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", settings.to_dict())
-    logs = trackers.start(config.logging, workdir, settings.to_dict())
-    first = screens.first(config, policy, data_lines, workdir, [log.where for log in logs])
-    print(first, flush=True)
+    identity = {"model": policy.pretrained.sha256, "data": _data_hash(train_items)}
+    with rundir.claim(workdir, settings.to_dict(), identity) as claimed:
+        config_hash = checkpoints.config_hash(settings.to_dict())
+        key, eval_key = jax.random.split(jax.random.key(config.seed))
+        run = Run(config, policy, train_items, key, workdir, config_hash)
+        run.logs = trackers.start(
+            config.logging,
+            workdir,
+            settings.to_dict(),
+            run_id=claimed["id"],
+            first_step=run.first_step + 1,
+        )
+        first = screens.first(config, policy, data_lines, workdir, [x.where for x in run.logs])
+        print(first, flush=True)
+        if run.first_step:
+            print(f"resumed   after step {run.first_step}", flush=True)
+        return _finish(run, heldout_items, eval_key, started)
 
+
+def _data_hash(items: Sequence[rollouts.Item]) -> str:
+    """SHA-256 of the training prompts, their order and their columns."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr((item.task.name, *item.example)).encode())
+    return digest.hexdigest()
+
+
+def _finish(
+    run: "Run", heldout_items: Sequence[rollouts.Item], eval_key: jax.Array, started: float
+) -> dict[str, Any]:
+    """Trains what is left to train, judges, and writes what a run leaves behind."""
+    config, policy, workdir = run.config, run.policy, run.workdir
     clock = metrics.CompileClock.start()
-    key, eval_key = jax.random.split(jax.random.key(config.seed))
-    config_hash = checkpoints.config_hash(settings.to_dict())
-    run = Run(config, policy, train_items, key, workdir, config_hash, logs)
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started
@@ -114,11 +145,13 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         "data": {
             name: {
                 "source": config.data.sources[name].source,
-                "train": sum(item.task.name == name for item in train_items),
+                "train": sum(item.task.name == name for item in run.items),
                 "heldout": tasks.count(name),
             }
             for name in config.data.tasks
         },
+        "resumed_after_step": run.first_step,
+        "skipped_updates": run.skipped,
         "seconds": time.perf_counter() - started,
         "train_seconds": train_seconds,
         "compile_seconds": clock.seconds,
@@ -130,7 +163,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         policy.adapter_config(config.adapter),
         screens.model_card(config, summary),
     )
-    judged = metrics.JsonLines(workdir / "heldout.jsonl")
+    judged = metrics.JsonLines(workdir / "heldout.jsonl", size=0)
     for line in evaluation.records(heldout_items, before, after):
         judged.write(line)
     judged.close()
@@ -142,7 +175,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         "eval/reward" if name == "overall" else f"eval/rewards/{name}/mean": gain.after
         for name, gain in heldout.items()
     }
-    for log in logs:
+    for log in run.logs:
         log.log(named, int(state.step))
         log.close()
     print(screens.closing(heldout, greedy, summary, config, workdir), flush=True)
@@ -196,7 +229,13 @@ def load_data(
 
 
 class Run:
-    """The training loop of one run directory."""
+    """The training loop of one run directory, from its last checkpoint on.
+
+    Attributes:
+      first_step: optimizer steps that were done before.
+      skipped: updates skipped because loss or gradient was not finite.
+      logs: where metrics go beside metrics.jsonl.
+    """
 
     def __init__(
         self,
@@ -206,60 +245,108 @@ class Run:
         key: jax.Array,
         workdir: Path,
         config_hash: str,
-        logs: Sequence[trackers.Tracker] = (),
     ):
         self.config, self.policy, self.items, self.key = config, policy, items, key
-        self.config_hash, self.logs = config_hash, logs
+        self.workdir, self.config_hash = workdir, config_hash
         self.steps_per_epoch = len(items) // config.prompts_per_step
         steps = self.steps_per_epoch * config.train.epochs
         self.total_steps = min(steps, config.train.max_steps or steps)
-        self.num_tokens = 0
-        self.metrics = metrics.JsonLines(workdir / "metrics.jsonl")
-        self.completions = metrics.JsonLines(workdir / "completions.jsonl")
-        self.checkpoints = checkpoints.Checkpoints(workdir)
+        self.logs: Sequence[trackers.Tracker] = ()
+        self.checkpoints = checkpoints.Checkpoints(workdir, keep=config.train.keep_checkpoints)
+        self.state = grpo.init_state(policy.zero, config.hyperparameters)
+        found, damaged = self.checkpoints.restore_latest(self.state)
+        for sentence in damaged:
+            print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+        position: dict[str, Any] = {}
+        if found is not None:
+            self.state, self.key, position = found
+        self.first_step = int(self.state.step)
+        self.num_tokens = position.get("num_tokens", 0)
+        self.skipped = position.get("skipped", 0)
+        self.skipped_in_a_row = position.get("skipped_in_a_row", 0)
+        # What was written after the checkpoint is written again.
+        self.metrics = metrics.JsonLines(
+            workdir / "metrics.jsonl", position.get("metrics_bytes", 0)
+        )
+        self.completions = metrics.JsonLines(
+            workdir / "completions.jsonl", position.get("completions_bytes", 0)
+        )
 
     def train(self) -> grpo.TrainState:
-        """Runs all steps and returns the last state."""
-        config, hp = self.config, self.config.hyperparameters
-        state = grpo.init_state(self.policy.zero, hp)
-        every = config.train.checkpoint_every_steps
-        interval = 0.2 if sys.stderr.isatty() else 30.0  # a file gets a line now and then
-        progress = tqdm(
-            total=self.total_steps, unit="step", dynamic_ncols=True, mininterval=interval
-        )
+        """Runs the steps that are left and returns the last state.
+
+        Raises:
+          Interrupted: a signal came; the step under way and its checkpoint were finished.
+          InputError: too many updates in a row were skipped.
+        """
+        state, saved = self.state, time.monotonic()
+        progress = screens.Progress(self.total_steps)
+        signals = rundir.Signals()
         try:
-            for step in range(self.total_steps):
-                started = time.perf_counter()
-                state, record = self.step(state, step)
-                record["step_time"] = time.perf_counter() - started
-                memory = metrics.peak_memory_bytes()
-                if memory is not None:
-                    record["device_memory_peak_bytes"] = memory
-                self.metrics.write(record)
-                numbers = {f"train/{name}": x for name, x in record.items() if name != "step"}
-                for log in self.logs:
-                    log.log(numbers, step + 1)
-                progress.set_postfix(
-                    reward=f"{record['reward']:.3f}",
-                    kl=f"{record['kl']:.4f}",
-                    tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
-                    refresh=False,
-                )
-                progress.update()
-                done = step + 1
-                if (
-                    done % self.steps_per_epoch == 0
-                    or done == self.total_steps
-                    or (every and done % every == 0)
-                ):
-                    position = {"step": done, "config_hash": self.config_hash}
-                    self.checkpoints.save(state, self.key, position)
+            with signals:
+                for step in range(self.first_step, self.total_steps):
+                    started = time.perf_counter()
+                    state, record = self.step(state, step)
+                    record["step_time"] = time.perf_counter() - started
+                    self.log(record)
+                    progress.update(
+                        step + 1,
+                        reward=f"{record['reward']:.3f}",
+                        kl=f"{record['kl']:.4f}",
+                        tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
+                    )
+                    if signals.received or self.checkpoint_due(step + 1, saved):
+                        self.checkpoints.save(state, self.key, self.position(step + 1))
+                        saved = time.monotonic()
+                    if signals.received:
+                        break
         finally:
             progress.close()
             self.metrics.close()
             self.completions.close()
             self.checkpoints.close()
+        if signals.received and int(state.step) < self.total_steps:
+            print(
+                f"stopped after step {int(state.step)} of {self.total_steps}; the same command "
+                "continues the run",
+                file=sys.stderr,
+            )
+            raise rundir.Interrupted(128 + signals.received)
         return state
+
+    def checkpoint_due(self, done: int, saved: float) -> bool:
+        """Whether a checkpoint belongs after ``done`` steps, the last one being of ``saved``."""
+        settings = self.config.train
+        every, minutes = settings.checkpoint_every_steps, settings.checkpoint_every_minutes
+        return (
+            done % self.steps_per_epoch == 0
+            or done == self.total_steps
+            or bool(every and done % every == 0)
+            or bool(minutes and time.monotonic() - saved >= 60 * minutes)
+        )
+
+    def position(self, done: int) -> dict[str, Any]:
+        """Where the run stands, for the checkpoint after ``done`` steps."""
+        return {
+            "step": done,
+            "config_hash": self.config_hash,
+            "num_tokens": self.num_tokens,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "metrics_bytes": self.metrics.size,
+            "completions_bytes": self.completions.size,
+        }
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes a step's record wherever it goes; what is not finite as null."""
+        memory = metrics.peak_memory_bytes()
+        if memory is not None:
+            record["device_memory_peak_bytes"] = memory
+        finite = {name: x for name, x in record.items() if np.isfinite(x)}
+        self.metrics.write({name: finite.get(name) for name in record})
+        for log in self.logs:
+            numbers = {f"train/{name}": x for name, x in finite.items() if name != "step"}
+            log.log(numbers, record["step"])
 
     def batch(self, step: int) -> list[rollouts.Item]:
         """The prompts of a step: a shuffle per epoch, drawn from the seed and the epoch alone."""
@@ -283,16 +370,17 @@ class Run:
             config.data.max_prompt_tokens,
         )
         prompts = rollouts.pad([item.tokens for item in items], length)
-        out = rollouts.generate(
-            self.policy,
-            state.adapter,
-            prompts,
-            jax.random.split(jax.random.fold_in(self.key, step), len(items)),
-            config.generation,
-            num_samples=config.grpo.group_size,
-            temperature=temperature,
-        )
-        tokens, mask = jax.device_get((out.tokens, out.mask))
+        with self.memory("rollouts"):
+            out = rollouts.generate(
+                self.policy,
+                state.adapter,
+                prompts,
+                jax.random.split(jax.random.fold_in(self.key, step), len(items)),
+                config.generation,
+                num_samples=config.grpo.group_size,
+                temperature=temperature,
+            )
+            tokens, mask = jax.device_get((out.tokens, out.mask))
         texts = rollouts.decode(self.policy, tokens, mask)
         scores = rollouts.score(items, texts)
         rewards = scores.total
@@ -305,14 +393,17 @@ class Run:
             out.logps,
             advantages,
         )
-        state, update = grpo.update(
-            state,
-            self.policy.params,
-            batch,
-            temperature,
-            model=self.policy.model,
-            hp=config.hyperparameters,
-        )
+        with self.memory("update"):
+            state, update = jax.block_until_ready(
+                grpo.update(
+                    state,
+                    self.policy.params,
+                    batch,
+                    temperature,
+                    model=self.policy.model,
+                    hp=config.hyperparameters,
+                )
+            )
         self.step_tokens = int(mask.sum() + prompts.mask.sum() * config.grpo.group_size)
         self.num_tokens += self.step_tokens
         record: dict[str, Any] = {
@@ -324,14 +415,55 @@ class Run:
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
-        if not np.isfinite(record["loss"]) or not np.isfinite(record["grad_norm"]):
-            raise InputError(
-                f"train.learning_rate={config.train.learning_rate}: the loss or its gradient is no "
-                f"longer finite at step {step + 1}; lower it."
-            )
+        self.check_finite(step + 1, bool(record["skipped"]), items)
         if step % config.logging.interval == 0 or step + 1 == self.total_steps:
             self.show(step + 1, items, texts, rewards, np.asarray(advantages))
         return state, record
+
+    @contextlib.contextmanager
+    def memory(self, what: str) -> Iterator[None]:
+        """Says which setting to lower where the device's memory does not suffice."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            settings, group = self.config.train, self.config.grpo.group_size
+            batch, count = settings.batch_size, settings.accumulation_steps
+            if what == "rollouts" and count > 1:
+                advice = f"lower train.accumulation_steps={count} to {count // 2}"
+            elif what == "update" and batch > group:
+                sizes = range(group, batch // 2 + 1, group)
+                smaller = max(size for size in sizes if batch % size == 0)
+                advice = (
+                    f"lower train.batch_size={batch} to {smaller} and raise "
+                    f"train.accumulation_steps={count} to {count * batch // smaller}, which "
+                    "changes no result"
+                )
+            else:
+                length = self.config.generation.max_new_tokens
+                advice = f"lower generation.max_new_tokens={length} to {length // 2}"
+            raise InputError(f"out of device memory in a step's {what}: {advice}.") from error
+
+    def check_finite(self, step: int, skipped: bool, items: Sequence[rollouts.Item]) -> None:
+        """Counts a skipped update; stops after too many in a row, with the prompts on disk."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        self.skipped += 1
+        print(f"step {step}: loss or gradient is not finite; update skipped", file=sys.stderr)
+        file = self.workdir / "nonfinite.jsonl"
+        prompts = metrics.JsonLines(file)
+        for item in items:
+            prompts.write({"step": step, "task": item.task.name, "prompt": item.example.prompt})
+        prompts.close()
+        if self.skipped_in_a_row > self.config.train.max_skipped_updates:
+            raise InputError(
+                f"train.max_skipped_updates={self.config.train.max_skipped_updates}: loss or "
+                f"gradient was not finite {self.skipped_in_a_row} times in a row, at last in step "
+                f"{step}; lower train.learning_rate={self.config.train.learning_rate}, or look at "
+                f"the prompts in {file}."
+            )
 
     def advantages(
         self,
@@ -370,18 +502,20 @@ class Run:
         """Stores a step's completions, and shows the first of each task."""
         for row, item in enumerate(items):
             for sample, text in enumerate(texts[row]):
-                reward = float(rewards[row, sample])
+                numbers = {
+                    "reward": float(rewards[row, sample]),
+                    "advantage": float(advantages[row, sample, 0]),
+                }
                 self.completions.write(
                     {
                         "step": step,
                         "task": item.task.name,
                         "prompt": item.example.prompt,
                         "completion": text,
-                        "reward": None if np.isnan(reward) else reward,
-                        "advantage": float(advantages[row, sample, 0]),
+                        **{n: x if np.isfinite(x) else None for n, x in numbers.items()},
                     }
                 )
-        tqdm.write(screens.completions(step, items, texts, rewards), file=sys.stderr)
+        screens.Progress.write(screens.completions(step, items, texts, rewards))
 
 
 def length_metrics(lengths: np.ndarray, unended: np.ndarray) -> dict[str, float]:
@@ -404,15 +538,14 @@ def length_metrics(lengths: np.ndarray, unended: np.ndarray) -> dict[str, float]
 
 
 def reward_metrics(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> dict[str, float]:
-    """TRL's reward metrics: mean over completions, mean of group standard deviations; mean and
-    standard deviation by task, and by reward function where a task has several."""
+    """TRL's reward metrics: mean and sample standard deviation over completions, of all of them, by
+    task, and by reward function where a task has several."""
     rewards = scores.total
     present = ~np.isnan(rewards)
     flat = np.asarray(grpo.equal_rewards(jnp.asarray(rewards), jnp.asarray(present)))
-    groups = rewards[present.any(-1)]
     record = {
         "reward": float(np.nanmean(rewards)) if present.any() else 0.0,
-        "reward_std": float(np.nanstd(groups, axis=-1).mean()) if len(groups) else 0.0,
+        "reward_std": _std(rewards),
         "frac_reward_zero_std": float(flat.mean()),
     }
     tasks = np.array([item.task.name for item in items])
@@ -422,5 +555,11 @@ def reward_metrics(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> d
     for name, values in parts.items():
         if not np.isnan(values).all():
             record[f"rewards/{name}/mean"] = float(np.nanmean(values))
-            record[f"rewards/{name}/std"] = float(np.nanstd(values))
+            record[f"rewards/{name}/std"] = _std(values)
     return record
+
+
+def _std(values: np.ndarray) -> float:
+    """Sample standard deviation of those that are not NaN, 0 of fewer than two."""
+    present = values[~np.isnan(values)]
+    return float(present.std(ddof=1)) if len(present) > 1 else 0.0

@@ -15,7 +15,10 @@ def is_reference(name: str) -> bool:
 
 
 def load_function(name: str, *, field: str) -> Callable[..., Any]:
-    """Imports a function; the working directory is looked in first, as by ``python -m``.
+    """Imports a function.
+
+    The working directory is looked in first, as by ``python -m``; the folders of config files are
+    looked in last (`config_files.load_config`).
 
     Args:
       name: ``package.module:function``; dots behind the colon reach into classes.
@@ -36,7 +39,8 @@ def load_function(name: str, *, field: str) -> Callable[..., Any]:
     except Exception as error:  # whatever the module's own code may raise
         raise InputError(
             f"{field}={name!r}: the module {module_name} cannot be imported "
-            f"({type(error).__name__}: {error}); correct the name, or start where it lies."
+            f"({type(error).__name__}: {error}); correct the name, start where it lies, or put it "
+            "beside the config file."
         ) from error
     finally:
         sys.path.remove(here)

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 SITES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests of whole runs compile the same programs over and over.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # GPUs would otherwise round the operands of float32 products to 10 bits.
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 from docs import generate
-from grpocem_jax.config import Config
+from grpocem_jax.config import Config, parse_config
+from grpocem_jax.config_files import load_config
+from grpocem_jax.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FAQ = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
@@ -47,6 +52,48 @@ def test_the_reference_has_every_setting_with_its_meaning_and_the_configs_values
     assert row.endswith("| `0.02` | `5e-05` | `0.01` |")
     assert "source `'rajpurkar/squad'`<br>subset `'plain_text'`" in text
     assert "| `budget_s` | float or None |" in text
+
+
+def blocks(text):
+    """Python code of a document."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks(EXTENDING))
+def test_code_on_extending_runs_and_its_config_holds(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile(code, "extending.md", "exec"), names)
+    if "get_config" in names:
+        (task,) = parse_config(names["get_config"]()).data.tasks
+        assert task == "reviews"
+
+
+def test_the_own_task_of_the_readme_is_a_folder_that_holds(tmp_path, monkeypatch):
+    (reward,) = [code for code in blocks(README) if "def right" in code]
+    (config,) = [code for code in blocks(README) if "def get_config" in code]
+    # A name that no other test imports.
+    config = config.replace("my_rewards", "rewards_of_the_readme")
+    (tmp_path / "rewards_of_the_readme.py").write_text(reward, encoding="utf-8")
+    (tmp_path / "my_config.py").write_text(config, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (own,) = parse_config(load_config("my_config.py")).task("reviews").rewards
+    assert own.function(["", ""], ["yes", "no"], sentiment=["yes", "yes"]) == [1.0, -1.0]
+
+
+def settings_named(text):
+    """Settings in code font or as flags: ``section.field`` of a section of the config."""
+    found = re.findall(r"(?:`|config\.)((\w+)\.(\w+))", text)
+    sections = {name for name, kind in Config.__annotations__.items() if kind is not int}
+    others = ("forward", "jsonl", "py", "safetensors")  # of files, and a function of `Model`
+    return sorted({(s, field) for _, s, field in found if s in sections and field not in others})
+
+
+@pytest.mark.parametrize(("section", "field"), settings_named(EXTENDING + FAQ + README))
+def test_a_setting_that_is_named_for_users_is_there(section, field):
+    fields = Config.__annotations__[section].__annotations__
+    own_task = section == "data" and field in (*TASKS, "reviews")
+    assert field in fields or own_task
 
 
 @pytest.mark.parametrize("name", sorted(named(METHOD)[0]))

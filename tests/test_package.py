@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from grpocem_jax import config_files
+from grpocem_jax import config_files, user_code
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 
@@ -184,6 +184,20 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, text, fragment):
         load_config(str(path))
     assert fragment in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_modules_beside_a_config_are_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "beside_a_config.py").write_text("def reward(): return 7\n")
+    source = "import beside_a_config, grpocem_jax as gj\ndef get_config():\n"
+    source += "    assert beside_a_config.reward() == 7\n    return gj.load_config('tiny')\n"
+    (tmp_path / "far" / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    load_config("far/mine.py")
+    assert user_code.load_function("beside_a_config:reward", field="config.x")() == 7
+    # What comes with the package has nothing beside it: `import tiny` stays an error.
+    assert str(config_files.config_folder()) not in sys.path
 
 
 def test_a_file_that_is_not_python_is_no_config(tmp_path):

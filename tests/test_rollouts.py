@@ -1,6 +1,7 @@
 """Between text and arrays: padding, buckets, decoding, scoring, step rewards."""
 
 import dataclasses
+import threading
 import types
 
 import jax.numpy as jnp
@@ -187,3 +188,27 @@ def test_without_a_process_reward_the_outcome_is_the_only_step():
     )
     np.testing.assert_array_equal(rewards[0], [[0, 0, 0.25], [0, 0, 0]])
     np.testing.assert_array_equal(ends[0], [[False, False, True], [False] * 3])
+
+
+def test_a_reward_that_hangs_is_named_after_its_time():
+    forever = threading.Event()
+
+    def hangs(prompts, completions, **columns):
+        forever.wait()
+        return [0.0] * len(completions)
+
+    task = dataclasses.replace(make_task(hangs), reward_timeout_s=0.05)
+    with pytest.raises(InputError, match=r"hangs took more than data.reward_timeout_s=0.05 for 2"):
+        rollouts.score(items(task, "x"), [["a", "b"]])
+    forever.set()
+
+
+def test_a_time_limit_changes_neither_values_nor_errors():
+    def divides(prompts, completions, **columns):
+        return [1 / len(c) for c in completions]
+
+    task = dataclasses.replace(make_task(divides), reward_timeout_s=60.0)
+    scores = rollouts.score(items(task, "x"), [["a", "bb"]])
+    np.testing.assert_array_equal(scores.total, [[1.0, 0.5]])
+    with pytest.raises(InputError, match="divides raised ZeroDivisionError"):
+        rollouts.score(items(task, "x"), [["a", ""]])

@@ -54,6 +54,12 @@ def make_task(name: str, source: SourceConfig) -> Task:
         Reward(user_code.load_function(reference, field=f"{field}.rewards"), weight)
         for reference, weight in zip(source.rewards, weights, strict=True)
     )
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"{field}.rewards={source.rewards}: two functions have the same name, which logs tell "
+            "them apart by; rename one."
+        )
     if name in TASKS:
         return dataclasses.replace(TASKS[name], rewards=rewards) if rewards else TASKS[name]
     if name == "overall" or not re.fullmatch(r"[A-Za-z_][\w-]*", name):

@@ -57,6 +57,7 @@ class Task:
       own: a task of the user's own: the column ``prompt`` is the prompt as it stands, a column
         ``completion`` the reference where the data set has one, and the reward functions get every
         other column as it is.
+      reward_timeout_s: seconds that one call of a reward function may take; 0 for any time.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     shorten: str | None = None
     reference: str | None = None
     own: bool = False
+    reward_timeout_s: float = 0.0
 
     @property
     def text_columns(self) -> tuple[str, ...]:

@@ -1,0 +1,161 @@
+"""A run directory: one process at a time, one set of settings, and signals that end a run."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from grpocem_jax.errors import InputError
+from grpocem_jax.files import write_json
+
+NEUTRAL = (
+    "cem",
+    "data.reward_timeout_s",
+    "logging",
+    "train.checkpoint_every_minutes",
+    "train.checkpoint_every_steps",
+    "train.eval_batch_size",
+    "train.eval_samples",
+    "train.keep_checkpoints",
+)
+"""Settings that may change while a run continues: they do not alter what is trained."""
+
+
+class Interrupted(SystemExit):
+    """A signal ended a run after its checkpoint was written; the exit status is 128 + signal."""
+
+
+def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether there is a run of these settings to continue.
+
+    Args:
+      workdir: the run directory, which need not be there.
+      settings: all settings, as config.json has them.
+
+    Raises:
+      InputError: a run of other settings, with the differences, or a config.json that cannot be
+        read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return False
+    stored = _flat(_read(path))
+    given = _flat(json.loads(json.dumps(settings)))
+    changed = [
+        f"{name} is {stored.get(name)!r} there and {given.get(name)!r} here"
+        for name in sorted(stored.keys() | given)
+        if stored.get(name) != given.get(name)
+        and not any(name == own or name.startswith(f"{own}.") for own in NEUTRAL)
+    ]
+    if changed:
+        raise InputError(
+            f"--workdir={workdir}: holds a run with other settings ({'; '.join(changed)}); give "
+            "another folder, or the settings of that run to continue it."
+        )
+    return True
+
+
+@contextlib.contextmanager
+def claim(
+    workdir: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
+) -> Iterator[dict[str, str]]:
+    """Takes a run directory for this process, until the block ends or the process does.
+
+    Args:
+      workdir: made where it is not there.
+      settings: all settings; written as config.json in a new run.
+      identity: hashes of what the run is trained on, by name; kept in run.json.
+
+    Yields:
+      the identity with the ``id`` that the run got at its start.
+
+    Raises:
+      InputError: a folder that cannot be written, another process in it, or another identity.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("a")
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir}: cannot be written ({error.strerror}); give another folder."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--workdir={workdir}: another process is running there; wait for it, or give "
+                "another folder."
+            ) from None
+        except OSError as error:
+            print(f"no lock on {workdir} ({error.strerror}): start no second run there", flush=True)
+        path = workdir / "run.json"
+        if check_settings(workdir, settings) and path.exists():
+            stored = _read(path)
+            for name, value in identity.items():
+                if stored.get(name) != value:
+                    raise InputError(
+                        f"--workdir={workdir}: the run there was started on another {name}; give "
+                        "another folder, or what it was started on to continue it."
+                    )
+        else:
+            stored = {**identity, "id": uuid.uuid4().hex[:8]}
+            write_json(path, stored)
+        write_json(workdir / "config.json", settings)
+        yield stored
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give another --workdir.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: is no JSON object; give another --workdir.")
+    return value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+class Signals:
+    """Catches SIGTERM and SIGINT inside a ``with`` block; a second one ends the process at once.
+
+    Outside the main thread, where Python allows no handlers, nothing is caught.
+
+    Attributes:
+      received: the first signal, or None.
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> "Signals":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        print(f"\n{name}: one more step, then a checkpoint", file=sys.stderr, flush=True)

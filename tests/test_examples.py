@@ -1,0 +1,171 @@
+"""The examples, run as they stand but shorter."""
+
+import contextlib
+import json
+import runpy
+import shutil
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grpocem_jax as gj
+from examples import custom_adapter
+from examples.own_task import rewards
+from grpocem_jax.adapters import base
+from tests.conftest import ROOT, SITES
+
+
+def short(settings, tasks=None):
+    """The settings of a run of one step."""
+    settings.train.max_steps = 1
+    settings.train.batch_size = 16
+    settings.data.heldout_samples = 4
+    settings.train.eval_samples = 1
+    settings.generation.max_new_tokens = 4
+    if tasks:
+        settings.data.tasks = tasks
+    return settings
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_rewards_of_the_own_task():
+    texts = [
+        " positive.",
+        " not negative, positive",
+        " at first negative, because of the soup.",
+        "",
+    ]
+    words = ["positive"] * 4
+    assert rewards.right(texts, texts, sentiment=words) == [1, -1, -1, -1]
+    # One word; three, so two more of nine; seven, so six more; no answer at all.
+    expected = [1, 1 - 2 * 2 / 9, 1 - 2 * 6 / 9, -1]
+    assert rewards.brief(texts, texts, sentiment=words) == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """The run directory of the own task, and its summary."""
+    workdir = tmp_path_factory.mktemp("own") / "run"
+    with contextlib.chdir(ROOT):
+        settings = short(gj.load_config("examples/own_task/config.py"))
+        settings.cem.generations, settings.cem.population_size = 2, 10
+        return workdir, gj.train(settings, workdir)
+
+
+def test_the_own_task_trains(own_run):
+    workdir, summary = own_run
+    assert set(summary["heldout"]) == {"reviews", "overall"}
+    assert summary["data"]["reviews"]["heldout"] == 4
+    (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    total = record["rewards/right/mean"] + 0.5 * record["rewards/brief/mean"]
+    assert record["rewards/reviews/mean"] == pytest.approx(total, rel=1e-5)
+    assert record["reward"] == pytest.approx(total, rel=1e-5)
+
+
+def test_lora_is_an_adapter_whose_zeros_are_the_base_model(tiny):
+    method = custom_adapter.lora(rank=3)
+    sites = base.select_sites(tiny.base.sites, SITES)
+    params = base.factor_params(method, tiny.params, sites)
+    offsets = base.init_adapter(method, jax.random.key(0), params, sites)
+    x = jax.random.normal(jax.random.key(1), (5, 40))
+    kernel = params["h_0"]["attn_c_proj"]["kernel"]
+    site = "h.0.attn.c_proj"
+    assert jax.tree.map(jnp.shape, offsets[site]) == {"a": (40, 3), "b": (3, 40)}
+    for own in (offsets[site], jax.tree.map(jnp.zeros_like, offsets[site])):
+        np.testing.assert_array_equal(method.apply(kernel, own, x), x @ kernel)
+    own = jax.tree.map(lambda leaf: leaf + 0.1, offsets[site])
+    merged = method.merge(kernel, own)
+    np.testing.assert_allclose(method.apply(kernel, own, x), x @ merged, atol=1e-5)
+    assert not np.allclose(merged, kernel)
+
+
+def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
+    settings = short(gj.load_config("tiny"), tasks=("sentiment",))
+    settings.adapter.type = "examples.custom_adapter:lora"
+    settings.cem.fitness = "examples.custom_fitness:worst_token"
+    settings.cem.generations, settings.cem.population_size = 2, 10
+    settings.cem.gate = False
+    summary = gj.train(settings, tmp_path / "run")
+    assert summary["trainable_parameters"] == 4 * (128 * 2 + 2 * 128)
+    run = gj.load_run(tmp_path / "run")
+    text = gj.Text("Review: The soup was cold.")
+    found = gj.adapt(run, text)
+    assert found.returned == "mean"
+    # The worst token of a text is below the mean of all.
+    assert found.fitness_before < float(gj.log_likelihoods(run, run.adapter, [text])[0])
+    assert found.fitness_after != found.fitness_before
+
+
+def test_cem_alone_finds_the_highest_peak(capsys):
+    runpy.run_path(str(ROOT / "examples" / "cem_alone.py"), run_name="__main__")
+    distance = capsys.readouterr().out.rpartition("peak: ")[2]
+    assert float(distance) < 1e-3  # the next peak is 1 away
+
+
+def test_the_notebook_script_runs(monkeypatch, capsys):
+    load = gj.load_config
+
+    def small(name):
+        settings = load(name)
+        settings.cem.generations, settings.cem.population_size = 2, 10
+        settings.generation.max_new_tokens = 4
+        return settings
+
+    monkeypatch.setattr(gj, "load_config", small)
+    space = runpy.run_path(str(ROOT / "examples" / "adapt_notebook.py"))
+    assert space["gradient"].search.generations == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["CEM", "gradient", "before", "after"]
+
+
+NOTEBOOK = json.loads((ROOT / "examples" / "colab.ipynb").read_text(encoding="utf-8"))
+CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_of_format_4_and_kept_without_outputs():
+    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
+    names = [cell["id"] for cell in NOTEBOOK["cells"]]
+    assert len(set(names)) == len(names)
+    for cell in NOTEBOOK["cells"]:
+        assert all(isinstance(line, str) for line in cell["source"])
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CODE)
+
+
+def test_the_notebook_runs(own_run, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def train(settings, workdir):
+        made.append(gj.parse_config(settings))
+        shutil.copytree(own_run[0], workdir)  # stands for the notebook's own runs
+        return own_run[1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gj, "train", train)
+    # Stands for IPython, which tests do not need.
+    display = types.SimpleNamespace(HTML=str)
+    ipython = types.SimpleNamespace(display=display, version_info=(9, 0))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    names = {}
+    for number, cell in enumerate(CODE):
+        lines = [line for line in cell["source"] if not line.startswith(("!", "%"))]
+        exec(compile("".join(lines), cell["id"], "exec"), names)
+        if number == 0:
+            names |= {"STEPS": 1, "GPT2": True, "GPT2_STEPS": 2}
+            names |= {"BENCHMARK": "builtin", "POPULATION": 10}
+    assert [config.model.source for config in made] == ["builtin", "openai-community/gpt2"]
+    assert [config.train.max_steps for config in made] == [1, 2]
+    assert names["exported"].folder.name == f"gpt2-{names['started']}-exported"
+    assert "Held-out reward" in names["page"]
+    assert names["result"].candidates == 10 * 10
+    assert names["exported"].difference < 1e-3
+    assert "candidates/s" in capsys.readouterr().out

@@ -1,0 +1,143 @@
+"""Functions of the user's own: named in a config, imported, and refused in one sentence."""
+
+import pytest
+
+from grpocem_jax import training, user_code
+from grpocem_jax.config import parse_config
+from grpocem_jax.config_files import load_config
+from grpocem_jax.errors import InputError
+
+MODULE = """
+class Rewards:
+    @staticmethod
+    def short(prompts, completions, **columns):
+        return [1.0 / (1 + len(c)) for c in completions]
+
+def adapter(**options):
+    raise KeyError("rank")
+
+def no_adapter():
+    return {"rank": 1}
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    """A module in the working directory."""
+    (tmp_path / "mine_for_tests.py").write_text(MODULE)
+    (tmp_path / "broken_for_tests.py").write_text("import nowhere_to_be_found\n")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_working_directory_is_looked_in_and_dots_reach_into_classes():
+    function = user_code.load_function("mine_for_tests:Rewards.short", field="f")
+    assert function(["p"], ["abc"]) == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "fragments"),
+    [
+        ("mine_for_tests", ["not of the form package.module:function"]),
+        (":short", ["not of the form package.module:function"]),
+        ("mine_for_tests:", ["not of the form package.module:function"]),
+        ("mine_for_tests:long", ["has no function long"]),
+        ("mine_for_tests:Rewards.long", ["has no function Rewards.long"]),
+        ("mine_for_tests:number", ["has no function number"]),
+        ("no_such_module:f", ["no_such_module cannot be imported", "start where it lies"]),
+        ("broken_for_tests:f", ["ModuleNotFoundError", "nowhere_to_be_found"]),
+    ],
+)
+def test_what_cannot_be_imported_is_named(name, fragments):
+    with pytest.raises(InputError) as error:
+        user_code.load_function(name, field="config.some.field")
+    for fragment in ["config.some.field", repr(name), *fragments]:
+        assert fragment in str(error.value)
+
+
+def parse(**changes):
+    settings = load_config("tiny")
+    settings.update_from_flattened_dict(changes)
+    return parse_config(settings)
+
+
+def own_task(section, name="mine"):
+    settings = load_config("tiny")
+    settings.data.tasks = (name,)
+    settings.data[name] = section
+    return parse_config(settings).task(name)
+
+
+GOOD = {"source": "somewhere", "rewards": ("mine_for_tests:Rewards.short",)}
+
+
+def test_training_imports_rewards_before_it_loads_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_policy", lambda *args, **kwargs: pytest.fail("loaded"))
+    settings = load_config("tiny")
+    settings.data.qa = {"source": "builtin", "rewards": ("mine_for_tests:gone",)}
+    with pytest.raises(InputError, match="has no function gone"):
+        training.train(settings, tmp_path / "run")
+
+
+def test_a_built_in_task_takes_other_rewards():
+    settings = load_config("tiny")
+    settings.data.qa = {"source": "builtin", "rewards": GOOD["rewards"], "reward_weights": (2.0,)}
+    (reward,) = parse_config(settings).task("qa").rewards
+    assert (reward.name, reward.weight) == ("short", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "fragments"),
+    [
+        ({"source": "x"}, "mine", ["config.data.tasks names 'mine'", "rewards"]),
+        ({"source": "x"}, "sentimnt", ["did you mean 'sentiment'?"]),
+        ({"source": "x", "rewards": ()}, "mine", ["config.data.mine.rewards"]),
+        ({"rewards": GOOD["rewards"]}, "mine", ["config.data.mine.source"]),
+        (GOOD, "over all", ["letters, digits"]),
+        (GOOD, "overall", ["'overall'"]),
+        ({**GOOD, "reward_weights": (1.0, 2.0)}, "mine", ["reward_weights", "each of the 1"]),
+        ({**GOOD, "rewards": ("mine_for_tests:nothing",)}, "mine", ["has no function nothing"]),
+        ({**GOOD, "rewards": 2 * GOOD["rewards"]}, "mine", ["two functions have the same name"]),
+    ],
+)
+def test_a_task_of_ones_own_that_lacks_something_is_refused(section, name, fragments):
+    with pytest.raises(InputError) as error:
+        own_task(section, name)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"adapter.type": "lora"}, ["adapter.type='lora'", "'svf'", "package.module:function"]),
+        ({"adapter.type": "mine_for_tests:gone"}, ["config.adapter.type", "no function gone"]),
+        ({"cem.fitness": "likelyhood"}, ["cem.fitness='likelyhood'"]),
+        ({"cem.fitness": "mine_for_tests:gone"}, ["config.cem.fitness", "no function gone"]),
+        ({"logging.report_to": ("mlflow",)}, ["logging.report_to", "'wandb'"]),
+        ({"train.target_kl": 0.1, "grpo.beta": 0.0}, ["target_kl=0.1", "grpo.beta"]),
+    ],
+)
+def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes, fragments):
+    with pytest.raises(InputError) as error:
+        parse(**changes)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fragments"),
+    [
+        ("adapter", ["raised KeyError", "rank"]),
+        ("no_adapter", ["returned dict", "grpocem_jax.Adapter"]),
+    ],
+)
+def test_a_function_that_makes_no_adapter_is_named(name, fragments):
+    from grpocem_jax.policy import make_adapter
+
+    config = parse(**{"adapter.type": f"mine_for_tests:{name}"})
+    with pytest.raises(InputError) as error:
+        make_adapter(config.adapter)
+    for fragment in [f"mine_for_tests:{name}", *fragments]:
+        assert fragment in str(error.value)
