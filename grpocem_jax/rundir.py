@@ -29,7 +29,7 @@ NEUTRAL = (
 
 
 class Interrupted(SystemExit):
-    """A signal ended a run after its checkpoint was written; the exit status is 128 + signal."""
+    """A signal ended a run whose work is on disk; the exit status is 128 + signal."""
 
 
 def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
@@ -138,9 +138,12 @@ class Signals:
 
     Attributes:
       received: the first signal, or None.
+      at_once: whether a signal raises `Interrupted` where it comes, as when everything is on disk;
+        else who set this looks at ``received``.
     """
 
     received: int | None = None
+    at_once: bool = True
 
     def __enter__(self) -> "Signals":
         self._before = {}
@@ -158,4 +161,9 @@ class Signals:
             os._exit(128 + number)
         self.received = number
         name = signal.Signals(number).name
-        print(f"\n{name}: one more step, then a checkpoint", file=sys.stderr, flush=True)
+        what = "the same command continues the run"
+        if not self.at_once:
+            what = "the step under way and a checkpoint are finished first"
+        print(f"\n{name}: {what}", file=sys.stderr, flush=True)
+        if self.at_once:
+            raise Interrupted(128 + number)

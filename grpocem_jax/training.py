@@ -73,10 +73,13 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             "grpo.group_size); give more data or a smaller step."
         )
     identity = {"model": policy.pretrained.sha256, "data": _data_hash(train_items)}
-    with rundir.claim(workdir, settings.to_dict(), identity) as claimed:
+    with (
+        rundir.claim(workdir, settings.to_dict(), identity) as claimed,
+        rundir.Signals() as signals,
+    ):
         config_hash = checkpoints.config_hash(settings.to_dict())
         key, eval_key = jax.random.split(jax.random.key(config.seed))
-        run = Run(config, policy, train_items, key, workdir, config_hash)
+        run = Run(config, policy, train_items, key, workdir, config_hash, signals)
         run.logs = trackers.start(
             config.logging,
             workdir,
@@ -245,7 +248,9 @@ class Run:
         key: jax.Array,
         workdir: Path,
         config_hash: str,
+        signals: rundir.Signals,
     ):
+        self.signals = signals
         self.config, self.policy, self.items, self.key = config, policy, items, key
         self.workdir, self.config_hash = workdir, config_hash
         self.steps_per_epoch = len(items) // config.prompts_per_step
@@ -281,31 +286,32 @@ class Run:
         """
         state, saved = self.state, time.monotonic()
         progress = screens.Progress(self.total_steps)
-        signals = rundir.Signals()
+        signals = self.signals
+        signals.at_once = False
         try:
-            with signals:
-                for step in range(self.first_step, self.total_steps):
-                    started = time.perf_counter()
-                    state, record = self.step(state, step)
-                    record["step_time"] = time.perf_counter() - started
-                    self.log(record)
-                    progress.update(
-                        step + 1,
-                        reward=f"{record['reward']:.3f}",
-                        kl=f"{record['kl']:.4f}",
-                        tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
-                    )
-                    if signals.received or self.checkpoint_due(step + 1, saved):
-                        self.checkpoints.save(state, self.key, self.position(step + 1))
-                        saved = time.monotonic()
-                    if signals.received:
-                        break
+            for step in range(self.first_step, self.total_steps):
+                started = time.perf_counter()
+                state, record = self.step(state, step)
+                record["step_time"] = time.perf_counter() - started
+                self.log(record)
+                progress.update(
+                    step + 1,
+                    reward=f"{record['reward']:.3f}",
+                    kl=f"{record['kl']:.4f}",
+                    tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
+                )
+                if signals.received or self.checkpoint_due(step + 1, saved):
+                    self.checkpoints.save(state, self.key, self.position(step + 1))
+                    saved = time.monotonic()
+                if signals.received:
+                    break
         finally:
+            signals.at_once = True
             progress.close()
             self.metrics.close()
             self.completions.close()
             self.checkpoints.close()
-        if signals.received and int(state.step) < self.total_steps:
+        if signals.received:
             print(
                 f"stopped after step {int(state.step)} of {self.total_steps}; the same command "
                 "continues the run",
