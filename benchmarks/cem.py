@@ -17,7 +17,6 @@ import grpocem_jax as gj
 from benchmarks import common
 from grpocem_jax import commands, fitness
 from grpocem_jax.errors import InputError
-from grpocem_jax.models import gpt2
 
 
 def problem(subject: common.Subject, tokens: np.ndarray) -> tuple[fitness.Texts, int]:
@@ -146,16 +145,12 @@ def _peers(
     subject: common.Subject, tokens: np.ndarray, population: int, looped: int
 ) -> dict[str, Any]:
     peers = common.import_peers()
-    pretrained, carrier = subject.pretrained, subject.carrier
-    model = peers.gpt2(
-        gpt2.params_to_state(pretrained.params, pretrained.config),
-        gpt2.config_to_hf(pretrained.config, end_token=0),
-    )
+    model = common.peer_model(subject)
     rng = np.random.default_rng(0)
     offsets = {
         site: subject.config.cem.noise_std
         * rng.standard_normal((population, *zero.shape)).astype(np.float32)
-        for site, zero in carrier.zero.items()
+        for site, zero in subject.carrier.zero.items()
     }
     limit = 1024 // len(tokens)
     return {

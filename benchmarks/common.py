@@ -18,9 +18,11 @@ import numpy as np
 from absl import flags
 
 from grpocem_jax import commands, metrics
+from grpocem_jax.adapters import base as adapters
+from grpocem_jax.adapters import svf
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.models import base, gpt2, hub
+from grpocem_jax.models import base, hub
 from grpocem_jax.policy import Carrier, put_adapter
 
 
@@ -69,23 +71,73 @@ def define_timing_flags() -> None:
 
 
 def load(settings: ml_collections.ConfigDict) -> Subject:
-    """Loads the model of a config; a published GPT-2's name stands for its shape.
+    """Loads the model of a config; the name of a published shape stands for the shape.
 
     Speed does not depend on the weights, so nothing is fetched for it.
 
     Raises:
       InputError: settings or a model that cannot be used.
     """
+    config, source = _parse(settings)
+    pretrained = hub.load_model(source, seed=config.seed)
+    carrier = put_adapter(pretrained, config.adapter, dtype=config.model.dtype, seed=config.seed)
+    return Subject(config, source, pretrained, carrier)
+
+
+def outline(settings: ml_collections.ConfigDict) -> Subject:
+    """As `load`, to compile for and not to run: parameters are shapes, and take no memory.
+
+    Raises:
+      InputError: settings that cannot be used, a model that is no published shape and no
+        ``random:SHAPE``, or an adapter that is not of singular values.
+    """
+    config, source = _parse(settings)
+    if not source.startswith("random:"):
+        raise InputError(
+            f"config.model.source={source!r}: only shapes can be measured without weights; give "
+            "random:SHAPE."
+        )
+    if config.adapter.type != "svf":
+        raise InputError(
+            f"config.adapter.type={config.adapter.type!r}: only 'svf' can be measured without "
+            "weights; use that."
+        )
+    pretrained = hub.load_outline(source)
+    method = svf.svf(
+        rank_ratio=config.adapter.rank_ratio, tail=config.adapter.tail, svd=_no_decomposition
+    )
+
+    def factor(kernel: np.ndarray) -> svf.SVFFactors:
+        factors = method.factor(kernel)
+        u, vt = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (factors.u, factors.vt))
+        return factors._replace(u=u, vt=vt)
+
+    model = pretrained.build(method.apply)
+    sites = adapters.select_sites(model.sites, config.adapter.sites)
+    params = adapters.factor_params(method._replace(factor=factor), pretrained.params, sites)
+    zero = adapters.init_adapter(method, jax.random.key(0), params, sites)
+    params = jax.eval_shape(lambda x: base.cast_params(x, jnp.dtype(config.model.dtype)), params)
+    return Subject(config, source, pretrained, Carrier(model, params, method, sites, zero))
+
+
+def _parse(settings: ml_collections.ConfigDict) -> tuple[Config, str]:
+    """The config, and the source of its model."""
     # A program found on disk would hide what compilation takes.
     jax.config.update("jax_enable_compilation_cache", False)
     config = parse_config(settings)
     source = config.model.source
-    name = source.rpartition("/")[2]
-    if name in gpt2.SHAPES and not Path(source).is_dir():
+    name = source.rpartition("/")[2].lower()
+    if name in hub.SHAPES and not Path(source).is_dir():
         source = f"random:{name}"
-    pretrained = hub.load_model(source, seed=config.seed)
-    carrier = put_adapter(pretrained, config.adapter, dtype=config.model.dtype, seed=config.seed)
-    return Subject(config, source, pretrained, carrier)
+    return config, source
+
+
+def _no_decomposition(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Arrays of the shapes of an SVD, with singular values of 1."""
+    rows, columns = kernel.shape
+    rank = min(rows, columns)
+    ones = np.broadcast_to(np.float32(1), (rows, rank)), np.ones(rank, np.float32)
+    return *ones, np.broadcast_to(np.float32(1), (rank, columns))
 
 
 def random_tokens(subject: Subject, *shape: int, seed: int = 0) -> np.ndarray:
@@ -270,6 +322,15 @@ def show(text: str, record: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({**record, "environment": metrics.environment()}, allow_nan=False))
         sys.stdout.flush()
+
+
+def peer_model(subject: Subject) -> Any:
+    """The same model in transformers, with the same weights."""
+    pretrained = subject.pretrained
+    return import_peers().load(
+        pretrained.architecture.params_to_state(pretrained.params, pretrained.config),
+        pretrained.architecture.config_to_hf(pretrained.config),
+    )
 
 
 def import_peers() -> ModuleType:

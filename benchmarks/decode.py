@@ -16,7 +16,6 @@ from absl import flags
 from benchmarks import common
 from grpocem_jax import commands, sampling
 from grpocem_jax.errors import InputError
-from grpocem_jax.models import gpt2
 
 
 def sampling_settings(subject: common.Subject, length: int) -> dict[str, Any]:
@@ -87,12 +86,8 @@ def measure(
         "products": common.run_products(products, config.model.dtype),
     }
     if peers:
-        module, pretrained = common.import_peers(), subject.pretrained
-        work["transformers_generate"] = module.transformers_generate(
-            module.gpt2(
-                gpt2.params_to_state(pretrained.params, pretrained.config),
-                gpt2.config_to_hf(pretrained.config, end_token=0),
-            ),
+        work["transformers_generate"] = common.import_peers().transformers_generate(
+            common.peer_model(subject),
             arguments[2],
             num_samples=config.grpo.group_size,
             max_new_tokens=length,

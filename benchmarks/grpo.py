@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from benchmarks import common, decode
 from grpocem_jax import grpo, sampling
-from grpocem_jax.models import gpt2
 
 
 class Step(NamedTuple):
@@ -170,11 +169,8 @@ def measure(
 
 
 def _peer(subject: common.Subject, prompt_length: int, length: int) -> Any:
-    peers, pretrained, config = common.import_peers(), subject.pretrained, subject.config
-    model = peers.gpt2(
-        gpt2.params_to_state(pretrained.params, pretrained.config),
-        gpt2.config_to_hf(pretrained.config, end_token=0),
-    )
+    peers, config = common.import_peers(), subject.config
+    model = common.peer_model(subject)
     prompts = common.random_tokens(subject, config.prompts_per_step, prompt_length)
 
     def run() -> list[float]:
@@ -189,6 +185,7 @@ def _peer(subject: common.Subject, prompt_length: int, length: int) -> Any:
                 repetition_penalty=config.generation.repetition_penalty,
                 beta=config.grpo.beta,
                 micro_batch=config.train.batch_size,
+                sites=list(subject.carrier.sites),
                 steps=2,
                 folder=folder,
             )

@@ -1,12 +1,13 @@
-"""Peak memory of a GRPO step, and of PPO in its place.
+"""Peak memory of a GRPO step, of PPO in its place, and of a CEM generation.
 
-    python -m benchmarks.memory [--config configs/gpt2.py] [--json]
+    python -m benchmarks.memory [--config configs/gpt2.py] [--norun] [--json]
 
 One optimizer step at the config's full setting: its prompts and completions at their largest
 lengths, its micro-batch.  The peak of a program is what its arguments, results and temporaries take
 together by the compiler's own account; the peak of a step is the larger of rollouts and update,
 with everything in memory that outlives them.  The GRPO step is also run, and the system's figure
-for the process put beside it.
+for the process put beside it; ``--norun`` only compiles, for models that do not fit in memory.  The
+CEM generation scores the config's population on a text of ``--text_tokens``.
 """
 
 from typing import Any
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import common, decode, grpo, ppo
-from grpocem_jax import commands, sampling
+import grpocem_jax as gj
+from benchmarks import cem, common, decode, grpo, ppo
+from grpocem_jax import commands, fitness, sampling
+from grpocem_jax.adapters import spaces
 from grpocem_jax.grpo import optimizer
 
 COMPILER = (
@@ -49,11 +52,10 @@ def ppo_bytes(
     head = common.head_product(subject, 1)
     models = ppo.Models(carrier.model, subject.pretrained.build())
 
-    def make() -> ppo.Trainable:
-        critic = jax.tree.map(jnp.asarray, subject.pretrained.params) if separate else None
+    def make(critic: Any) -> ppo.Trainable:
         return ppo.Trainable(carrier.zero, jnp.zeros(head.inner), critic)
 
-    trainable = jax.eval_shape(make)
+    trainable = jax.eval_shape(make, subject.pretrained.params if separate else None)
     opt_state = jax.eval_shape(optimizer(hp).init, trainable)
     _, _, prompts, prompt_mask, *_ = arguments
     out = jax.eval_shape(
@@ -69,9 +71,27 @@ def ppo_bytes(
     return max(program_bytes(update), program_bytes(rollouts) + resident)
 
 
-def measure(settings: Any, *, prompt_length: int, length: int) -> tuple[str, dict[str, Any]]:
+def cem_bytes(subject: common.Subject, length: int) -> int:
+    """Peak of a CEM generation on a text of ``length`` tokens, from shapes alone."""
+    carrier, method = subject.carrier, subject.config.cem.search_method
+    texts, chunk = cem.problem(subject, common.random_tokens(subject, length))
+    space = gj.full_space(carrier.zero)
+
+    def generation(params: Any, state: Any, texts: Any, key: Any) -> Any:
+        score = fitness.Likelihood(params, carrier.model)
+        return method.step(
+            key, state, lambda point, key: score(spaces.decode(space, point), texts, key), chunk
+        )
+
+    arguments = (carrier.params, method.init(space.origin), texts, jax.random.key(0))
+    return program_bytes(jax.jit(generation).lower(*arguments).compile())
+
+
+def measure(
+    settings: Any, *, prompt_length: int, length: int, text_length: int, run: bool
+) -> tuple[str, dict[str, Any]]:
     """Runs the benchmark; returns the text to show and the JSON record."""
-    subject = common.load(settings)
+    subject = common.load(settings) if run else common.outline(settings)
     config = subject.config
     prompt_length = prompt_length or config.data.max_prompt_tokens
     length = length or config.generation.max_new_tokens
@@ -83,10 +103,14 @@ def measure(settings: Any, *, prompt_length: int, length: int) -> tuple[str, dic
         ppo_bytes(subject, step.arguments, step.sample, length, separate=separate)
         for separate in (True, False)
     )
+    search = cem_bytes(subject, text_length)
     weights = common.parameter_bytes(subject.carrier.params)
-    with common.PeakMemory() as memory:
-        grpo.run_step(subject, step)
-    measured = None if memory.extra_bytes is None else weights + memory.extra_bytes
+    measured, seconds, how_measured = None, None, "not run"
+    if run:
+        with common.PeakMemory() as memory:
+            seconds = sum(grpo.run_step(subject, step))
+        measured = None if memory.extra_bytes is None else weights + memory.extra_bytes
+        how_measured = f"{seconds:.1f} s; weights, and {memory.source}"
 
     def row(label: str, size: int) -> tuple[str, str, str]:
         return label, f"{size / 1e6:,.0f}", f"{peak / size:.2f}"
@@ -101,6 +125,8 @@ def measure(settings: Any, *, prompt_length: int, length: int) -> tuple[str, dic
     if measured is not None:
         rows.append(row("GRPO, one step, as run", measured))
     rows += [row("PPO, critic of its own", separate), row("PPO, value head", shared)]
+    population = config.cem.population_size
+    rows.append(row(f"CEM, {population} candidates x {text_length} tokens", search))
     samples = config.prompts_per_step * config.grpo.group_size
     lines = [
         common.headline(
@@ -112,7 +138,7 @@ def measure(settings: Any, *, prompt_length: int, length: int) -> tuple[str, dic
         common.table(rows),
         "",
         f"how       {COMPILER}",
-        f"as run    weights, and {memory.source}",
+        *([f"as run    {how_measured}"] if run else []),
     ]
     record = {
         "grpo_peak_bytes": peak,
@@ -124,11 +150,14 @@ def measure(settings: Any, *, prompt_length: int, length: int) -> tuple[str, dic
         "grpo_update_bytes": programs["update"],
         "weight_bytes": weights,
         "grpo_measured_bytes": measured,
+        "grpo_first_step_seconds": seconds,
+        "cem_generation_bytes": search,
         "how": {
             "grpo_peak_bytes": COMPILER,
             "ppo_separate_critic_peak_bytes": COMPILER,
             "ppo_value_head_peak_bytes": COMPILER,
-            "grpo_measured_bytes": f"weights, and {memory.source}",
+            "grpo_measured_bytes": how_measured,
+            "cem_generation_bytes": COMPILER,
         },
         "samples": samples,
         "prompt_tokens": prompt_length,
@@ -143,7 +172,13 @@ def main(argv: list[str]) -> None:
     """Checks the flags and measures."""
     del argv
     values = flags.FLAGS
-    text, record = measure(values.config, prompt_length=values.prompt_tokens, length=values.tokens)
+    text, record = measure(
+        values.config,
+        prompt_length=values.prompt_tokens,
+        length=values.tokens,
+        text_length=values.text_tokens,
+        run=values.run,
+    )
     common.show(text, record, values.json)
 
 
@@ -151,4 +186,6 @@ if __name__ == "__main__":
     common.define_flags()
     flags.DEFINE_integer("tokens", 0, "Tokens of each completion; 0: as the config.", 0)
     flags.DEFINE_integer("prompt_tokens", 0, "Tokens of each prompt; 0: as the config.", 0)
+    flags.DEFINE_integer("text_tokens", 12, "Tokens of the text that CEM adapts to.", 2)
+    flags.DEFINE_bool("run", True, "Run the GRPO step as well, which needs the weights.")
     commands.run(main)

@@ -29,24 +29,26 @@ if DEVICE.type == "cuda":
 
 
 class _Site(NamedTuple):
-    """A ``Conv1D`` with ``weight == (u * s) @ vt``; ``offsets [C, k]`` of the leading values."""
+    """A linear map with ``kernel == (u * s) @ vt``; ``offsets [C, k]`` of the leading values.
+
+    ``kernel [in, out]`` is the weight of a ``Conv1D`` and, of a ``Linear``, a view of its own.
+    """
 
     module: Any
+    kernel: torch.Tensor
     u: torch.Tensor
     s: torch.Tensor
     vt: torch.Tensor
     offsets: torch.Tensor
 
 
-def gpt2(
-    state: Mapping[str, np.ndarray], fields: Mapping[str, Any]
-) -> transformers.GPT2LMHeadModel:
-    """transformers' GPT-2 with the given weights, in evaluation mode and without dropout.
+def load(state: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> Any:
+    """transformers' model with the given weights, in evaluation mode and without dropout.
 
     Args:
-      state: float32 tensors by the names transformers writes, without the tied head
-        (`grpocem_jax.models.gpt2.params_to_state`).
-      fields: of a ``config.json`` (`grpocem_jax.models.gpt2.config_to_hf`).
+      state: float32 tensors by the names transformers writes, without a tied head
+        (``params_to_state`` of the architecture).
+      fields: of a ``config.json`` (``config_to_hf`` of the architecture).
 
     Returns:
       the model, on `DEVICE`, with PyTorch's fused attention (transformers' default).
@@ -55,18 +57,20 @@ def gpt2(
       ValueError: the tensors are not those of the model.
     """
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = transformers.GPT2Config.from_dict({**fields, **no_dropout})
-    model = transformers.GPT2LMHeadModel(config)
+    options: dict[str, Any] = {**fields, **no_dropout, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.AutoConfig.for_model(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tensors = {name: torch.tensor(np.asarray(x, np.float32)) for name, x in state.items()}
     report = model.load_state_dict(tensors, strict=False)
-    if report.missing_keys != ["lm_head.weight"] or report.unexpected_keys:
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    if report.missing_keys != tied or report.unexpected_keys:
         raise ValueError(f"the weights do not fit: {report}")
     model.tie_weights()
     return model.eval().to(DEVICE)
 
 
 def torch_loop(
-    model: transformers.GPT2LMHeadModel,
+    model: Any,
     tokens: np.ndarray,
     offsets: Mapping[str, np.ndarray],
     count: int,
@@ -78,7 +82,7 @@ def torch_loop(
     four fifths of the singular values trainable.
 
     Args:
-      model: from `gpt2`; has its own weights again after each call.
+      model: from `load`; has its own weights again after each call.
       tokens: integers ``[T]``, the text.
       offsets: float32 ``[C, k]`` of the leading singular values, by site (``h.0.attn.c_proj``).
       count: the candidates to score, at most ``C``.
@@ -91,9 +95,8 @@ def torch_loop(
     updates = []
     for site in _sites(model, offsets):
         k = site.offsets.shape[1]
-        weight = site.module.weight
         factors = site.u[:, :k].contiguous(), site.s[:k], site.vt[:k]
-        updates.append((weight, weight.detach().clone(), *factors, site.offsets))
+        updates.append((site.kernel, site.kernel.clone(), *factors, site.offsets))
 
     @torch.inference_mode()
     def score() -> np.ndarray:
@@ -113,7 +116,7 @@ def torch_loop(
 
 
 def torch_batched(
-    model: transformers.GPT2LMHeadModel,
+    model: Any,
     tokens: np.ndarray,
     offsets: Mapping[str, np.ndarray],
     *,
@@ -122,7 +125,7 @@ def torch_batched(
     """Scores all candidates as one batch, each site applying the factors of its weight.
 
     Args:
-      model: from `gpt2`; computes what it did before after each call.
+      model: from `load`; computes what it did before after each call.
       tokens: integers ``[T]``, the text.
       offsets: float32 ``[C, k]`` of the leading singular values, by site (``h.0.attn.c_proj``).
       chunk: candidates in a batch; all of them by default, which holds logits ``[C, T - 1, V]``
@@ -150,7 +153,7 @@ def torch_batched(
 
 
 def transformers_generate(
-    model: transformers.GPT2LMHeadModel,
+    model: Any,
     prompts: np.ndarray,
     num_samples: int,
     max_new_tokens: int,
@@ -161,7 +164,7 @@ def transformers_generate(
     """Samples completions with ``model.generate``; none ends before ``max_new_tokens``.
 
     Args:
-      model: from `gpt2`.
+      model: from `load`.
       prompts: integers ``[P, S]``, without padding.
       num_samples: ``G``, completions of each prompt.
       max_new_tokens: ``N``.
@@ -197,7 +200,7 @@ def transformers_generate(
 
 
 def trl_grpo(
-    model: transformers.GPT2LMHeadModel,
+    model: Any,
     prompts: np.ndarray,
     *,
     num_samples: int,
@@ -207,17 +210,18 @@ def trl_grpo(
     repetition_penalty: float,
     beta: float,
     micro_batch: int,
+    sites: list[str],
     steps: int,
     folder: str,
 ) -> list[float]:
     """Trains with TRL's ``GRPOTrainer`` and times its optimizer steps.
 
-    A LoRA of rank 1 on the attention's output maps, completions by transformers, one pass over
+    A LoRA of rank 1 on the same maps as ours, completions by transformers, one pass over
     them, and as reference policy the same model without the LoRA.  None of the completions ends
     before ``max_new_tokens``.
 
     Args:
-      model: from `gpt2`; what is trained is a copy.
+      model: from `load`; what is trained is a copy.
       prompts: integers ``[P, S]``, without padding; every step has all of them.
       num_samples: ``G``, completions of each prompt.
       max_new_tokens: ``N``.
@@ -226,6 +230,7 @@ def trl_grpo(
       repetition_penalty: at least 1, over the prompt and the completion.
       beta: weight of the KL term; 0 leaves the reference out.
       micro_batch: completions in one forward and backward pass; divides ``P * G``.
+      sites: names of the adapted maps in the model's base.
       steps: optimizer steps.
       folder: TRL's output directory; nothing is saved.
 
@@ -286,8 +291,10 @@ def trl_grpo(
             peft_config=peft.LoraConfig(
                 r=1,
                 lora_alpha=1,
-                target_modules=r".*\.attn\.c_proj",
-                fan_in_fan_out=True,
+                target_modules=sites,
+                fan_in_fan_out=not isinstance(
+                    model.base_model.get_submodule(sites[0]), torch.nn.Linear
+                ),
                 task_type="CAUSAL_LM",
             ),
         )
@@ -355,14 +362,16 @@ def _text(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[None, :-1], ids[1:]
 
 
-def _sites(model: transformers.GPT2LMHeadModel, offsets: Mapping[str, np.ndarray]) -> list[_Site]:
+def _sites(model: Any, offsets: Mapping[str, np.ndarray]) -> list[_Site]:
     sites = []
     for name, rows in offsets.items():
-        module = model.transformer.get_submodule(name)
-        factors = torch.linalg.svd(module.weight.detach().double(), full_matrices=False)
+        module = model.base_model.get_submodule(name)
+        kernel = module.weight.detach()
+        kernel = kernel.T if isinstance(module, torch.nn.Linear) else kernel
+        factors = torch.linalg.svd(kernel.double(), full_matrices=False)
         u, s, vt = (x.float().contiguous() for x in factors)
         changes = torch.tensor(np.asarray(rows, np.float32), device=DEVICE)
-        sites.append(_Site(module, u, s, vt, changes))
+        sites.append(_Site(module, kernel, u, s, vt, changes))
     return sites
 
 
@@ -372,7 +381,8 @@ def _factored(sites: list[_Site], candidates: slice) -> Iterator[int]:
 
     def forward(site: _Site, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         inner = (x @ site.u).mul_(scales)
-        y = torch.addmm(site.module.bias, inner.flatten(0, 1), site.vt)
+        rows, bias = inner.flatten(0, 1), site.module.bias
+        y = rows @ site.vt if bias is None else torch.addmm(bias, rows, site.vt)
         return y.view(*x.shape[:-1], -1)
 
     try:

@@ -1,4 +1,4 @@
-"""What all tests share: strict arrays, a small random GPT-2, and the shared folder."""
+"""What all tests share: strict arrays, small random models, and the shared folder."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import pytest
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
 from grpocem_jax.models import base as models
-from grpocem_jax.models import gpt2
+from grpocem_jax.models import hub
 from tests.parity import weights
 
 ROOT = Path(__file__).parents[1]
@@ -25,20 +25,22 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 class Tiny(NamedTuple):
-    """A random GPT-2 of 2 layers and width 40 whose attention output carries a zero SVF adapter.
+    """A random model of 2 layers and width 40 or less that carries a zero SVF adapter.
 
     Attributes:
+      architecture: its module.
       config: its shape.
       params: plain float32 parameters.
       base: model functions without an adapter, for ``params``.
       method: the adapter, ``svf()``.
-      sites: the adapted sites, ``attn.c_proj`` of every layer.
+      sites: the adapted sites, the attention's output of every layer.
       factored: parameters with factors at the sites.
       model: model functions that carry the adapter, for ``factored``.
-      zero: offsets of the base model, 32 a site.
+      zero: offsets of the base model; 32 a site at width 40.
     """
 
-    config: gpt2.GPT2Config
+    architecture: models.Architecture
+    config: Any
     params: models.Params
     base: models.Model
     method: adapters.Adapter
@@ -56,18 +58,25 @@ class Tiny(NamedTuple):
         }
 
 
-@pytest.fixture(scope="session")
-def tiny() -> Tiny:
-    fields = weights.SHAPES["small"]
-    config = gpt2.config_from_hf(fields, "small")
-    state = gpt2.params_from_state(weights.state(fields), config, "small")
+def make_tiny(fields: Any, site: str) -> Tiny:
+    """The model of some fields of a config.json, adapted at one map of every layer."""
+    module = hub.ARCHITECTURES[fields["model_type"]]
+    config = module.config_from_hf(fields, "tiny")
+    state = module.params_from_state(weights.state(fields), config, "tiny")
     params = models.cast_params(state, jnp.float32)
     method = svf.svf()
-    model = gpt2.build(config, method.apply)
-    sites = adapters.select_sites(model.sites, ["attn.c_proj"])
+    model = module.build(config, method.apply)
+    sites = adapters.select_sites(model.sites, [site])
     factored = adapters.factor_params(method, params, sites)
     zero = adapters.init_adapter(method, jax.random.key(0), factored, sites)
-    return Tiny(config, params, gpt2.build(config), method, sites, factored, model, zero)
+    plain = module.build(config)
+    return Tiny(module, config, params, plain, method, sites, factored, model, zero)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    """A GPT-2."""
+    return make_tiny(weights.SHAPES["small"], "attn.c_proj")
 
 
 @pytest.fixture(scope="session")

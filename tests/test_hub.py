@@ -204,7 +204,7 @@ def test_tensors_that_do_not_fit_are_named(folder, edit, fragments):
 @pytest.mark.parametrize(
     ("fields", "fragments"),
     [
-        ({"model_type": "llama"}, ["model_type='llama'", "gpt2"]),
+        ({"model_type": "bloom"}, ["model_type='bloom'", "gpt2, llama, mistral, qwen2"]),
         ({"model_type": None}, ["model_type='None'"]),
         ({"activation_function": "relu"}, ["activation_function='relu'", "'gelu_new'"]),
         ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),

@@ -1,7 +1,8 @@
-"""GPT-2's functions agree with each other, whatever the padding, batch, cache and precision.
+"""A model's functions agree with each other, whatever the padding, batch, cache and precision.
 
-Lengths are the same throughout, so that few programs are compiled: texts have up to 19 tokens, the
-first 11 of them a prompt.
+For GPT-2, and for a Qwen2 with groups of heads and a head of its own.  Lengths are the same
+throughout, so that few programs are compiled: texts have up to 19 tokens, the first 11 of them a
+prompt.
 """
 
 import functools
@@ -11,13 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.models import base, gpt2
-from tests.conftest import SITES
+from grpocem_jax.models import base, hub
+from tests.conftest import make_tiny
 from tests.parity import weights
 
 FIELDS = weights.SHAPES["small"]
 TEXT = weights.tokens(FIELDS, 19)
 LENGTH, PROMPT = 19, 11
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen2"], name="tiny")
+def _tiny(request, tiny):
+    if request.param == "gpt2":
+        return tiny
+    return make_tiny(weights.LLAMAS["qwen2-untied"], "self_attn.o_proj")
 
 
 def pad(tokens, left, length, filler=0):
@@ -119,12 +127,6 @@ def test_order_matters(tiny):
     assert np.abs(whole(tiny, TEXT)[-1] - whole(tiny, swapped)[-1]).max() > 1e-3
 
 
-def test_norms_survive_a_large_common_offset_of_the_hidden_state(tiny):
-    """A norm removes it; E[x^2] - E[x]^2 would lose all but two digits of the variance."""
-    shifted = tiny.factored | {"wpe": tiny.factored["wpe"] + 300.0}
-    close(whole(tiny, TEXT, shifted), whole(tiny, TEXT), 2e-3)
-
-
 def test_vmaps_over_texts_and_candidates_equal_loops(tiny):
     texts = [pad(TEXT[:12], 7, LENGTH), pad(TEXT[5:], 0, LENGTH)]
     candidates = [tiny.adapted(seed) for seed in range(3)]
@@ -181,19 +183,45 @@ def test_attention_over_segments_equals_attention_over_them_joined():
         close(found[head], expected, 1e-6)
 
 
-def dots(function, *args):
-    """Operand and result types of every matrix product in a function."""
-    found = []
+@pytest.mark.parametrize("shared", [2, 3, 6])
+def test_heads_that_share_keys_attend_as_with_copies_of_them_and_make_none(shared):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(6, 3, 4)).astype(np.float32)
+    keys, values = (rng.normal(size=(6 // shared, 9, 4)).astype(np.float32) for _ in range(2))
+    allowed = rng.random((3, 9)) < 0.6
+    allowed[:, 0] = True
+
+    def attend(keys, values):
+        parts = [(keys[:, a:b], values[:, a:b], allowed[:, a:b]) for a, b in ((0, 4), (4, 9))]
+        return base.attend(query, parts)
+
+    # Head 0 and its neighbours share the first keys; np.tile would give them to every other head.
+    copies = (np.repeat(x, shared, axis=0) for x in (keys, values))
+    close(attend(keys, values), attend(*copies), 1e-6)
+    made = [v.aval.shape for equation in equations(attend, keys, values) for v in equation.outvars]
+    assert (6 // shared, shared * 3, 9) in made  # the attention weights
+    assert not any(shape[0] == 6 and shape[1] in (4, 5, 9) for shape in made if len(shape) == 3)
+
+
+def equations(function, *args):
+    """Every operation in a function, also in those it calls."""
 
     def visit(jaxpr):
         for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                found.append([v.aval.dtype.name for v in (*equation.invars, *equation.outvars)])
+            yield equation
             for inner in jax.core.jaxprs_in_params(equation.params):
-                visit(inner)
+                yield from visit(inner)
 
-    visit(jax.make_jaxpr(function)(*args).jaxpr)
-    return found
+    return visit(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def dots(function, *args):
+    """Operand and result types of every matrix product in a function."""
+    return [
+        [v.aval.dtype.name for v in (*equation.invars, *equation.outvars)]
+        for equation in equations(function, *args)
+        if equation.primitive.name == "dot_general"
+    ]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -213,8 +241,9 @@ def test_mixed_precision_multiplies_matrices_in_half_and_keeps_the_rest(tiny, dt
         *dots(tiny.model.decode_step, params, adapter, context, cache, TEXT[0], jnp.int32(0)),
         *dots(tiny.model.logits, params, hidden),
     ]
-    # Five maps, one of them in two factors, and two products of attention, doubled by a context.
-    assert len(products) == 2 * 7 + 2 * 9 + 1
+    # The maps, one of them in two factors, and two products of attention, doubled by a context.
+    maps = len(tiny.model.sites) // 2 + 1
+    assert len(products) == 2 * (maps + 2) + 2 * (maps + 4) + 1
     assert all(product == [name, name, "float32"] for product in products)
 
 
@@ -237,59 +266,26 @@ def test_bfloat16_decodes_what_its_forward_computes_near_float32(tiny):
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
         ("gpt2-xl", 1_557_611_200),
+        ("qwen2-0.5b", 494_032_768),
+        ("qwen2-1.5b", 1_543_714_304),
+        ("qwen2-7b", 7_615_616_512),
     ],
 )
 def test_published_shapes_have_the_published_sizes(shape, count):
-    init = functools.partial(gpt2.init_params, config=gpt2.SHAPES[shape])
-    params = jax.eval_shape(init, jax.random.key(0))
-    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)) == count
+    assert hub.load_outline(f"random:{shape}").num_params() == count
 
 
-def test_initial_parameters_have_the_published_statistics():
-    config = gpt2.GPT2Config(
-        vocab_size=500, context_length=100, width=64, num_layers=2, num_heads=2
-    )
-    init = jax.jit(functools.partial(gpt2.init_params, config=config))
-    params = init(jax.random.key(0))
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path)
-        assert x.dtype == jnp.float32
-        if x.ndim == 1:
-            np.testing.assert_array_equal(x, 1.0 if "scale" in name else 0.0, err_msg=name)
-        else:
-            # 0.02 / sqrt(2 * 2) = 0.01 for what is added to the residual stream.
-            std = 0.01 if "c_proj" in name else 0.02
-            assert np.std(x) == pytest.approx(std, rel=0.05), name
-            assert abs(np.mean(x)) < 4 * std / x.size**0.5, name
-    np.testing.assert_array_equal(init(jax.random.key(0))["wte"], params["wte"])
-    assert np.abs(init(jax.random.key(1))["wte"] - params["wte"]).max() > 0.01
-
-
-def test_every_kernel_is_a_site_under_its_checkpoint_name(tiny):
-    kernels = {
-        path: leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tiny.params)
-        if path[-1].key == "kernel"
-    }
-    paths = {tuple(part.key for part in path) for path in kernels}
-    assert set(tiny.base.sites.values()) == paths
-    assert list(tiny.base.sites) == [f"h.{i}.{site}" for i in range(2) for site in SITES]
-    assert tiny.base.sites["h.1.mlp.c_fc"] == ("h_1", "mlp_c_fc", "kernel")
-
-
-def test_the_head_in_parts_is_the_head(tiny):
-    hidden = jax.random.normal(jax.random.key(0), (3, tiny.config.width))
-    whole = tiny.base.logits(tiny.params, hidden)
-    assert whole.shape == (3, tiny.config.vocab_size)
-    part = jax.jit(lambda start: tiny.base.logits(tiny.params, hidden, start, 5))(jnp.int32(4))
-    close(part, whole[:, 4:9])
+def test_every_kernel_is_a_site(tiny):
+    leaves = jax.tree_util.tree_leaves_with_path(tiny.params)
+    paths = {tuple(part.key for part in path) for path, _ in leaves}
+    assert set(tiny.base.sites.values()) == {path for path in paths if path[-1] == "kernel"}
 
 
 def test_a_block_is_traced_once_for_all_layers(tiny, monkeypatch):
-    traced = []
-    call = gpt2.Block.__call__
-    monkeypatch.setattr(gpt2.Block, "__call__", lambda *x: traced.append(x) or call(*x))
-    model = gpt2.build(tiny.config, tiny.method.apply)
+    traced, block = [], tiny.architecture.Block
+    call = block.__call__
+    monkeypatch.setattr(block, "__call__", lambda *x: traced.append(x) or call(*x))
+    model = tiny.architecture.build(tiny.config, tiny.method.apply)
     jax.eval_shape(
         functools.partial(model.forward, tokens=TEXT, mask=np.ones(LENGTH, bool)),
         tiny.factored,
@@ -299,22 +295,12 @@ def test_a_block_is_traced_once_for_all_layers(tiny, monkeypatch):
     assert len(traced) == 1
 
 
-def test_the_backward_pass_keeps_the_large_products_and_no_attention_weights(tiny):
-    """What `remat` keeps of a block: its input, and what is marked."""
-    block = gpt2.Block(tiny.config, tiny.method.apply, jnp.float32)
-    length, width = LENGTH, tiny.config.width
-    x = jnp.ones((length, width))
-    allowed = jnp.ones((length, length), bool)
-
-    @base.remat
-    def run(params, x, allowed):
-        return block.apply({"params": params}, x, {}, allowed, None, None, None)[0]
-
-    _, backward = jax.vjp(lambda x: run(tiny.params["h_0"], x, allowed), x)
-    weights = {x.shape for x in jax.tree.leaves(tiny.params["h_0"])}
-    shapes = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape not in weights]
-    products = [(length, 3 * width), (length, width), (length, 4 * width)]
-    assert sorted(shapes) == sorted([x.shape, allowed.shape, *products])
+def test_the_head_in_parts_is_the_head(tiny):
+    hidden = jax.random.normal(jax.random.key(0), (3, tiny.config.width))
+    whole = tiny.base.logits(tiny.params, hidden)
+    assert whole.shape == (3, tiny.config.vocab_size)
+    part = jax.jit(lambda start: tiny.base.logits(tiny.params, hidden, start, 5))(jnp.int32(4))
+    close(part, whole[:, 4:9])
 
 
 def test_a_record_may_be_a_static_argument(tiny):
@@ -328,5 +314,5 @@ def test_a_record_may_be_a_static_argument(tiny):
     hidden = jnp.ones(tiny.config.width)
     logits(tiny.params, hidden, model=tiny.base)
     logits(tiny.params, hidden, model=tiny.base)
-    logits(tiny.params, hidden, model=gpt2.build(tiny.config))
+    logits(tiny.params, hidden, model=tiny.architecture.build(tiny.config))
     assert len(traced) == 2

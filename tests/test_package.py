@@ -168,7 +168,10 @@ def test_a_file_goes_before_a_name(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("text", "fragment"),
     [
-        (None, "neither a file nor a config that comes with the package; those are gpt2, tiny"),
+        (
+            None,
+            "neither a file nor a config that comes with the package; those are gpt2, llama, tiny",
+        ),
         ("x = 1", "no attribute 'get_config'"),
         ("def get_config(:", "SyntaxError"),
         ("def get_config(): return {}", "returns dict, not a ConfigDict"),

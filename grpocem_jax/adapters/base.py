@@ -47,17 +47,16 @@ def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, 
       InputError: a pattern that fits no site; the message lists those there are.
     """
     selected: dict[str, tuple[str, ...]] = {}
+    kinds = ", ".join(sorted({name.split(".", 2)[-1] for name in sites}))
     for pattern in patterns:
         found = {n: path for n, path in sites.items() if n == pattern or n.endswith(f".{pattern}")}
         if not found:
-            kinds = sorted({name.split(".", 2)[-1] for name in sites})
             raise InputError(
-                f"adapter.sites: {pattern!r} is no linear map of this model; choose from "
-                f"{', '.join(kinds)}."
+                f"adapter.sites: {pattern!r} is no linear map of this model; choose from {kinds}."
             )
         selected.update(found)
     if not selected:
-        raise InputError("adapter.sites is empty; name at least one, such as attn.c_proj.")
+        raise InputError(f"adapter.sites is empty; name at least one of {kinds}.")
     return selected
 
 

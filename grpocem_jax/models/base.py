@@ -7,10 +7,11 @@ whatever a mapped axis shares (weights, a prompt's keys and values) is held once
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 Params = Any
@@ -26,7 +27,8 @@ SiteFunction = Callable[[Any, Any, jax.Array], jax.Array]
 class KeyValues(NamedTuple):
     """Keys and values of one sequence, a tuple over layers of ``[heads, length, head_dim]``.
 
-    Heads stand first so that attention's products read the cache as it lies.
+    Heads stand first so that attention's products read the cache as it lies; those that several
+    heads of queries share are there once.
     """
 
     keys: tuple[jax.Array, ...]
@@ -56,7 +58,7 @@ class Model:
       vocab_size: rows of the embedding.
       context_length: the largest number of positions.
       sites: names of the linear maps that an adapter may take over, each with its path in the
-        parameters, e.g. ``"h.0.attn.c_proj" -> ("h_0", "attn", "c_proj", "kernel")``.
+        parameters, e.g. ``"h.0.attn.c_proj" -> ("h_0", "attn_c_proj", "kernel")``.
       forward: ``(params, adapter, tokens [T], mask [T], context=None) -> hidden [T, D]``, tokens
         int32 and mask bool. Padding may stand anywhere: masked tokens are attended to by none and
         take no position. With a `Context` the tokens follow it.
@@ -77,6 +79,43 @@ class Model:
     init_cache: Callable[[Params, int], KeyValues]
     decode_step: Callable[..., tuple[jax.Array, KeyValues]]
     logits: Callable[..., jax.Array]
+
+
+class Architecture(Protocol):
+    """What the module of an architecture has; ``config`` is its own record.
+
+    Attributes:
+      Config: the record's class, with ``vocab_size`` and ``context_length``.
+      SHAPES: configs of published sizes by the name after ``random:``.
+    """
+
+    @property
+    def Config(self) -> type:  # noqa: D102, N802
+        ...
+
+    @property
+    def SHAPES(self) -> Mapping[str, Any]:  # noqa: D102, N802
+        ...
+
+    def build(self, config: Any, site_fn: SiteFunction | None = None) -> Model:
+        """The model's functions; ``site_fn`` is the ``apply`` of the adapter it will carry."""
+
+    def init_params(self, key: jax.Array, config: Any) -> Params:
+        """Random float32 parameters."""
+
+    def config_from_hf(self, fields: Mapping[str, Any], where: str) -> Any:
+        """Reads a ``config.json``, the file ``where``; refuses what is not implemented."""
+
+    def config_to_hf(self, config: Any) -> dict[str, Any]:
+        """The ``config.json`` that transformers reads, without token ids."""
+
+    def params_from_state(
+        self, state: Mapping[str, np.ndarray], config: Any, where: str
+    ) -> dict[str, Any]:
+        """Parameters float32 from the tensors of a checkpoint, the file ``where``."""
+
+    def params_to_state(self, params: Params, config: Any) -> dict[str, np.ndarray]:
+        """The inverse of ``params_from_state``, with the names transformers writes."""
 
 
 def dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
@@ -106,21 +145,27 @@ def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Arra
 
     Args:
       query: ``[H, T, d]``.
-      segments: ``(keys [H, S, d], values [H, S, d], allowed [T, S] bool)`` each, with lengths ``S``
-        of their own. Every query must be allowed some key for its row to be meaningful; rows with
-        none are finite.
+      segments: ``(keys [K, S, d], values [K, S, d], allowed [T, S] bool)`` each, with lengths ``S``
+        of their own. ``K`` divides ``H``: each run of ``H / K`` heads shares keys and values, which
+        are not repeated for them (grouped-query attention). Every query must be allowed some key
+        for its row to be meaningful; rows with none are finite.
 
     Returns:
       float32 ``[H, T, d]``: softmax(q k^T / sqrt(d)) v, softmax in float32.
     """
     scale = query.shape[-1] ** -0.5
+    heads, length, size = query.shape
+    key_heads = segments[0][0].shape[0]
+    shared = heads // key_heads
+    # The heads that share keys are rows of one product: [K, R, d] with R = H / K * T.
+    rows = query.reshape(key_heads, shared * length, size)
     scores = [
         jnp.where(
-            allowed[None],
+            jnp.tile(allowed, (shared, 1))[None],
             scale
             * jnp.einsum(
-                "htd,hsd->hts",
-                query.astype(keys.dtype),
+                "krd,ksd->krs",
+                rows.astype(keys.dtype),
                 keys,
                 preferred_element_type=jnp.float32,
             ),
@@ -134,9 +179,9 @@ def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Arra
         part = weights[..., start : start + allowed.shape[-1]]
         start += allowed.shape[-1]
         out = out + jnp.einsum(
-            "hts,hsd->htd", part.astype(values.dtype), values, preferred_element_type=jnp.float32
+            "krs,ksd->krd", part.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
-    return out
+    return out.reshape(query.shape)
 
 
 def cast_params(params: Params, dtype: jnp.dtype) -> Params:

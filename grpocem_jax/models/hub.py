@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,21 @@ from safetensors import SafetensorError, safe_open
 
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import write_json, write_safetensors
-from grpocem_jax.models import gpt2
-from grpocem_jax.models.base import Model, Params, SiteFunction
+from grpocem_jax.models import gpt2, llama
+from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
 
-ARCHITECTURES: Mapping[str, types.ModuleType] = {"gpt2": gpt2}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": llama,
+}
 """The module that serves a checkpoint, by ``model_type`` of its config.json."""
+
+SHAPES: Mapping[str, tuple[Architecture, Any]] = {
+    name: (module, config) for module in (gpt2, llama) for name, config in module.SHAPES.items()
+}
+"""The published sizes, for ``random:NAME``: module and config."""
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "model"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
@@ -42,7 +51,7 @@ class Pretrained:
 
     source: str
     kind: str
-    architecture: types.ModuleType
+    architecture: Architecture
     config: Any
     params: Params
     tokenizer: Any
@@ -71,39 +80,53 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
 
     Args:
       source: a Hub id (``openai-community/gpt2``), a local folder, ``builtin``, or ``random:SHAPE``
-        with SHAPE one of `gpt2.SHAPES` or a folder with a config.json (and a tokenizer).
+        with SHAPE one of `SHAPES` or a folder with a config.json (and a tokenizer).
       seed: of the weights of ``random:SHAPE``.
 
     Raises:
       InputError: what is wrong with the source, in one sentence.
     """
     if source.startswith("random:"):
-        return _random(source, seed)
+        outline = load_outline(source)
+        init = outline.architecture.init_params
+        params = jax.device_get(init(jax.random.key(seed), outline.config))
+        return dataclasses.replace(outline, params=params)
     kind, folder = _resolve(source)
-    architecture, config, end_ids = _read_config(folder)
-    state = _read_state(folder)
-    params = architecture.params_from_state(state, config, str(folder))
+    architecture, config, fields = _read_config(folder)
+    state, path = _read_state(folder)
+    params = architecture.params_from_state(state, config, str(path))
     tokenizer = _fitting_tokenizer(folder, config.vocab_size)
+    end_ids = _end_ids(folder, fields, tokenizer)
     return Pretrained(source, kind, architecture, config, params, tokenizer, end_ids)
 
 
-def _random(source: str, seed: int) -> Pretrained:
+def load_outline(source: str) -> Pretrained:
+    """What `load_model` makes of ``random:SHAPE``, with zeros that take no memory for parameters.
+
+    Raises:
+      InputError: as `load_model`.
+    """
     shape = source.removeprefix("random:")
     tokenizer: Any = None
     end_ids: tuple[int, ...] = ()
-    architecture: types.ModuleType = gpt2
-    if shape in gpt2.SHAPES:
-        config = gpt2.SHAPES[shape]
+    if shape in SHAPES:
+        architecture, config = SHAPES[shape]
     elif shape and Path(shape).is_dir():
-        architecture, config, end_ids = _read_config(Path(shape))
-        if any(Path(shape).glob("tokenizer*")) or any(Path(shape).glob("vocab*")):
-            tokenizer = _fitting_tokenizer(Path(shape), config.vocab_size)
+        folder = Path(shape)
+        architecture, config, fields = _read_config(folder)
+        if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")):
+            tokenizer = _fitting_tokenizer(folder, config.vocab_size)
+        end_ids = _end_ids(folder, fields, tokenizer)
     else:
         raise InputError(
             f"model.source={source!r}: no such shape; use random: with one of "
-            f"{', '.join(gpt2.SHAPES)} or a folder that holds a config.json."
+            f"{', '.join(SHAPES)} or a folder that holds a config.json."
         )
-    params = jax.device_get(architecture.init_params(jax.random.key(seed), config))
+    init = functools.partial(architecture.init_params, config=config)
+    params = jax.tree.map(
+        lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
     return Pretrained(source, "random", architecture, config, params, tokenizer, end_ids)
 
 
@@ -153,7 +176,8 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error}); fetch the file again.") from None
 
 
-def _read_config(folder: Path) -> tuple[types.ModuleType, Any, tuple[int, ...]]:
+def _read_config(folder: Path) -> tuple[Architecture, Any, dict[str, Any]]:
+    """The module that serves a folder, its config record, and all fields of its config.json."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
@@ -170,12 +194,29 @@ def _read_config(folder: Path) -> tuple[types.ModuleType, Any, tuple[int, ...]]:
             f"{', '.join(ARCHITECTURES)}."
         )
     architecture = ARCHITECTURES[kind]
-    end = fields.get("eos_token_id", 50256)
+    return architecture, architecture.config_from_hf(fields, str(path)), fields
+
+
+def _end_ids(folder: Path, fields: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """The end tokens that ``generate`` of transformers stops at.
+
+    Those of generation_config.json, else of config.json (null: none), else the tokenizer's.
+    """
+    path, name = folder / "generation_config.json", "eos_token_id"
+    generation = _read_json(path) if path.is_file() else {}
+    if not isinstance(generation, dict):
+        raise InputError(f"{path}: not a JSON object; fetch the file again.")
+    if generation.get(name) is None:
+        path, generation = folder / "config.json", fields
+    end = generation.get(name, tokenizer and tokenizer.eos_token_id)
     end_ids = tuple(end) if isinstance(end, list) else (end,) if end is not None else ()
-    return architecture, architecture.config_from_hf(fields, str(path)), end_ids
+    if any(type(x) is not int for x in end_ids):
+        raise InputError(f"{path}: {name}={end!r}: must be an integer, or a list of them.")
+    return end_ids
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
+    """All tensors of a folder, and the file that has or names them."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
@@ -213,18 +254,32 @@ def _read_state(folder: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: not a whole safetensors file ({error}); fetch it again."
             ) from None
-    return state
+    return state, index if len(files) > 1 else folder / files[0]
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer through transformers, refusing one that came out empty."""
     # Without this, transformers announces on every start that PyTorch is absent.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        if (folder / "tokenizer.json").is_file() and type(tokenizer) is not PreTrainedTokenizerFast:
+            # Classes of single models put parts of their own in the place of the file's, which is
+            # what the model was trained with; Llama's drops characters outside the vocabulary.
+            # Their special tokens are of use where the folder does not say.
+            defaults = tokenizer.special_tokens_map
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+            known = tokenizer.get_vocab()
+            tokenizer.add_special_tokens(
+                {
+                    name: defaults[name]
+                    for name in ("bos_token", "eos_token", "pad_token")
+                    if getattr(tokenizer, name) is None and defaults.get(name) in known
+                }
+            )
+    except (ImportError, OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{folder}: no tokenizer could be loaded; put tokenizer.json, or vocab.json and "
             "merges.txt, beside config.json."
@@ -264,7 +319,9 @@ def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) 
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fields = architecture.config_to_hf(config, end_token=tokenizer.eos_token_id)
+    fields = architecture.config_to_hf(config)
+    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
+    fields |= {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     write_json(folder / "config.json", fields)
     write_safetensors(folder / "model.safetensors", architecture.params_to_state(params, config))
     try:

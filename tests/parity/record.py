@@ -2,12 +2,12 @@
 
     python -m tests.parity.record            # every case
     python -m tests.parity.record builtin    # after the built-in model was pretrained again
+    python -m tests.parity.record stories    # the real model, from the shared folder
 
 Run from the root of the repository, in an environment with torch and transformers.  Hidden states
 and logits are stored at some coordinates, with norms over all of them, so that a file is small.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,35 +16,40 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.parity import weights
+from tests.parity import stories, weights
 
 REFERENCE = Path(__file__).parent / "reference"
 BUILTIN = Path(__file__).parents[2] / "grpocem_jax" / "builtin" / "model"
+SHARED = Path(__file__).parents[3] / "shared"
 TEXT = "A short text with a name, Anna, and a number, 42. Question: what is the number? Answer:"
 
 
-def build(fields: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> GPT2LMHeadModel:
+def build(fields: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Any:
     """transformers' model with the given weights, in float32 and without dropout."""
-    model = GPT2LMHeadModel(GPT2Config(**fields, attn_implementation="eager"))
+    config = AutoConfig.for_model(**fields, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()}
     report = model.load_state_dict(tensors, strict=False)
-    if report.missing_keys != ["lm_head.weight"] or report.unexpected_keys:
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    if report.missing_keys != tied or report.unexpected_keys:
         raise ValueError(f"the weights do not fit: {report}")
     model.tie_weights()
     return model.eval()
 
 
 @torch.no_grad()
-def outputs(model: GPT2LMHeadModel, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def outputs(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Every block's output ``blocks [L, T, D]``, ``hidden [T, D]`` and ``logits [T, V]``."""
     blocks: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
         blocks.append(output[0][0] if isinstance(output, tuple) else output[0])
 
-    hooks = [block.register_forward_hook(keep) for block in model.transformer.h]
+    base = model.base_model
+    layers = base.h if model.config.model_type == "gpt2" else base.layers
+    hooks = [block.register_forward_hook(keep) for block in layers]
     out = model(torch.from_numpy(tokens)[None].long(), output_hidden_states=True)
     for hook in hooks:
         hook.remove()
@@ -55,6 +60,14 @@ def outputs(model: GPT2LMHeadModel, tokens: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
+@torch.no_grad()
+def losses(model: Any, texts: list[list[int]]) -> np.ndarray:
+    """Cross-entropy of each text, summed over its tokens but the first, in nats ``[n]``."""
+    rows = [torch.tensor(text)[None] for text in texts]
+    means = [model(row, labels=row).loss * (row.shape[1] - 1) for row in rows]
+    return torch.stack(means).numpy()
+
+
 def some(size: int, count: int) -> np.ndarray:
     """The first eight coordinates and ``count`` others, ascending."""
     rng = np.random.default_rng(size)
@@ -63,15 +76,28 @@ def some(size: int, count: int) -> np.ndarray:
     return np.concatenate([np.arange(first), np.sort(others)])
 
 
+def load(folder: Path) -> Any:
+    """transformers' model of a folder, float32, with the attention that is written out."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+
+
 def record(case: str) -> None:
     """Writes ``reference/CASE.npz``."""
+    more = {}
     if case == "builtin":
-        fields = json.loads((BUILTIN / "config.json").read_text(encoding="utf-8"))
         state = load_file(BUILTIN / "model.safetensors")
         tokens = np.array(AutoTokenizer.from_pretrained(BUILTIN)(TEXT)["input_ids"], np.int32)
-        model = GPT2LMHeadModel.from_pretrained(BUILTIN, attn_implementation="eager").eval()
+        model = load(BUILTIN)
+    elif case == "stories":
+        folder = SHARED / stories.MODEL
+        state, model = load_file(folder / "model.safetensors"), load(folder)
+        texts = stories.tokens(SHARED)
+        tokens = np.array(texts[0][:24], np.int32)
+        more = {"losses": losses(model, texts)}
     else:
-        fields = weights.SHAPES[case]
+        fields = {**weights.SHAPES, **weights.LLAMAS}[case]
         state = weights.state(fields)
         tokens = weights.tokens(fields, 12)
         model = build(fields, state)
@@ -91,6 +117,7 @@ def record(case: str) -> None:
         logits=full["logits"][..., at_logits],
         logsumexp=np.logaddexp.reduce(full["logits"].astype(np.float64), axis=-1),
         best=full["logits"].argmax(-1),
+        **more,
     )
     print(
         f"{path.name}: {path.stat().st_size} bytes, {len(tokens)} tokens, largest hidden state "
@@ -99,5 +126,5 @@ def record(case: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or (*weights.SHAPES, "builtin"):
+    for name in sys.argv[1:] or (*weights.SHAPES, *weights.LLAMAS, "builtin"):
         record(name)

@@ -10,18 +10,17 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpocem_jax import adaptation, export, sampling
-from grpocem_jax.models import base, gpt2, hub
-from tests.parity import weights
+from grpocem_jax.models import base, hub
+from tests.parity import stories, weights
 from tests.test_adaptation import PROMPT
 from tests.test_export import make_run
-from tests.test_parity import REFERENCE, TOLERANCE, run
+from tests.test_parity import REFERENCE, TOLERANCE, run, story_losses
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; use make parity")
 
 from transformers import (  # noqa: E402 (after the skip)
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2LMHeadModel,
     RepetitionPenaltyLogitsProcessor,
     TopPLogitsWarper,
 )
@@ -30,19 +29,22 @@ from tests.parity import record  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
+RECORDED = {**weights.SHAPES, **weights.LLAMAS}
 SHAPES = {
-    **weights.SHAPES,
+    **RECORDED,
     "wide heads": weights.SHAPES["small"] | {"n_embd": 64, "n_head": 1, "n_layer": 4},
     "narrow heads": weights.SHAPES["small"] | {"n_embd": 48, "n_head": 24, "n_layer": 1},
 }
-SMALL = weights.SHAPES["small"]
+SMALL, QWEN2 = weights.SHAPES["small"], weights.LLAMAS["qwen2-untied"]
+SAVED = [*weights.LLAMAS, "small"]
 
 
 def ours(fields, state=None):
     """Config, parameters and model functions of the same weights on our side."""
-    config = gpt2.config_from_hf(fields, "live")
-    params = gpt2.params_from_state(state or weights.state(fields), config, "live")
-    return config, base.cast_params(params, jnp.float32), gpt2.build(config)
+    module = hub.ARCHITECTURES[fields["model_type"]]
+    config = module.config_from_hf(fields, "live")
+    params = module.params_from_state(state or weights.state(fields), config, "live")
+    return config, base.cast_params(params, jnp.float32), module.build(config)
 
 
 def compare(name, found, expected, capsys):
@@ -63,7 +65,7 @@ def test_layers_and_logits_equal_transformers(case, capsys):
     expected = record.outputs(record.build(fields, state), tokens)
     config, params, _ = ours(fields, state)
     compare(case, run(config, params, tokens), expected, capsys)
-    if case in weights.SHAPES:
+    if case in RECORDED:
         stored = np.load(REFERENCE / f"{case}.npz")
         for key, at in (("blocks", "at_hidden"), ("hidden", "at_hidden"), ("logits", "at_logits")):
             np.testing.assert_allclose(
@@ -72,17 +74,29 @@ def test_layers_and_logits_equal_transformers(case, capsys):
 
 
 def test_the_builtin_model_equals_transformers(capsys):
-    model = GPT2LMHeadModel.from_pretrained(hub.BUILTIN, attn_implementation="eager").eval()
+    model = record.load(hub.BUILTIN)
     pretrained = hub.load_model("builtin")
     tokens = np.array(pretrained.tokenizer.encode(record.TEXT), np.int32)
     found = run(pretrained.config, pretrained.params, tokens)
     compare("builtin", found, record.outputs(model, tokens), capsys)
 
 
-def test_every_position_of_the_context_and_left_padding_equal_transformers():
-    model = record.build(SMALL, weights.state(SMALL))
-    _, params, functions = ours(SMALL)
-    tokens = np.stack([weights.tokens(SMALL, 24, seed=seed) for seed in range(3)])
+def test_a_real_model_costs_its_stories_what_it_does_in_transformers(shared, capsys):
+    """The mean of the cross-entropy over the first 200 tokens of 100 stories."""
+    texts = stories.tokens(shared)
+    count = sum(len(text) - 1 for text in texts)
+    expected = record.losses(record.load(shared / stories.MODEL), texts).sum() / count
+    found = story_losses(hub.load_model(str(shared / stories.MODEL)), texts).sum() / count
+    with capsys.disabled():
+        print(f"\nstories: {found:.6f} nats a token, {found - expected:+.1e} from transformers")
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("fields", [SMALL, QWEN2], ids=["gpt2", "qwen2"])
+def test_every_position_of_the_context_and_left_padding_equal_transformers(fields):
+    model = record.build(fields, weights.state(fields))
+    _, params, functions = ours(fields)
+    tokens = np.stack([weights.tokens(fields, 24, seed=seed) for seed in range(3)])
     mask = np.arange(24) >= np.array([[0], [5], [20]])
     with torch.no_grad():
         expected = model(
@@ -103,17 +117,18 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w3", unk_token="w0")
 
 
-def test_transformers_loads_what_we_save(tmp_path, tokenizer, capsys):
-    config, params, _ = ours(SMALL)
+@pytest.mark.parametrize("case", SAVED)
+def test_transformers_loads_what_we_save(case, tmp_path, tokenizer, capsys):
+    fields = RECORDED[case]
+    config, params, _ = ours(fields)
     hub.save_model(tmp_path, config, params, tokenizer)
-    model, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert not report["mismatched_keys"]
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert model.config.model_type == fields["model_type"]
     assert model.config.eos_token_id == model.config.bos_token_id == 3
-    for name, x in weights.state(SMALL).items():
+    for name, x in weights.state(fields).items():
         np.testing.assert_array_equal(model.state_dict()[name].numpy(), x, err_msg=name)
-    tokens = weights.tokens(SMALL, 12)
+    tokens = weights.tokens(fields, 12)
     compare("saved", run(config, params, tokens), record.outputs(model.eval(), tokens), capsys)
 
 
@@ -143,16 +158,19 @@ def test_transformers_computes_and_writes_what_we_do_from_an_export(tmp_path, ca
         assert text == f"{ours},"
 
 
+@pytest.mark.parametrize("case", SAVED)
 @pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
-def test_we_load_what_transformers_saves(tmp_path, tokenizer, shard_size, capsys):
-    model = record.build(SMALL, weights.state(SMALL))
+def test_we_load_what_transformers_saves(case, tmp_path, tokenizer, shard_size, capsys):
+    fields = RECORDED[case]
+    model = record.build(fields, weights.state(fields))
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file() == (shard_size == "1GB")
     pretrained = hub.load_model(str(tmp_path))
-    for name, x in gpt2.params_to_state(pretrained.params, pretrained.config).items():
-        np.testing.assert_array_equal(x, weights.state(SMALL)[name], err_msg=name)
-    tokens = weights.tokens(SMALL, 12)
+    state = pretrained.architecture.params_to_state(pretrained.params, pretrained.config)
+    for name, x in state.items():
+        np.testing.assert_array_equal(x, weights.state(fields)[name], err_msg=name)
+    tokens = weights.tokens(fields, 12)
     found = run(pretrained.config, pretrained.params, tokens)
     compare(f"loaded, {shard_size}", found, record.outputs(model, tokens), capsys)
 
@@ -180,12 +198,12 @@ def test_the_nucleus_equals_transformers(top_p, spread):
     np.testing.assert_array_equal(found, kept)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_completions_equal_transformers_token_by_token(penalty):
+@pytest.mark.parametrize(("fields", "penalty"), [(SMALL, 1.0), (SMALL, 1.3), (QWEN2, 1.3)])
+def test_greedy_completions_equal_transformers_token_by_token(fields, penalty):
     """Prompts of several lengths padded together here, one at a time there."""
-    model = record.build(SMALL, weights.state(SMALL))
-    _, params, functions = ours(SMALL)
-    prompts = [weights.tokens(SMALL, length, seed=length) for length in (1, 5, 9, 12)]
+    model = record.build(fields, weights.state(fields))
+    _, params, functions = ours(fields)
+    prompts = [weights.tokens(fields, length, seed=length) for length in (1, 5, 9, 12)]
     padded, mask = np.zeros((4, 12), np.int32), np.zeros((4, 12), bool)
     for row, prompt in enumerate(prompts):
         padded[row, 12 - len(prompt) :] = prompt

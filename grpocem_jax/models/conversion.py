@@ -1,0 +1,158 @@
+"""Between Hugging Face checkpoints and parameters: fields of a config.json, and tensors."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from grpocem_jax.errors import InputError
+from grpocem_jax.models.base import Params
+
+HEAD = "lm_head.weight"
+
+
+class Tensor(NamedTuple):
+    """Where a tensor of a checkpoint goes.
+
+    Attributes:
+      path: of the leaf in the parameters.
+      shape: in the checkpoint.
+      transposed: a linear map that the checkpoint has as ``[out, in]``; ours are ``[in, out]``.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+class Layout(NamedTuple):
+    """The tensors of a model's checkpoint.
+
+    Attributes:
+      name: of the architecture, for messages.
+      prefix: that names have in a model with a head and lack in one without.
+      tensors: by the name that transformers writes.
+      tied: name of the embedding that is the head as well; None where ``tensors`` has the head.
+      passed_over: pattern of names, without the prefix, of what is in checkpoints and no weight.
+    """
+
+    name: str
+    prefix: str
+    tensors: Mapping[str, Tensor]
+    tied: str | None
+    passed_over: str
+
+    def sites(self) -> dict[str, tuple[str, ...]]:
+        """The linear maps by checkpoint name, without prefix, and the paths of their kernels."""
+        return {
+            name.removeprefix(self.prefix).removesuffix(".weight"): tensor.path
+            for name, tensor in self.tensors.items()
+            if tensor.path[-1] == "kernel"
+        }
+
+
+def params_from_state(
+    state: Mapping[str, np.ndarray], layout: Layout, where: str
+) -> dict[str, Any]:
+    """Builds the parameters from a checkpoint's tensors, float32, using each exactly once.
+
+    The prefix may be there or not.  Of a tied embedding and head one will do; if both are there,
+    they must be equal.
+
+    Args:
+      state: tensors by name, in any floating-point dtype.
+      layout: what they must be.
+      where: the file, for messages.
+
+    Raises:
+      InputError: a tensor is missing, left over, of another shape or not of floating-point numbers;
+        it names the tensor.
+    """
+    left: dict[str, str] = {}
+    for name in state:
+        bare = name.removeprefix(layout.prefix)
+        if bare in left:
+            raise InputError(f"{where}: {left[bare]} and {name} are the same tensor; keep one.")
+        left[bare] = name
+    params: dict[str, Any] = {}
+    for name, tensor in layout.tensors.items():
+        bare = name.removeprefix(layout.prefix)
+        if bare not in left and name == layout.tied and HEAD in left:
+            bare = HEAD
+        if bare not in left:
+            raise InputError(
+                f"{where}: the tensor {name} is missing; this is no complete {layout.name}."
+            )
+        stored = state[left.pop(bare)]
+        if stored.shape != tensor.shape:
+            raise InputError(
+                f"{where}: the tensor {name} has shape {stored.shape}, but config.json says "
+                f"{tensor.shape}."
+            )
+        if not jnp.issubdtype(stored.dtype, jnp.floating):
+            raise InputError(
+                f"{where}: the tensor {name} holds {stored.dtype} numbers; use a checkpoint that "
+                "is not quantised."
+            )
+        array = np.asarray(stored, np.float32)
+        branch = params
+        for part in tensor.path[:-1]:
+            branch = branch.setdefault(part, {})
+        branch[tensor.path[-1]] = np.ascontiguousarray(array.T) if tensor.transposed else array
+    if layout.tied is not None and HEAD in left:
+        embedding = _leaf(params, layout.tensors[layout.tied])
+        if not np.array_equal(np.asarray(state[left.pop(HEAD)], np.float32), embedding):
+            raise InputError(
+                f"{where}: {HEAD} differs from {layout.tied.removeprefix(layout.prefix)}, but this "
+                f"{layout.name} ties the two; correct tie_word_embeddings in config.json."
+            )
+    for bare, name in left.items():
+        if not re.fullmatch(layout.passed_over, bare):
+            raise InputError(f"{where}: the tensor {name} belongs to no {layout.name} weight.")
+    return params
+
+
+def params_to_state(params: Params, layout: Layout) -> dict[str, np.ndarray]:
+    """The inverse of `params_from_state`, with the names transformers writes; a tied head once."""
+    state = {}
+    for name, tensor in layout.tensors.items():
+        array = np.asarray(_leaf(params, tensor), np.float32)
+        state[name] = np.ascontiguousarray(array.T) if tensor.transposed else array
+    return state
+
+
+def _leaf(params: Params, tensor: Tensor) -> Any:
+    for part in tensor.path:
+        params = params[part]
+    return params
+
+
+def check_implemented(
+    fields: Mapping[str, Any], implemented: Mapping[str, Any], where: str
+) -> None:
+    """Refuses fields of a config.json that ask for something else than what is implemented.
+
+    Raises:
+      InputError: it names the file, the field and its value.
+    """
+    for field, value in implemented.items():
+        if fields.get(field, value) != value:
+            raise InputError(
+                f"{where}: {field}={fields[field]!r} is not implemented (only {value!r} is); "
+                "use a checkpoint of the standard architecture."
+            )
+
+
+def check_positive(fields: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Refuses a config.json in which one of the fields is no positive integer.
+
+    Raises:
+      InputError: it names the file, and the field that is missing or its value.
+    """
+    for field in names:
+        if field not in fields:
+            raise InputError(f"{where}: the field {field!r} is missing; add it.")
+        if type(fields[field]) is not int or fields[field] < 1:
+            raise InputError(f"{where}: {field}={fields[field]!r}: must be a positive integer.")

@@ -1,0 +1,413 @@
+"""Llama (Touvron et al. 2023, arXiv 2302.13971), Qwen2 and Mistral in Flax Linen.
+
+One network: RMS norms, rotary positions, grouped-query attention, SwiGLU.  Qwen2 has biases on
+queries, keys and values; Mistral is served where its attention has no sliding window.  Parameter
+names mirror the Hugging Face checkpoint, whose linear maps, ``[out, in]``, are transposed at load.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpocem_jax.errors import InputError
+from grpocem_jax.models import conversion, decoder
+from grpocem_jax.models.base import Model, Params, SiteFunction, attend, keep, remat
+from grpocem_jax.models.conversion import Tensor
+
+NAMES: Mapping[str, str] = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}
+"""What is served, by ``model_type`` of a config.json."""
+
+MISTRAL_WINDOW = 4096
+"""The sliding window of a Mistral whose config.json does not say, in transformers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama, Qwen2 or Mistral; the defaults are Qwen2 0.5B's.
+
+    Attributes:
+      model_type: one of `NAMES`.
+      vocab_size: rows of the embedding.
+      context_length: the largest number of positions.
+      width: of the residual stream.
+      inner: width inside the MLP.
+      num_layers: blocks.
+      num_heads: heads of queries.
+      num_kv_heads: heads of keys and values, a divisor of ``num_heads``.
+      head_dim: size of a head, even.
+      rms_norm_epsilon: in the square root of the norms.
+      rope_theta: base of the rotary frequencies.
+      qkv_bias: whether queries, keys and values have a bias.
+      out_bias: whether the attention's output has one.
+      mlp_bias: whether the maps of the MLP have one.
+      tied: whether the head is the embedding.
+    """
+
+    model_type: str = "qwen2"
+    vocab_size: int = 151936
+    context_length: int = 32768
+    width: int = 896
+    inner: int = 4864
+    num_layers: int = 24
+    num_heads: int = 14
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    rms_norm_epsilon: float = 1e-6
+    rope_theta: float = 1e6
+    qkv_bias: bool = True
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = True
+
+
+Config = LlamaConfig
+"""The config record under the name every architecture's module gives it."""
+
+SHAPES = {
+    "qwen2-0.5b": LlamaConfig(),
+    "qwen2-1.5b": LlamaConfig(width=1536, inner=8960, num_layers=28, num_heads=12, head_dim=128),
+    "qwen2-7b": LlamaConfig(
+        vocab_size=152064,
+        width=3584,
+        inner=18944,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        tied=False,
+    ),
+}
+"""Some published sizes, for ``random:NAME``."""
+
+
+def _linears(config: LlamaConfig) -> dict[str, tuple[int, int, bool]]:
+    """Of each linear map of a block, by path: features in and out, and whether it has a bias."""
+    width, inner = config.width, config.inner
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "self_attn.q_proj": (width, queries, config.qkv_bias),
+        "self_attn.k_proj": (width, keys, config.qkv_bias),
+        "self_attn.v_proj": (width, keys, config.qkv_bias),
+        "self_attn.o_proj": (queries, width, config.out_bias),
+        "mlp.gate_proj": (width, inner, config.mlp_bias),
+        "mlp.up_proj": (width, inner, config.mlp_bias),
+        "mlp.down_proj": (inner, width, config.mlp_bias),
+    }
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of rotary position embedding (Su et al. 2021, arXiv 2104.09864).
+
+    Pair ``i`` of a head turns by ``position * theta ** (-2 i / head_dim)``.
+
+    Args:
+      positions: int32 ``[T]``.
+      head_dim: even.
+      theta: the base.
+
+    Returns:
+      float32 ``[T, head_dim / 2]`` each.
+    """
+    frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns queries or keys ``[H, T, d]``; pair ``i`` is entries ``i`` and ``i + d / 2``."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[None], sin[None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    config: LlamaConfig
+    site_fn: SiteFunction | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, adapter, allowed, past, cache, index, cos, sin):
+        """Returns the block's output ``[T, D]`` and its keys and values.
+
+        The arguments are those that `decoder.run_layers` gives to a layer, and `rotary_angles`.
+        """
+        config = self.config
+        linears = _linears(config)
+
+        def linear(path: str, x: jax.Array) -> jax.Array:
+            _, features, bias = linears[path]
+            name = path.replace(".", "_")
+            return decoder.Linear(features, path, self.site_fn, bias, name=name)(x, adapter)
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return nn.RMSNorm(config.rms_norm_epsilon, name=name)(x)
+
+        def heads(x: jax.Array) -> jax.Array:
+            return jnp.swapaxes(x.reshape(len(x), -1, config.head_dim), 0, 1)
+
+        normed = norm("input_layernorm", x)
+        query, key, value = (
+            heads(keep(linear(f"self_attn.{part}_proj", normed))) for part in ("q", "k", "v")
+        )
+        query, key = (rotate(part, cos, sin).astype(self.dtype) for part in (query, key))
+        keys, values = decoder.extend(cache, key, value.astype(self.dtype), index)
+        segments = [] if past is None else [past]
+        mixed = jnp.swapaxes(attend(query, [*segments, (keys, values, allowed)]), 0, 1)
+        x = keep(x + linear("self_attn.o_proj", mixed.reshape(len(x), -1)))
+
+        normed = norm("post_attention_layernorm", x)
+        gate, up = (keep(linear(f"mlp.{part}_proj", normed)) for part in ("gate", "up"))
+        return x + linear("mlp.down_proj", nn.silu(gate) * up), keys, values
+
+
+class Llama(nn.Module):
+    """The network up to the final norm, on one sequence; the head is `Model.logits`.
+
+    Attributes:
+      config: the shape.
+      site_fn: the ``apply`` of the adapter.
+      run_block: `Block` as a function of its parameters and arguments, for all layers; without it
+        every layer is a module of its own, as to make parameters or to look inside.
+    """
+
+    config: LlamaConfig
+    site_fn: SiteFunction | None = None
+    run_block: Callable[..., Any] | None = None
+
+    @nn.compact
+    def __call__(self, tokens, positions, allowed, adapter, context, cache, index):
+        """Hidden states float32 ``[T, D]`` and the own keys and values.
+
+        ``tokens`` and ``positions`` are int32 ``[T]``; the other arguments and the results are
+        those of `decoder.run_layers`.
+        """
+        config = self.config
+        rows, init = (config.vocab_size, config.width), nn.initializers.normal(0.02)
+        embedding = self.param("embed_tokens", init, rows)
+        if not config.tied:
+            self.param("lm_head", init, rows)
+        x = jnp.take(embedding, tokens, axis=0).astype(jnp.float32)
+
+        def run(layer: int, *arguments: Any) -> Any:
+            name = f"layers_{layer}"
+            if self.run_block is not None:
+                return self.run_block(self.variables["params"][name], *arguments)
+            return Block(config, self.site_fn, embedding.dtype, name=name)(*arguments)
+
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+        x, own = decoder.run_layers(
+            run, config.num_layers, "layers", x, allowed, adapter, context, cache, index, *angles
+        )
+        return nn.RMSNorm(config.rms_norm_epsilon, name="norm")(x), own
+
+
+def _layout(config: LlamaConfig) -> conversion.Layout:
+    rows = (config.vocab_size, config.width)
+    tensors = {"model.embed_tokens.weight": Tensor(("embed_tokens",), rows)}
+    for i in range(config.num_layers):
+        prefix, block = f"model.layers.{i}", f"layers_{i}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = Tensor((block, norm, "scale"), rows[1:])
+        for path, (size_in, size_out, bias) in _linears(config).items():
+            module = path.replace(".", "_")
+            kernel = Tensor((block, module, "kernel"), (size_out, size_in), transposed=True)
+            tensors[f"{prefix}.{path}.weight"] = kernel
+            if bias:
+                tensors[f"{prefix}.{path}.bias"] = Tensor((block, module, "bias"), (size_out,))
+    tensors["model.norm.weight"] = Tensor(("norm", "scale"), rows[1:])
+    if not config.tied:
+        tensors[conversion.HEAD] = Tensor(("lm_head",), rows)
+    return conversion.Layout(
+        name=NAMES[config.model_type],
+        prefix="model.",
+        tensors=tensors,
+        tied="model.embed_tokens.weight" if config.tied else None,
+        # The rotary frequencies of old checkpoints.
+        passed_over=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    )
+
+
+def build(config: LlamaConfig, site_fn: SiteFunction | None = None) -> Model:
+    """The model's pure functions; ``site_fn`` is the ``apply`` of the adapter it will carry."""
+
+    def network(dtype: jnp.dtype) -> Llama:
+        block = Block(config, site_fn, dtype)
+        return Llama(config, site_fn, remat(lambda params, *x: block.apply({"params": params}, *x)))
+
+    return decoder.make_model(
+        network,
+        lambda params: params["embed_tokens" if config.tied else "lm_head"],
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        num_layers=config.num_layers,
+        cache_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        sites=_layout(config).sites(),
+    )
+
+
+def init_params(key: jax.Array, config: LlamaConfig) -> Params:
+    """Random float32 parameters as transformers makes them: normal(0.02), norms 1, biases 0."""
+    tokens = jnp.zeros((1,), jnp.int32)
+    allowed = jnp.ones((1, 1), bool)
+    network = Llama(config)
+    return jax.jit(
+        lambda k: network.init(k, tokens, tokens, allowed, {}, None, None, None)["params"]
+    )(key)
+
+
+def config_from_hf(fields: Mapping[str, Any], where: str) -> LlamaConfig:
+    """Reads the fields of a ``config.json``; ``where`` names the file in errors.
+
+    Raises:
+      InputError: a field is missing, or asks for something that is not implemented.
+    """
+    kind = fields["model_type"]
+    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    sizes += ["num_attention_heads", "max_position_embeddings"]
+    # A field that is missing means as many as heads of queries in Llama, and 8 or 32 in the others.
+    if kind != "llama" or fields.get("num_key_value_heads") is not None:
+        sizes.append("num_key_value_heads")
+    if fields.get("head_dim") is not None:
+        sizes.append("head_dim")
+    conversion.check_positive(fields, sizes, where)
+    _check_features(fields, where)
+    width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+    num_kv_heads = fields.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise InputError(
+            f"{where}: num_key_value_heads={num_kv_heads} does not divide "
+            f"num_attention_heads={num_heads}."
+        )
+    if fields.get("head_dim") is None and width % num_heads:
+        raise InputError(
+            f"{where}: num_attention_heads={num_heads} does not divide hidden_size={width}."
+        )
+    head_dim = fields.get("head_dim") or width // num_heads
+    if head_dim % 2:
+        raise InputError(
+            f"{where}: head_dim={head_dim} is odd, and rotary positions turn pairs of entries."
+        )
+    bias = kind == "llama" and _flag(fields, "attention_bias", where)
+    return LlamaConfig(
+        model_type=kind,
+        vocab_size=fields["vocab_size"],
+        context_length=fields["max_position_embeddings"],
+        width=width,
+        inner=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_epsilon=_positive(fields.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        rope_theta=_rope_theta(fields, where),
+        qkv_bias=bias or kind == "qwen2",
+        out_bias=bias,
+        mlp_bias=kind == "llama" and _flag(fields, "mlp_bias", where),
+        tied=_flag(fields, "tie_word_embeddings", where),
+    )
+
+
+def _check_features(fields: Mapping[str, Any], where: str) -> None:
+    """Refuses what the network does not do."""
+    implemented = {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
+    conversion.check_implemented(fields, implemented, where)
+    kind, field = fields["model_type"], "sliding_window"
+    # Qwen2 has the field whether it is used or not.
+    window = None if kind == "qwen2" else fields.get(field)
+    if window is not None:
+        raise InputError(
+            f"{where}: {field}={window!r} is not implemented; use a checkpoint without, such as "
+            "those with null."
+        )
+    context = fields["max_position_embeddings"]
+    if kind == "mistral" and field not in fields and context > MISTRAL_WINDOW:
+        raise InputError(
+            f"{where}: the field {field!r} is missing, which means {MISTRAL_WINDOW} and is not "
+            "implemented; set it to null if the checkpoint was trained without."
+        )
+    others = set(fields.get("layer_types") or ()) - {"full_attention"}
+    if others:
+        raise InputError(
+            f"{where}: layer_types has {', '.join(map(repr, sorted(map(str, others))))}, which is "
+            "not implemented (only 'full_attention' is); use another checkpoint."
+        )
+
+
+def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
+    """The base of the rotary frequencies; transformers 5 has it in ``rope_parameters``.
+
+    Raises:
+      InputError: anything but plain rotary positions.
+    """
+    theta = fields.get("rope_theta", 1e4)
+    for field in ("rope_parameters", "rope_scaling"):
+        value = fields.get(field)
+        if value is None:
+            continue
+        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        if not isinstance(value, Mapping) or any(
+            name != "rope_theta" and (name not in plain or plain[name] != x)
+            for name, x in value.items()
+        ):
+            raise InputError(
+                f"{where}: {field}={value!r} is not implemented (only plain rotary positions are, "
+                "rope_type 'default'); use a checkpoint without rope scaling."
+            )
+        theta = value.get("rope_theta", theta)
+    return _positive(theta, "rope_theta", where)
+
+
+def _positive(value: Any, field: str, where: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise InputError(f"{where}: {field}={value!r}: must be a positive number.")
+    return float(value)
+
+
+def _flag(fields: Mapping[str, Any], field: str, where: str) -> bool:
+    value = fields.get(field, False)
+    if type(value) is not bool:
+        raise InputError(f"{where}: {field}={value!r}: must be true or false.")
+    return value
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """The ``config.json`` that transformers reads, without token ids."""
+    fields = {
+        "model_type": config.model_type,
+        "architectures": [f"{NAMES[config.model_type]}ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.width,
+        "intermediate_size": config.inner,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied,
+    }
+    if config.model_type == "llama":
+        return fields | {"attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+    return fields | {"sliding_window": None}
+
+
+def params_from_state(
+    state: Mapping[str, np.ndarray], config: LlamaConfig, where: str
+) -> dict[str, Any]:
+    """Parameters float32 from a checkpoint's tensors; see `conversion.params_from_state`."""
+    return conversion.params_from_state(state, _layout(config), where)
+
+
+def params_to_state(params: Params, config: LlamaConfig) -> dict[str, np.ndarray]:
+    """The inverse of `params_from_state`, with the names transformers writes; tied head once."""
+    return conversion.params_to_state(params, _layout(config))
