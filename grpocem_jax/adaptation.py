@@ -403,7 +403,7 @@ def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray
         raise InputError(
             f"the prompt {text.prompt!r} is not UTF-8 text (character {error.start}); convert it."
         ) from None
-    prompt = policy.tokenizer.encode(text.prompt, add_special_tokens=False)
+    prompt = policy.encode(text.prompt)
     completion = policy.tokenizer.encode(text.completion, add_special_tokens=False)
     tokens = np.asarray(prompt + completion, np.int32)
     limit = min(settings.buckets[-1], policy.model.context_length)

@@ -27,6 +27,7 @@ class Policy:
       sites: the adapted sites.
       zero: offsets of the base model.
       tokenizer: a transformers tokenizer.
+      start_ids: tokens that it puts before every text, such as Llama's; none for GPT-2.
       end_ids: int32 ``[E]``, tokens that end a completion.
       pretrained: where the model came from.
     """
@@ -37,8 +38,14 @@ class Policy:
     sites: adapters.Sites
     zero: adapters.Offsets
     tokenizer: Any
+    start_ids: tuple[int, ...]
     end_ids: jax.Array
     pretrained: hub.Pretrained
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text from its beginning, with `start_ids` before it; none of no text."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*self.start_ids, *tokens] if tokens else []
 
     def adapter_config(self, settings: AdapterConfig) -> dict[str, Any]:
         """What ``adapter_config.json`` says of an adapter of this policy."""
@@ -85,6 +92,7 @@ def load_policy(
     return Policy(
         **carrier._asdict(),
         tokenizer=pretrained.tokenizer,
+        start_ids=_start_ids(pretrained.tokenizer),
         end_ids=jnp.array(end_ids, jnp.int32),
         pretrained=pretrained,
     )
@@ -145,6 +153,17 @@ def make_adapter(settings: AdapterConfig) -> adapters.Adapter:
             f"{field}: the function returned {type(method).__name__}; return a grpocem_jax.Adapter."
         )
     return method
+
+
+def _start_ids(tokenizer: Any) -> tuple[int, ...]:
+    bare, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    for count in range(len(whole) - len(bare) + 1):
+        if whole[count : count + len(bare)] == bare:
+            return tuple(whole[:count])
+    raise InputError(
+        f"model.source: its tokenizer makes {whole} of 'a' with special tokens and {bare} without, "
+        "so it changes the text as well; only tokens before and after it are implemented."
+    )
 
 
 def _single_token(tokenizer: Any, text: str) -> int:

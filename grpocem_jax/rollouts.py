@@ -41,7 +41,7 @@ def encode(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Item
     """
     items = []
     for example in examples:
-        tokens = policy.tokenizer.encode(example.prompt, add_special_tokens=False)
+        tokens = policy.encode(example.prompt)
         if not tokens:
             raise InputError(f"{task.name}: a prompt is empty; every prompt needs some text.")
         items.append(Item(task, example, np.asarray(tokens, np.int32)))

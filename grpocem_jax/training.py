@@ -200,7 +200,6 @@ def load_data(
     config: Config, policy: Policy
 ) -> tuple[list[rollouts.Item], list[rollouts.Item], list[str]]:
     """Training and held-out prompts of all tasks, and lines that say where they are from."""
-    tokenizer = policy.tokenizer
     tasks = {name: config.task(name) for name in config.data.tasks}
 
     def draw(
@@ -210,7 +209,7 @@ def load_data(
             tasks[name],
             config.data.sources[name],
             split=split,
-            count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+            count_tokens=lambda text: len(policy.encode(text)),
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_samples=limit,
             seed=config.seed,

@@ -10,12 +10,8 @@ Everything starts from the zero adapter, the pretrained model.  What judges (tex
 never part of a search.  Intervals are 1.96 standard errors over the units named in a table.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +20,15 @@ import jax
 import numpy as np
 
 from configs import tiny
-from grpocem_jax import adaptation, commands, rollouts
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.builtin import data, foreign
 from grpocem_jax.config import CEMConfig, parse_config
 from grpocem_jax.policy import load_policy
 from grpocem_jax.training import load_data
+from studies import common
+from studies.common import interval, mean_ci, say, table
 
 RESULTS = Path("docs/adaptation.json")
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
@@ -53,12 +51,6 @@ def load() -> TrainedRun:
     config = parse_config(tiny.get_config())
     policy = load_policy(config.model, config.adapter)
     return TrainedRun(config, policy, policy.zero)
-
-
-def mean_ci(values: Any) -> tuple[float, float]:
-    """Mean of some numbers and half of the 95% interval."""
-    x = np.asarray(values, float)
-    return float(x.mean()), float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
 
 
 class Study:
@@ -148,7 +140,12 @@ def prompts(study: Study) -> dict[str, Any]:
                     adapted += found.returned != "start"
                 row = {"text": kind, "method": name, "gate": gate, "n": count}
                 rows.append(
-                    {**row, "fit": mean_ci(fits), "gain": mean_ci(gains), "adapted": adapted}
+                    {
+                        **row,
+                        "fit": mean_ci(fits),
+                        "gain": mean_ci(gains),
+                        "adapted": adapted,
+                    }
                 )
                 say(rows[-1])
     return {"rows": rows}
@@ -353,7 +350,12 @@ def options(study: Study) -> dict[str, Any]:
             gains.append(study.likelihood(found.adapter, texts[3:]) - before)
             fits.append(found.fitness_after - found.fitness_before)
             sigmas.append(float(found.search.history.std[-1]) if found.search else np.nan)
-        row = {"variant": name, "fit": mean_ci(fits), "gain": mean_ci(gains), "n": study.seeds}
+        row = {
+            "variant": name,
+            "fit": mean_ci(fits),
+            "gain": mean_ci(gains),
+            "n": study.seeds,
+        }
         rows.append({**row, "sigma": float(np.mean(sigmas))})
         say(rows[-1])
     lengths = []
@@ -367,107 +369,86 @@ def options(study: Study) -> dict[str, Any]:
             gains.append(study.likelihood(found.adapter, judge) - before)
             seconds.append(found.search.seconds if found.search else 0.0)
         lengths.append(
-            {"tokens": length, "gain": mean_ci(gains), "seconds": float(np.median(seconds)), "n": 8}
+            {
+                "tokens": length,
+                "gain": mean_ci(gains),
+                "seconds": float(np.median(seconds)),
+                "n": 8,
+            }
         )
         say(lengths[-1])
     return {"rows": rows, "lengths": lengths}
-
-
-def say(row: dict[str, Any]) -> None:
-    """A line of progress."""
-    print(json.dumps(row), file=sys.stderr, flush=True)
-
-
-def _ci(value: Sequence[float]) -> str:
-    return f"{value[0]:+.3f} ± {value[1]:.3f}"
-
-
-def _table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
-    return "\n".join(lines)
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """The document's tables by the name of their markers."""
     made = {}
     if "prompts" in results:
-        made["prompts"] = _table(
+        made["prompts"] = table(
             results["prompts"]["rows"],
             {
                 "text": lambda r: r["text"],
                 "method": lambda r: r["method"],
                 "gate": lambda r: "yes" if r["gate"] else "no",
-                "gain on the prompt": lambda r: _ci(r["fit"]),
-                "gain on what follows": lambda r: _ci(r["gain"]),
+                "gain on the prompt": lambda r: interval(r["fit"]),
+                "gain on what follows": lambda r: interval(r["gain"]),
                 "adapted": lambda r: f"{r['adapted']} of {r['n']}",
             },
         )
     if "gate" in results:
-        made["gate"] = _table(
+        made["gate"] = table(
             results["gate"]["rows"],
             {
                 "text": lambda r: r["text"],
                 "method": lambda r: r["method"],
                 "z": lambda r: f"{r['z']:g}",
-                "gain without the gate": lambda r: _ci(r["ungated"]),
-                "gain with it": lambda r: _ci(r["gain"]),
+                "gain without the gate": lambda r: interval(r["ungated"]),
+                "gain with it": lambda r: interval(r["gain"]),
                 "adapted": lambda r: f"{r['adapted']} of {r['n']}",
             },
         )
     if "fewshot" in results:
-        made["fewshot"] = _table(
+        made["fewshot"] = table(
             results["fewshot"]["rows"],
             {
                 "text": lambda r: r["text"],
                 "method": lambda r: r["method"],
-                "gain on other passages": lambda r: _ci(r["gain"]),
+                "gain on other passages": lambda r: interval(r["gain"]),
             },
         )
     for part in ("tasks", "rewards"):
         if part in results:
-            made[part] = _table(
+            made[part] = table(
                 results[part]["rows"],
                 {
                     "task": lambda r: r["task"],
                     "space": lambda r: r["space"],
                     "method": lambda r: r["method"],
-                    "likelihood of answers": lambda r: _ci(r["likelihood"]),
-                    "against random search": lambda r: _ci(r["likelihood_over_random"]),
-                    "reward": lambda r: _ci(r["reward"]),
-                    "reward against random search": lambda r: _ci(r["reward_over_random"]),
+                    "likelihood of answers": lambda r: interval(r["likelihood"]),
+                    "against random search": lambda r: interval(r["likelihood_over_random"]),
+                    "reward": lambda r: interval(r["reward"]),
+                    "reward against random search": lambda r: interval(r["reward_over_random"]),
                 },
             )
     if "options" in results:
-        made["options"] = _table(
+        made["options"] = table(
             results["options"]["rows"],
             {
                 "change": lambda r: r["variant"],
-                "gain on the examples": lambda r: _ci(r["fit"]),
-                "gain on other passages": lambda r: _ci(r["gain"]),
+                "gain on the examples": lambda r: interval(r["fit"]),
+                "gain on other passages": lambda r: interval(r["gain"]),
                 "sigma at the end": lambda r: f"{r['sigma']:.3f}",
             },
         )
-        made["lengths"] = _table(
+        made["lengths"] = table(
             results["options"]["lengths"],
             {
                 "tokens of the prompt": lambda r: str(r["tokens"]),
-                "gain on what follows": lambda r: _ci(r["gain"]),
+                "gain on what follows": lambda r: interval(r["gain"]),
                 "seconds": lambda r: f"{r['seconds']:.1f}",
             },
         )
     return made
-
-
-def write(doc: Path, made: dict[str, str]) -> None:
-    """Puts each table between its markers in the document."""
-    text = doc.read_text(encoding="utf-8")
-    for name, table in made.items():
-        pattern = rf"(<!-- {name} -->\n)[^<]*(<!-- end -->)"
-        text, count = re.subn(pattern, rf"\g<1>{table}\n\g<2>", text)
-        if count != 1:
-            raise ValueError(f"{doc}: has {count} places for the table {name}.")
-    doc.write_text(text, encoding="utf-8")
 
 
 PARTS = {f.__name__: f for f in (prompts, gate, fewshot, tasks, rewards, options)}
@@ -475,21 +456,13 @@ PARTS = {f.__name__: f for f in (prompts, gate, fewshot, tasks, rewards, options
 
 def main() -> None:
     """Reads the flags, runs the parts and writes the tables."""
-    parser = argparse.ArgumentParser(description="The evidence behind docs/adaptation.md.")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which parts to run")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of examples, at least 2")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the figures")
-    parser.add_argument("--doc", type=Path, help="document to write the tables into")
-    args = parser.parse_args()
-    commands.keep_compiled_programs()
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
-    chosen = [name for name in args.parts.split(",") if name]
-    study = functools.cache(lambda: Study(load(), args.seeds))
-    for name in chosen:
-        results[name] = PARTS[name](study())
-        args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if args.doc:
-        write(args.doc, tables(results))
+    common.run(
+        "The evidence behind docs/adaptation.md.",
+        PARTS,
+        tables,
+        lambda args: Study(load(), args.seeds),
+        results=RESULTS,
+    )
 
 
 if __name__ == "__main__":

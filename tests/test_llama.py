@@ -1,5 +1,6 @@
 """Llama, Qwen2 and Mistral: positions, checkpoints, what is refused, and a run from end to end."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,11 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
-from grpocem_jax import adaptation, export, training
+from grpocem_jax import adaptation, export, rollouts, training
 from grpocem_jax.adapters import base as adapters
+from grpocem_jax.config import ModelConfig, parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.models import base, hub, llama
+from grpocem_jax.policy import load_policy
+from grpocem_jax.tasks.base import Example, Task
 from tests.conftest import make_tiny
 from tests.parity import weights
 from tests.test_hub import assert_refused, edit_config, edit_state, shard
@@ -380,6 +385,38 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder):
     tokens.add_tokens(["one more"])
     tokens.save_pretrained(folder)
     assert_refused(folder, folder, "62 tokens", "vocab_size=61")
+
+
+@pytest.mark.parametrize(("template", "count"), [("$A", 0), ("<s> $A </s>", 1), ("$A </s>", 0)])
+def test_the_start_token_of_a_tokenizer_stands_before_every_text(
+    template, count, tmp_path, saved, monkeypatch
+):
+    folder = shutil.copytree(saved["llama"], tmp_path / "llama")
+    tokenizer = hub.load_tokenizer(folder)
+    vocabulary = tokenizer.get_vocab()
+    (start, end), words = list(vocabulary)[-2:], " ".join(list(vocabulary)[1:4])
+    template = template.replace("<s>", start).replace("</s>", end)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
+    )
+    tokenizer.save_pretrained(folder)
+    settings = parse_config(load_config("llama"))
+    policy = load_policy(
+        ModelConfig(source=str(folder), dtype="float32"),
+        dataclasses.replace(settings.adapter, sites=("self_attn.o_proj",)),
+    )
+    bare = policy.tokenizer.encode(words, add_special_tokens=False)
+    expected = [vocabulary[start]] * count + bare
+    assert len(bare) == 3
+    assert policy.encode(words) == expected
+    assert policy.encode("") == []
+    task = Task("echo", {"text": ""}, "{text}", (), None)
+    (item,) = rollouts.encode(policy, task, [Example(words, {})])
+    np.testing.assert_array_equal(item.tokens, expected)
+    # Given the start token, the first word has a likelihood too.
+    tokens, scored = adaptation.encode(policy, words, settings.cem)
+    np.testing.assert_array_equal(tokens, expected)
+    assert scored.sum() == 2 + count
 
 
 # A run

@@ -16,10 +16,6 @@ from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
 class Letters:
     """A tokenizer of one token a letter; token 0 ends a text."""
 
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [ord(c) for c in text]
-
     def decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
         return "".join(chr(i) for i in ids if i)
@@ -28,7 +24,9 @@ class Letters:
         return [self.decode(row, skip_special_tokens) for row in rows]
 
 
-POLICY = types.SimpleNamespace(tokenizer=Letters(), end_ids=np.array([0]))
+POLICY = types.SimpleNamespace(
+    tokenizer=Letters(), end_ids=np.array([0]), encode=lambda text: [ord(c) for c in text]
+)
 
 
 def make_task(reward, process_reward=None):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from studies import adaptation
+from studies import adaptation, common
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,7 +16,7 @@ def test_the_document_shows_the_figures_that_are_kept(tmp_path):
     results = json.loads((ROOT / adaptation.RESULTS).read_text())
     assert set(results) == set(adaptation.PARTS)
     doc = Path(shutil.copy(ROOT / "docs" / "adaptation.md", tmp_path))
-    adaptation.write(doc, adaptation.tables(results))
+    common.write(doc, adaptation.tables(results))
     assert doc.read_text() == (ROOT / "docs" / "adaptation.md").read_text()
 
 
@@ -24,7 +24,7 @@ def test_a_document_without_a_place_for_a_table_is_refused(tmp_path):
     doc = tmp_path / "doc.md"
     doc.write_text("<!-- tasks -->\n<!-- end -->\n")
     with pytest.raises(ValueError, match="0 places for the table gate"):
-        adaptation.write(doc, {"gate": "| |"})
+        common.write(doc, {"gate": "| |"})
 
 
 def test_a_task_is_judged_with_and_without_the_gate(monkeypatch):

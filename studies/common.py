@@ -1,0 +1,85 @@
+"""What the studies share: intervals, tables in a document, and their command."""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpocem_jax import commands
+
+
+def mean_ci(values: Any) -> tuple[float, float]:
+    """Mean of some numbers and half of the 95% interval."""
+    x = np.asarray(values, float)
+    return float(x.mean()), float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
+
+
+def say(row: dict[str, Any]) -> None:
+    """A line of progress."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def interval(value: Sequence[float]) -> str:
+    """A mean and half of its interval."""
+    return f"{value[0]:+.3f} ± {value[1]:.3f}"
+
+
+def table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> str:
+    """A Markdown table with a function of a row for each column."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
+    return "\n".join(lines)
+
+
+def write(doc: Path, made: dict[str, str]) -> None:
+    """Puts each table between its markers in the document."""
+    text = doc.read_text(encoding="utf-8")
+    for name, table in made.items():
+        pattern = rf"(<!-- {name} -->\n)[^<]*(<!-- end -->)"
+        text, count = re.subn(pattern, rf"\g<1>{table}\n\g<2>", text)
+        if count != 1:
+            raise ValueError(f"{doc}: has {count} places for the table {name}.")
+    doc.write_text(text, encoding="utf-8")
+
+
+def run(
+    description: str,
+    parts: Mapping[str, Callable[[Any], Any]],
+    tables: Callable[[dict[str, Any]], dict[str, str]],
+    load: Callable[[argparse.Namespace], Any],
+    *,
+    results: Path,
+    arguments: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """The command of a study.
+
+    Args:
+      description: of the study.
+      parts: functions of the study, which return what is kept of each.
+      tables: the document's tables of all that was kept, by the names of their markers.
+      load: makes the study from the flags, where a part is run.
+      results: file in which the figures are kept.
+      arguments: further flags.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--parts", default=",".join(parts), help="which parts to run")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of examples, at least 2")
+    parser.add_argument("--results", type=Path, default=results, help="file of the figures")
+    parser.add_argument("--doc", type=Path, help="document to write the tables into")
+    for name, options in (arguments or {}).items():
+        parser.add_argument(name, **options)
+    args = parser.parse_args()
+    commands.keep_compiled_programs()
+    found = json.loads(args.results.read_text()) if args.results.exists() else {}
+    study = functools.cache(lambda: load(args))
+    for name in filter(None, args.parts.split(",")):
+        found[name] = parts[name](study())
+        args.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.doc:
+        write(args.doc, tables(found))

@@ -1,0 +1,336 @@
+"""The evidence on a real pretrained model, behind docs/adaptation.md.
+
+    python -m studies.pretrained --model FOLDER --texts FOLDER --doc docs/adaptation.md
+
+The model is a Llama trained on stories, such as raincandy-u/TinyStories-656K; the folder of texts
+holds ``NAME/train.jsonl`` for each of `KINDS`.  Stories are familiar to the model, all else is
+foreign.  Each search starts from the model itself, and what judges is never part of it.  Intervals
+are 1.96 standard errors over prompts or over draws of passages.  The figures are kept in
+``docs/pretrained.json``, the plot in ``docs/pretrained.png``; ``--parts=`` only writes the tables
+and the plot again.
+"""
+
+import dataclasses
+import itertools
+import json
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpocem_jax import adaptation
+from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.config import CEMConfig, parse_config
+from grpocem_jax.config_files import load_config
+from grpocem_jax.policy import load_policy
+from studies import common
+from studies.common import interval, mean_ci, say, table
+
+RESULTS = Path("docs/pretrained.json")
+PLOT = Path("docs/pretrained.png")
+KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "stories": ("tinystories", lambda row: row["text"]),
+    "mathematics": ("svamp", lambda row: f"{row['Body'].rstrip('. ')}. {row['Question']}"),
+    "news": ("ag_news", lambda row: row["text"]),
+    "restaurants": ("e2e_nlg", lambda row: row["ref"]),
+    "abstracts": ("scitldr_a", lambda row: row["source"]),
+    "encyclopedia": ("squad", lambda row: row["context"]),
+}
+"""Kinds of text: the folder, and the text of a row."""
+FOREIGN = tuple(kind for kind in KINDS if kind != "stories")
+SITES = {
+    "one": ("self_attn.o_proj",),
+    "all seven": (
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    ),
+}
+PROMPT, FOLLOWING, PASSAGE = 40, 64, 32
+"""Tokens of a prompt, at most of what follows it, and of a passage."""
+JUDGES = 48
+"""Passages that judge."""
+GRADIENT: dict[str, Any] = {"method": "gradient", "generations": 25}
+
+
+class Study:
+    """The model with a zero adapter at one site of each layer and at all, and the texts."""
+
+    def __init__(self, model: Path, texts: Path, seeds: int):
+        self.seeds = seeds
+        config = load_config("llama")
+        config.model.source = str(model)
+        config.data.max_prompt_tokens = 128
+        config.cem.buckets = (16, 32, 48, 64, 112)
+        self.runs = {}
+        for name, sites in SITES.items():
+            config.adapter.sites = sites
+            parsed = parse_config(config)
+            policy = load_policy(parsed.model, parsed.adapter)
+            self.runs[name] = TrainedRun(parsed, policy, policy.zero)
+        self.texts = {
+            kind: _read(texts / folder / "train.jsonl", text)
+            for kind, (folder, text) in KINDS.items()
+        }
+
+    def settings(self, **changes: Any) -> CEMConfig:
+        """The settings of configs/llama.py without a gate, with changes."""
+        settings = self.runs["one"].config.cem
+        return dataclasses.replace(settings, **{"gate": False, **changes})
+
+    def adapt(
+        self, sites: str, texts: Text | Sequence[Text], seed: int, **changes: Any
+    ) -> Adaptation:
+        """`adaptation.adapt` at some sites with changed settings."""
+        return adaptation.adapt(
+            self.runs[sites], texts, key=jax.random.key(seed), settings=self.settings(**changes)
+        )
+
+    def gain(self, sites: str, found: Adaptation, judges: Sequence[Text]) -> float:
+        """Gain of log-likelihood per token on texts, nats."""
+        run = self.runs[sites]
+        values = [
+            adaptation.log_likelihoods(run, adapter, judges).mean()
+            for adapter in (found.adapter, run.adapter)
+        ]
+        return float(values[0] - values[1])
+
+    def cut(self, text: str, count: int) -> tuple[str, str]:
+        """The most whole words that make at most ``count`` tokens, and the rest."""
+        words, encode = text.split(" "), self.runs["one"].policy.encode
+        end = next(
+            (n for n in range(1, len(words)) if len(encode(" ".join(words[: n + 1]))) > count),
+            len(words),
+        )
+        return " ".join(words[:end]), " ".join(words[end:])
+
+    def prompts(self, kind: str, count: int) -> list[tuple[Text, Text]]:
+        """Openings of texts, each with what follows it as the completion."""
+        found = []
+        for text in self.shuffled(kind, 0):
+            prompt, rest = self.cut(text, PROMPT)
+            following = self.cut(rest, FOLLOWING)[0]
+            if len(following.split(" ")) >= 12:
+                found.append((Text(prompt), Text(prompt, following)))
+            if len(found) == count:
+                return found
+        raise ValueError(
+            f"there are only {len(found)} texts of the kind {kind} that are long enough"
+        )
+
+    def passages(self, kind: str, count: int, seed: int) -> tuple[list[Text], list[Text]]:
+        """Passages to adapt to, and others to judge by, the same for any ``count``."""
+        texts = [
+            Text(self.cut(x, PASSAGE)[0]) for x in self.shuffled(kind, seed + 1)[: JUDGES + 32]
+        ]
+        return texts[JUDGES : JUDGES + count], texts[:JUDGES]
+
+    def shuffled(self, kind: str, seed: int) -> list[str]:
+        """All texts of a kind in random order."""
+        order = np.random.default_rng(seed).permutation(len(self.texts[kind]))
+        return [self.texts[kind][i] for i in order]
+
+
+def _read(path: Path, text: Callable[[dict[str, Any]], str]) -> list[str]:
+    """The different texts of at least 10 words in a file."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [x for x in dict.fromkeys(map(text, rows)) if len(x.split()) >= 10]
+
+
+def prompts(study: Study) -> dict[str, Any]:
+    """One prompt, judged on what follows it."""
+    methods: dict[str, dict[str, Any]] = {
+        "cem, sigma 0.3": {"noise_std": 0.3},
+        "cem, sigma 0.1": {"noise_std": 0.1},
+        "cem, sigma 0.03": {"noise_std": 0.03},
+        "gradient": GRADIENT,
+    }
+    rows = []
+    for name, kinds, count in (("familiar", ("stories",), 20), ("foreign", FOREIGN, 5)):
+        texts = [pair for kind in kinds for pair in study.prompts(kind, count)]
+        for (method, changes), gate in itertools.product(methods.items(), (False, True)):
+            gains, fits, adapted = [], [], 0
+            for i, (prompt, judge) in enumerate(texts):
+                found = study.adapt("one", prompt, i, gate=gate, **changes)
+                gains.append(study.gain("one", found, [judge]))
+                fits.append(found.fitness_after - found.fitness_before)
+                adapted += found.returned != "start"
+            row = {"text": name, "method": method, "gate": gate, "n": len(texts)}
+            rows.append({**row, "fit": mean_ci(fits), "gain": mean_ci(gains), "adapted": adapted})
+            say(rows[-1])
+    return {"rows": rows}
+
+
+def _draws(
+    study: Study, kinds: Sequence[str], count: int, sites: str, **changes: Any
+) -> tuple[list[float], list[float]]:
+    """Gain on other passages and share of draws that were adapted, for each kind and draw."""
+    gains, adapted = [], []
+    for kind, seed in itertools.product(kinds, range(study.seeds)):
+        support, judges = study.passages(kind, count, seed)
+        found = study.adapt(sites, support, seed, **changes)
+        gains.append(study.gain(sites, found, judges))
+        adapted.append(float(found.returned != "start"))
+    return gains, adapted
+
+
+FEWSHOT: dict[str, Any] = {"population_size": 50, "generations": 20}
+
+
+def support(study: Study) -> dict[str, Any]:
+    """Two to thirty-two passages of a kind, judged on others of that kind."""
+    methods: dict[str, dict[str, Any]] = {
+        "cem": FEWSHOT,
+        "cem, gate": {**FEWSHOT, "gate": True},
+        "gradient": GRADIENT,
+        "gradient, gate": {**GRADIENT, "gate": True},
+    }
+    rows = []
+    for kind, (method, changes), count in itertools.product(KINDS, methods.items(), (2, 8, 32)):
+        gains, adapted = _draws(study, (kind,), count, "one", **changes)
+        row = {"text": kind, "method": method, "passages": count, "gains": gains}
+        rows.append({**row, "gain": mean_ci(gains), "adapted": int(sum(adapted))})
+        say(rows[-1])
+    return {"rows": rows}
+
+
+def settings(study: Study) -> dict[str, Any]:
+    """Eight passages: one site or all, and how far the search goes."""
+    methods: dict[str, dict[str, Any]] = {
+        **{f"cem, sigma {std}": {**FEWSHOT, "noise_std": std} for std in (0.03, 0.1, 0.3)},
+        **{
+            f"gradient, {rate}": {**GRADIENT, "learning_rate": rate}
+            for rate in (0.005, 0.01, 0.02, 0.05)
+        },
+    }
+    rows = []
+    for sites, (method, changes) in itertools.product(SITES, methods.items()):
+        for name, kinds in (("familiar", ("stories",)), ("foreign", FOREIGN)):
+            gains, _ = _draws(study, kinds, 8, sites, **changes)
+            row = {"sites": sites, "method": method, "text": name, "n": len(gains)}
+            rows.append({**row, "gain": mean_ci(gains)})
+            say(rows[-1])
+    return {"rows": rows}
+
+
+def spent(study: Study) -> dict[str, Any]:
+    """Gain on other passages against forwards of the eight passages."""
+    kinds, size = ("mathematics", "news"), 50
+    methods: dict[str, tuple[int, dict[str, Any]]] = {
+        **{
+            f"CEM, sigma {std}": (size, {"population_size": size, "noise_std": std})
+            for std in (0.03, 0.1, 0.3)
+        },
+        # A step is a forward and, at twice its cost, a backward.
+        **{
+            f"gradient, {rate}": (3, {"method": "gradient", "learning_rate": rate})
+            for rate in (0.005, 0.02)
+        },
+    }
+    rows = []
+    for sites, (method, (cost, changes)) in itertools.product(SITES, methods.items()):
+        lengths = (1, 3, 10, 30) if cost == size else (1, 3, 10, 30, 100, 300)
+        for length in lengths:
+            # The generations of a longer search begin with those of a shorter one.
+            gains, _ = _draws(study, kinds, 8, sites, **changes, generations=length)
+            row = {"sites": sites, "method": method, "forwards": cost * length, "n": len(gains)}
+            rows.append({**row, "gain": mean_ci(gains)})
+            say(rows[-1])
+    return {"rows": rows}
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The document's tables by the name of their markers; draws the plot on the way."""
+    made = {}
+    if "prompts" in results:
+        made["pretrained prompts"] = table(
+            results["prompts"]["rows"],
+            {
+                "text": lambda r: r["text"],
+                "method": lambda r: r["method"],
+                "gate": lambda r: "yes" if r["gate"] else "no",
+                "gain on the prompt": lambda r: interval(r["fit"]),
+                "gain on what follows": lambda r: interval(r["gain"]),
+                "adapted": lambda r: f"{r['adapted']} of {r['n']}",
+            },
+        )
+    if "support" in results:
+        made["pretrained support"] = _cross(
+            {
+                ((row["text"], row["method"]), f"{row['passages']} passages"): row["gain"]
+                for row in results["support"]["rows"]
+            },
+            ("text", "method"),
+        )
+    if "settings" in results:
+        made["pretrained settings"] = _cross(
+            {
+                ((row["method"],), f"{row['text']} text, {row['sites']}"): row["gain"]
+                for row in results["settings"]["rows"]
+            },
+            ("method",),
+        )
+    if "spent" in results:
+        plot(results["spent"]["rows"], PLOT)
+    return made
+
+
+def _cross(
+    gains: dict[tuple[tuple[str, ...], str], Sequence[float]], labels: tuple[str, ...]
+) -> str:
+    """A table of gains by the labels of their row and their column."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for (row, column), gain in gains.items():
+        named = rows.setdefault(row, dict(zip(labels, row, strict=True)))
+        named[column] = interval(gain)
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return table(list(rows.values()), {name: operator.itemgetter(name) for name in columns})
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws gain against forwards, a panel for one site and one for all."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(SITES), figsize=(9, 3.6), sharey=True)
+    for panel, sites in zip(panels, SITES, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if (row["sites"], row["method"]) == (sites, method)]
+            x = [row["forwards"] for row in mine]
+            middle, half = np.array([row["gain"] for row in mine]).T
+            style = "--" if method.startswith("gradient") else "-"
+            (line,) = panel.plot(x, middle, style, marker="o", markersize=3, label=method)
+            panel.fill_between(x, middle - half, middle + half, color=line.get_color(), alpha=0.15)
+        panel.set_xscale("log")
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set_title(f"{sites} site{'s' if sites != 'one' else ''} a layer")
+        panel.set_xlabel("forwards of the support set")
+    panels[0].set_ylabel("gain on other passages, nats a token")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+PARTS = {f.__name__: f for f in (prompts, settings, support, spent)}
+
+
+def main() -> None:
+    """Reads the flags, runs the parts and writes the tables."""
+    required = {"type": Path, "required": True}
+    common.run(
+        "Adaptation of a real pretrained model, behind docs/adaptation.md.",
+        PARTS,
+        tables,
+        lambda args: Study(args.model, args.texts, args.seeds),
+        results=RESULTS,
+        arguments={"--model": required, "--texts": required},
+    )
+
+
+if __name__ == "__main__":
+    main()
