@@ -55,6 +55,7 @@ def run(
     load: Callable[[argparse.Namespace], Any],
     *,
     results: Path,
+    seeds: int = 5,
     arguments: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """The command of a study.
@@ -65,11 +66,12 @@ def run(
       tables: the document's tables of all that was kept, by the names of their markers.
       load: makes the study from the flags, where a part is run.
       results: file in which the figures are kept.
+      seeds: draws or runs by default.
       arguments: further flags.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--parts", default=",".join(parts), help="which parts to run")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of examples, at least 2")
+    parser.add_argument("--seeds", type=int, default=seeds, help="draws or runs, at least 2")
     parser.add_argument("--results", type=Path, default=results, help="file of the figures")
     parser.add_argument("--doc", type=Path, help="document to write the tables into")
     for name, options in (arguments or {}).items():

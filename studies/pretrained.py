@@ -14,6 +14,9 @@ import dataclasses
 import itertools
 import json
 import operator
+import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,7 @@ class Study:
 
     def __init__(self, model: Path, texts: Path, seeds: int):
         self.seeds = seeds
+        model = _without_a_leading_space(model)
         config = load_config("llama")
         config.model.source = str(model)
         config.data.max_prompt_tokens = 128
@@ -98,13 +102,13 @@ class Study:
         return float(values[0] - values[1])
 
     def cut(self, text: str, count: int) -> tuple[str, str]:
-        """The most whole words that make at most ``count`` tokens, and the rest."""
-        words, encode = text.split(" "), self.runs["one"].policy.encode
+        """The most whole words, each with the space after it, in ``count`` tokens, and the rest."""
+        words, encode = re.findall(r"[^ ]+ *", text), self.runs["one"].policy.encode
         end = next(
-            (n for n in range(1, len(words)) if len(encode(" ".join(words[: n + 1]))) > count),
+            (n for n in range(1, len(words)) if len(encode("".join(words[: n + 1]))) > count),
             len(words),
         )
-        return " ".join(words[:end]), " ".join(words[end:])
+        return "".join(words[:end]), "".join(words[end:])
 
     def prompts(self, kind: str, count: int) -> list[tuple[Text, Text]]:
         """Openings of texts, each with what follows it as the completion."""
@@ -133,6 +137,23 @@ class Study:
         return [self.texts[kind][i] for i in order]
 
 
+def _without_a_leading_space(model: Path) -> Path:
+    """A copy of the folder whose tokenizer puts no space before a text.
+
+    That of TinyStories-656K does, and the model, which was trained without it, gives its first two
+    tokens 11 nats each: adaptation would mostly learn this.
+    """
+    folder = shutil.copytree(model, Path(tempfile.mkdtemp()) / model.name)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    normalizer = tokenizer.get("normalizer") or {}
+    if normalizer.get("type") == "Sequence":
+        parts = [x for x in normalizer["normalizers"] if x["type"] != "Prepend"]
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": parts}
+        path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return folder
+
+
 def _read(path: Path, text: Callable[[dict[str, Any]], str]) -> list[str]:
     """The different texts of at least 10 words in a file."""
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
@@ -148,7 +169,7 @@ def prompts(study: Study) -> dict[str, Any]:
         "gradient": GRADIENT,
     }
     rows = []
-    for name, kinds, count in (("familiar", ("stories",), 20), ("foreign", FOREIGN, 5)):
+    for name, kinds, count in (("familiar", ("stories",), 16), ("foreign", FOREIGN, 4)):
         texts = [pair for kind in kinds for pair in study.prompts(kind, count)]
         for (method, changes), gate in itertools.product(methods.items(), (False, True)):
             gains, fits, adapted = [], [], 0
@@ -207,7 +228,7 @@ def settings(study: Study) -> dict[str, Any]:
     }
     rows = []
     for sites, (method, changes) in itertools.product(SITES, methods.items()):
-        for name, kinds in (("familiar", ("stories",)), ("foreign", FOREIGN)):
+        for name, kinds in (("familiar", ("stories",)), ("foreign", FOREIGN[:2])):
             gains, _ = _draws(study, kinds, 8, sites, **changes)
             row = {"sites": sites, "method": method, "text": name, "n": len(gains)}
             rows.append({**row, "gain": mean_ci(gains)})
@@ -231,7 +252,7 @@ def spent(study: Study) -> dict[str, Any]:
     }
     rows = []
     for sites, (method, (cost, changes)) in itertools.product(SITES, methods.items()):
-        lengths = (1, 3, 10, 30) if cost == size else (1, 3, 10, 30, 100, 300)
+        lengths = (2, 8, 30) if cost == size else (1, 3, 10, 30, 100, 300)
         for length in lengths:
             # The generations of a longer search begin with those of a shorter one.
             gains, _ = _draws(study, kinds, 8, sites, **changes, generations=length)

@@ -15,6 +15,7 @@ import pytest
 import grpocem_jax as gj
 from examples import custom_adapter
 from examples.own_task import rewards
+from examples.stories import rewards as stories
 from grpocem_jax.adapters import base
 from tests.conftest import ROOT, SITES
 
@@ -69,6 +70,30 @@ def test_the_own_task_trains(own_run):
     total = record["rewards/right/mean"] + 0.5 * record["rewards/brief/mean"]
     assert record["rewards/reviews/mean"] == pytest.approx(total, rel=1e-5)
     assert record["reward"] == pytest.approx(total, rel=1e-5)
+
+
+def test_rewards_of_the_stories():
+    texts = [
+        "",
+        "No one spoke.",
+        'He said, "Hi." She was glad.',
+        '"Yes," said Tom. "I will come',
+        "went and went and went and went",
+    ]
+    # Of six words one is spoken, a sixth; of six words four are, beyond a third.
+    expected = [-1, -1, 2 * 3 / 6 - 1, 1, -1]
+    assert stories.conversation(texts, texts) == pytest.approx(expected)
+    # The last has 5 triples, 2 of them different.
+    assert stories.fresh(texts, texts) == pytest.approx([-1, 1, 1, 1, 2 * 2 / 5 - 1])
+
+
+def test_the_stories_train_on_a_real_model(shared, in_root, tmp_path):
+    settings = short(gj.load_config("examples/stories/config.py"))
+    settings.model.source = str(shared / "models" / "tinystories-656k")
+    summary = gj.train(settings, tmp_path / "run")
+    # Two layers: floor(0.8 * 128) of five maps, and of keys and values, with 64 outputs, half.
+    assert summary["trainable_parameters"] == 2 * (5 * 102 + 2 * 51)
+    assert set(summary["heldout"]) == {"stories", "overall"}
 
 
 def test_lora_is_an_adapter_whose_zeros_are_the_base_model(tiny):
