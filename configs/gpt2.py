@@ -39,6 +39,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.data.max_samples = 500
     config.data.reward_timeout_s = 600.0
     config.data.heldout_samples = 100  # not in the report, which has no held-out set
+    config.data.validation_samples = 20
     # "Max length 256" is prompt and completion together.
     config.data.max_prompt_tokens = 192
     config.data.qa = _source(
@@ -110,6 +111,8 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.train.checkpoint_every_steps = 0  # "save every epoch"
     config.train.checkpoint_every_minutes = 0.0
     config.train.keep_checkpoints = 3
+    config.train.evaluate_every_steps = 0
+    config.train.fit_memory = False
     config.train.max_skipped_updates = 5
     config.train.eval_batch_size = 16
     config.train.eval_samples = 1
@@ -146,6 +149,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     if recipe == "report":
         config.cem.budget_s = 1.0  # "adaptation time 1.0000 s", whatever the task
     config.cem.population_chunk = 0
+    config.cem.fit_memory = False
     config.cem.buckets = (16, 32, 64, 128, 256)
 
     config.logging = ml_collections.ConfigDict()

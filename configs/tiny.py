@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.max_samples = 500
     config.data.reward_timeout_s = 600.0
     config.data.heldout_samples = 100
+    config.data.validation_samples = 20
     config.data.max_prompt_tokens = 64
     for task in config.data.tasks:
         config.data[task] = ml_collections.ConfigDict({"source": "builtin"})
@@ -71,6 +72,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.checkpoint_every_steps = 0
     config.train.checkpoint_every_minutes = 0.0
     config.train.keep_checkpoints = 3
+    config.train.evaluate_every_steps = 0
+    config.train.fit_memory = False
     config.train.max_skipped_updates = 5
     config.train.eval_batch_size = 16
     config.train.eval_samples = 4
@@ -105,6 +108,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.cem.held_back = 0.3
     config.cem.budget_s = config_dict.placeholder(float)
     config.cem.population_chunk = 0
+    config.cem.fit_memory = False
     config.cem.buckets = (16, 32, 48, 64, 127)
 
     config.logging = ml_collections.ConfigDict()

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpocem_jax import checkpoints, fitness, metrics, rollouts, searching, user_code
+from grpocem_jax import checkpoints, fitness, memory, metrics, rollouts, searching, user_code
 from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
@@ -75,20 +75,27 @@ class Adaptation:
         return "start" if self.search is None else self.search.returned
 
 
-def load_run(workdir: str | Path, settings: ml_collections.ConfigDict | None = None) -> TrainedRun:
+def load_run(
+    workdir: str | Path,
+    settings: ml_collections.ConfigDict | None = None,
+    *,
+    adapter: str = "adapter",
+) -> TrainedRun:
     """Loads a trained run.
 
     Args:
       workdir: a run directory.
       settings: other settings than the run's own.
+      adapter: a folder in it: ``adapter``, trained to the end, or ``best_adapter``, that of the
+        checkpoint that did best on validation prompts (``train.evaluate_every_steps``).
 
     Raises:
       InputError: no run there, no trained adapter in it, or one of another model or shape.
     """
     workdir = Path(workdir)
-    if not (workdir / "adapter" / "adapter_model.safetensors").is_file():
+    if not (workdir / adapter / "adapter_model.safetensors").is_file():
         raise InputError(
-            f"--workdir={workdir}: holds no trained adapter; train one with "
+            f"--workdir={workdir}: holds no trained adapter in {adapter}/; train one with "
             f"grpocem-train --config CONFIG --workdir {workdir}."
         )
     if settings is None:
@@ -103,10 +110,10 @@ def load_run(workdir: str | Path, settings: ml_collections.ConfigDict | None = N
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
     )
-    adapter = checkpoints.load_adapter(
-        workdir / "adapter", policy.zero, base_sha256=policy.pretrained.sha256
+    offsets = checkpoints.load_adapter(
+        workdir / adapter, policy.zero, base_sha256=policy.pretrained.sha256
     )
-    return TrainedRun(config, policy, adapter)
+    return TrainedRun(config, policy, offsets)
 
 
 def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Space:
@@ -160,8 +167,12 @@ def adapt(
     encoded = [encode(run.policy, text, settings) for text in listed]
     everything = batch(encoded, settings)
     score = make_fitness(run.policy, settings, everything)
-    value = functools.partial(_value, score, batch=everything, key=key)
-    before = float(value(run.adapter))
+
+    def value(adapter: Offsets) -> float:
+        with memory.advise("the fitness of one adapter", "give shorter texts or fewer"):
+            return float(_value(score, adapter, batch=everything, key=key))
+
+    before = value(run.adapter)
     fitted, held_back = everything, None
     if settings.gate:
         parts = hold_back(encoded, settings)
@@ -181,10 +192,11 @@ def adapt(
         returned=settings.returned,
         population_chunk=settings.population_chunk
         or fitness.population_chunk(settings.population_size, fitted),
+        fit_memory=settings.fit_memory,
         budget_s=settings.budget_s,
         on_chunk=on_chunk,
     )
-    return Adaptation(found.adapter, before, float(value(found.adapter)), found)
+    return Adaptation(found.adapter, before, value(found.adapter), found)
 
 
 def make_fitness(
@@ -261,13 +273,15 @@ def adapt_to_reward(
         space = space._replace(start=warm.adapter)
     held = min(max(1, round(settings.held_back * len(items))), len(items) - 1)
     held = held if settings.gate else 0
-    rewards = functools.partial(_rewards, run, settings=settings)
-    evaluate = functools.partial(rewards, items=items[held:])
+    size = min(settings.population_chunk or method.population_size, method.population_size)
+    chunk = memory.population_chunk(size, lower=settings.fit_memory)
+    evaluate = functools.partial(_rewards, run, items=items[held:], settings=settings, chunk=chunk)
     # What is compared with the start is paired with it.
     paired_settings = dataclasses.replace(
         settings, common_random_numbers=True, samples=HELD_BACK_SAMPLES * settings.samples
     )
-    paired = functools.partial(_rewards, run, settings=paired_settings)
+    few = memory.population_chunk(min(chunk.size, len(searching.SCALES)), lower=settings.fit_memory)
+    paired = functools.partial(_rewards, run, settings=paired_settings, chunk=few)
     evaluate_held_back = functools.partial(paired, items=items[:held]) if held else None
     clock = metrics.CompileClock.start()
     try:
@@ -285,7 +299,11 @@ def adapt_to_reward(
         )
     finally:
         clock.stop()
-    found = found._replace(seconds=found.seconds - clock.seconds, compile_seconds=clock.seconds)
+    found = found._replace(
+        seconds=found.seconds - clock.seconds,
+        compile_seconds=clock.seconds,
+        population_chunk=chunk.size,
+    )
     if warm is not None and found.returned == "start":
         found = found._replace(returned=warm.returned)
     both = jax.tree.map(lambda *x: jnp.stack(x), run.adapter, found.adapter)
@@ -300,18 +318,22 @@ def _rewards(
     *,
     items: Sequence[rollouts.Item],
     settings: CEMConfig,
+    chunk: memory.Chunk,
 ) -> np.ndarray:
-    return rollouts.population_rewards(
-        run.policy,
-        adapters,
-        items,
-        key,
-        run.config.generation,
-        num_samples=settings.samples,
-        buckets=settings.buckets,
-        chunk=settings.population_chunk,
-        common_random_numbers=settings.common_random_numbers,
-    )
+    def attempt(size: int) -> np.ndarray:
+        return rollouts.population_rewards(
+            run.policy,
+            adapters,
+            items,
+            key,
+            run.config.generation,
+            num_samples=settings.samples,
+            buckets=settings.buckets,
+            chunk=size,
+            common_random_numbers=settings.common_random_numbers,
+        )
+
+    return chunk.run(attempt)
 
 
 def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[str]:
@@ -497,6 +519,7 @@ def summary(result: Adaptation) -> dict[str, Any]:
         "generations": found.generations if found else 0,
         "candidates": found.candidates if found else 0,
         "converged": found.converged if found else False,
+        "population_chunk": found.population_chunk if found else 0,
         "seconds": found.seconds if found else 0.0,
         "compile_seconds": found.compile_seconds if found else 0.0,
         "note": result.note,

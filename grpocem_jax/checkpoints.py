@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -23,18 +25,35 @@ MAX_EXPERTS = 8
 """The report's number of experts."""
 
 
+class _Best:
+    """Orbax's policy that keeps one checkpoint; which one is said anew with each save."""
+
+    step: int | None = None
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[policies.PolicyCheckpointInfo],
+        *,
+        context: policies.PreservationContext,
+    ) -> list[bool]:
+        del context
+        return [info.step == self.step for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of a run directory: ``checkpoints/<step>/`` with state and data position.
 
     Args:
       workdir: the run directory.
-      keep: how many to keep, the last ones; 0 for all.
+      keep: how many to keep, the last ones, beside the best one; 0 for all.
     """
 
     def __init__(self, workdir: Path, *, keep: int = 0):
         self._folder = (workdir / "checkpoints").absolute()
+        self._best = _Best()
+        kept = policies.AnyPreservationPolicy([policies.LatestN(keep or None), self._best])
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, cleanup_tmp_directories=True
+            preservation_policy=kept, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -44,8 +63,10 @@ class Checkpoints:
         Args:
           state: adapter, optimizer state, step, learning-rate factor.
           key: the run's base PRNG key.
-          position: where in the data the run stands, and the hash of its config; JSON.
+          position: where in the data the run stands, and the hash of its config; JSON. Where its
+            ``best`` is a record with a ``step``, that step's checkpoint is kept.
         """
+        self._best.step = (position.get("best") or {}).get("step")
         tree = {"state": state._asdict(), "key": jax.random.key_data(key)}
         position = {**position, "sha256": _digest(tree, position)}
         self._manager.save(
@@ -148,12 +169,14 @@ def save_adapter(folder: Path, offsets: Offsets, config: dict[str, Any], card: s
     Args:
       folder: made if it is not there.
       offsets: the trained offsets; arrays inside a site are named ``SITE/KEY``.
-      config: what is needed to use them: base model, kind of adapter, settings.
+      config: what is needed to use them: base model, kind of adapter, settings; the hash of the
+        file of the offsets is added.
       card: text of README.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "adapter_model.safetensors", _named(offsets))
-    write_json(folder / "adapter_config.json", config)
+    path = folder / "adapter_model.safetensors"
+    write_safetensors(path, _named(offsets))
+    write_json(folder / "adapter_config.json", {**config, "adapter_sha256": _file_hash(path)})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -166,8 +189,10 @@ def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = N
       base_sha256: `Pretrained.sha256` of the model it is for; None does not compare.
 
     Raises:
-      InputError: no adapter there, one of other sites or sizes, or one of another model.
+      InputError: no adapter there, a damaged one, one of other sites or sizes, or one of another
+        model.
     """
+    _check_hash(folder)
     if base_sha256 is not None:
         path = folder / "adapter_config.json"
         try:
@@ -183,6 +208,25 @@ def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = N
                 "this model; use the model it was trained on."
             )
     return _read_arrays(folder / "adapter_model.safetensors", template)
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_hash(folder: Path) -> None:
+    """Refuses an adapter whose file is not the one that was written."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        wanted, found = config["adapter_sha256"], _file_hash(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no checksum, or no adapter, which is named where it is read
+    if found != wanted:
+        raise InputError(
+            f"{path}: is not the file that was written (its checksum differs from that in "
+            "adapter_config.json); copy both again, or train the adapter again."
+        )
 
 
 def _read_arrays(path: Path, template: Offsets) -> Offsets:

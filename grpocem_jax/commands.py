@@ -10,6 +10,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from grpocem_jax import memory
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import cache_folder
@@ -49,8 +50,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def guarded(argv: list[str]) -> None:
-        # Orbax reports every step of a save at the level of info.
-        logging.set_verbosity(logging.WARNING)
+        # Orbax reports every step of a save, and errors with a traceback before it raises them.
+        logging.set_verbosity(logging.FATAL)
         keep_compiled_programs()
         if len(argv) > 1:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
@@ -68,6 +69,13 @@ def run(main: Callable[[list[str]], Any]) -> None:
             main(argv)
         except InputError as error:
             _fail(str(error))
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+            _fail(
+                f"out of device memory ({str(error).splitlines()[0]}); take a smaller model, or a "
+                "device with more memory."
+            )
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

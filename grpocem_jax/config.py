@@ -115,6 +115,11 @@ class DataConfig:
     tasks: tuple[str, ...] = _field("Tasks to train on, mixed evenly.", _NOT_EMPTY)
     max_samples: int = _field("Most training examples of a task.", _at_least(1))
     heldout_samples: int = _field("Most held-out examples of a task.", _at_least(2))
+    validation_samples: int = _field(
+        "Most examples of a task, of its held-out split and beside the held-out ones, by whose "
+        "reward `train.evaluate_every_steps` compares checkpoints.",
+        _at_least(1),
+    )
     max_prompt_tokens: int = _field(
         "Longest prompt; longer ones are shortened or dropped, and counted.", _at_least(1)
     )
@@ -194,6 +199,15 @@ class TrainConfig:
         "A checkpoint where the last one is so old; 0 for none.", _at_least(0)
     )
     keep_checkpoints: int = _field("Checkpoints kept, the last ones; 0 for all.", _at_least(0))
+    evaluate_every_steps: int = _field(
+        "Steps between evaluations on `data.validation_samples`, each at a checkpoint; the best of "
+        "them is kept too. 0 for none.",
+        _at_least(0),
+    )
+    fit_memory: bool = _field(
+        "Where device memory runs out in an update, halve the micro-batch and try again: the same "
+        "result up to rounding."
+    )
     max_skipped_updates: int = _field(
         "Updates in a row that may be skipped because loss or gradient is not finite; then the run "
         "stops.",
@@ -264,6 +278,10 @@ class CEMConfig:
         "Candidates scored at a time; 0 for as many as run fastest on the device, of a likelihood, "
         "and for all of them, of a reward.",
         _at_least(0),
+    )
+    fit_memory: bool = _field(
+        "Where device memory runs out, halve `population_chunk` and try again: the same result up "
+        "to rounding."
     )
     buckets: tuple[int, ...] = _field(
         "Lengths to which texts are padded, each a compiled program; the last is the limit.",

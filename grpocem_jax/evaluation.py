@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from grpocem_jax import rollouts
+from grpocem_jax import memory, rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config
 from grpocem_jax.policy import Policy
@@ -106,8 +106,16 @@ def evaluate(
     Returns:
       mean reward per prompt, float64 ``[n]`` (NaN where all samples abstained), and the texts
       ``[n][samples]``.
+
+    Raises:
+      InputError: out of device memory, or what `rollouts.score` raises.
     """
     size = config.train.eval_batch_size
+    advice = (
+        f"lower train.eval_batch_size={size} to {size // 2}"
+        if size > 1
+        else f"lower generation.max_new_tokens={config.generation.max_new_tokens}"
+    )
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(items)))
     rewards = np.full(len(items), np.nan)
     texts: list[list[str]] = [[] for _ in items]
@@ -123,24 +131,39 @@ def evaluate(
         )
         # A last batch that is not full repeats its first prompt: one compiled shape.
         filled = np.array(rows + rows[:1] * (size - len(rows)))
-        out = rollouts.generate(
-            policy,
-            jax.tree.map(lambda x, rows=filled: x[rows], adapter) if own_adapters else adapter,
-            rollouts.pad([items[i].tokens for i in filled], length),
-            keys[filled],
-            config.generation,
-            num_samples=1 if greedy else config.train.eval_samples,
-            temperature=config.generation.temperature,
-            greedy=greedy,
-            own_adapters=own_adapters,
-        )
-        groups = rollouts.decode(policy, *jax.device_get((out.tokens, out.mask)))[: len(rows)]
+        with memory.advise("the evaluation", advice):
+            out = rollouts.generate(
+                policy,
+                jax.tree.map(lambda x, rows=filled: x[rows], adapter) if own_adapters else adapter,
+                rollouts.pad([items[i].tokens for i in filled], length),
+                keys[filled],
+                config.generation,
+                num_samples=1 if greedy else config.train.eval_samples,
+                temperature=config.generation.temperature,
+                greedy=greedy,
+                own_adapters=own_adapters,
+            )
+            tokens, mask = jax.device_get((out.tokens, out.mask))
+        groups = rollouts.decode(policy, tokens, mask)[: len(rows)]
         scores = rollouts.score(chosen, groups).total
         for row, group, values in zip(rows, groups, scores, strict=True):
             texts[row] = group
             present = values[~np.isnan(values)]
             rewards[row] = present.mean() if len(present) else np.nan
     return rewards, texts
+
+
+def mean_reward(tasks: Sequence[str], rewards: np.ndarray) -> float:
+    """Mean reward of ``n`` prompts over tasks, each weighing the same; NaN where all abstained.
+
+    Args:
+      tasks: the task of each prompt.
+      rewards: float ``[n]``, NaN where abstained.
+    """
+    labels = np.asarray(tasks)
+    parts = [rewards[(labels == name) & ~np.isnan(rewards)] for name in np.unique(labels)]
+    means = [part.mean() for part in parts if len(part)]
+    return float(np.mean(means)) if means else math.nan
 
 
 def compare(

@@ -1,6 +1,7 @@
 """Files and folders that are either whole or not there: JSON, safetensors, a folder of files."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,22 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from grpocem_jax.errors import InputError
+
+REFUSED = [
+    os.strerror(number)
+    for number in (
+        *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM),
+        errno.EROFS,
+    )
+]
+"""What the system says where a disk is full or must not be written."""
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file."""
-    partial = _partial(path)
-    partial.write_bytes(content)
-    partial.replace(path)
+    with _in_one_piece(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -27,12 +38,47 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_safetensors(path: Path, arrays: Mapping[str, Any]) -> None:
     """Writes arrays by name, in the layout transformers reads."""
-    partial = _partial(path)
     # safetensors takes the memory of a transposed array as it lies, and lets only its owner read.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(contiguous, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)
-    partial.replace(path)
+    with _in_one_piece(path) as partial:
+        save_file(contiguous, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)
+
+
+@contextlib.contextmanager
+def writing(where: str, fix: str) -> Iterator[None]:
+    """Says in one sentence that the disk does not take what the block writes.
+
+    Libraries wrap the system's error in others of their own, so it is known by its text.
+
+    Args:
+      where: the flag and its folder.
+      fix: what to do.
+
+    Raises:
+      InputError: the disk is full, must not be written, or fails.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = next((text for text in REFUSED if text in str(error)), None)
+        if reason is None:
+            raise
+        raise InputError(f"{where}: cannot be written ({reason}); {fix}.") from error
+
+
+@contextlib.contextmanager
+def _in_one_piece(path: Path) -> Iterator[Path]:
+    """Gives a file beside ``path`` to write, which takes that name when the block ends."""
+    partial = _partial(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 from grpocem_jax import adaptation, checkpoints, report, rollouts, screens, tables
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json
+from grpocem_jax.files import write_json, writing
 from grpocem_jax.searching import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
@@ -102,14 +102,16 @@ def run(
         if save:
             config = trained.policy.adapter_config(trained.config.adapter)
             card = screens.adapted_card(trained, results[-1])
-            checkpoints.save_adapter(Path(save), found.adapter, config, card)
+            with writing(f"--save={save}", "give another folder"):
+                checkpoints.save_adapter(Path(save), found.adapter, config, card)
             print(f"adapter saved in {save}", file=sys.stderr)
     if as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     elif evaluate:
         print(tables.show(result, trained.config))
     if evaluate:
-        write_json(Path(workdir) / "evaluation.json", result)
+        with writing(f"--workdir={workdir}", "copy the run to another folder"):
+            write_json(Path(workdir) / "evaluation.json", result)
         print(f"report    {report.write(workdir)}", file=sys.stderr)
     return result
 
@@ -156,13 +158,14 @@ def _record(
 
 
 def _evaluate(run: TrainedRun) -> dict[str, Any]:
-    train, heldout, lines = load_data(run.config, run.policy)
-    print("\n".join(f"data      {line}" for line in lines), file=sys.stderr, flush=True)
+    data = load_data(run.config, run.policy)
+    lines = "\n".join(f"data      {line}" for line in data.lines)
+    print(lines, file=sys.stderr, flush=True)
     view = _LiveView("searches", 0)
     result = tables.adapted_tables(
         run,
-        train,
-        heldout,
+        data.train,
+        data.heldout,
         key=jax.random.key(run.config.seed),
         progress=view.count,
     )

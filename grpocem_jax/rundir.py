@@ -23,6 +23,7 @@ NEUTRAL = (
     "train.checkpoint_every_steps",
     "train.eval_batch_size",
     "train.eval_samples",
+    "train.fit_memory",
     "train.keep_checkpoints",
 )
 """Settings that may change while a run continues: they do not alter what is trained."""

@@ -195,10 +195,21 @@ def closing(
             f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
             f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
+            *_best(summary),
             f"adapter and logs are in {workdir}; to adapt it further: "
             f"grpocem-adapt --config CONFIG --workdir {workdir} --prompt TEXT",
         ]
     )
+
+
+def _best(summary: dict[str, Any]) -> list[str]:
+    best = summary["best_adapter"]
+    if best is None:
+        return []
+    return [
+        f"best of the validation prompts: {best['eval_reward']:.3f} after step {best['step']}, in "
+        "best_adapter; the adapter of this table is the last"
+    ]
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
@@ -214,6 +225,23 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
             "",
             *_caveats(summary),
             *_reward_tables(config, summary),
+        ]
+    )
+
+
+def best_card(config: Config, summary: dict[str, Any]) -> str:
+    """README.md of the folder that holds the adapter of the best checkpoint."""
+    best = summary["best_adapter"]
+    return "\n".join(
+        [
+            f"# Adapter of {summary['model']}, the best of its checkpoints",
+            "",
+            f"{_scales(config, summary)}, trained with GRPO by grpocem_jax: the checkpoint after "
+            f"step {best['step']} of {summary['steps']}, whose reward on the validation prompts, "
+            f"{best['eval_reward']:.3f}, was the largest. As the largest of several it is too high "
+            "an estimate, and held-out reward was measured for the last adapter only.",
+            "",
+            *_caveats(summary),
         ]
     )
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpocem_jax import memory
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import Space, decode
 from grpocem_jax.cem import CEM, GradientAscent, Point
@@ -87,6 +88,8 @@ class SearchResult(NamedTuple):
       seconds: of the search, without compilation.
       compile_seconds: spent before it to trace and compile, or to find the compiled program; of
         `search_on_host`, which compiles on the way, 0, and ``seconds`` has all.
+      population_chunk: candidates scored at a time in the end; of `search_on_host`, whose fitness
+        knows it, 0.
     """
 
     adapter: Offsets
@@ -99,6 +102,7 @@ class SearchResult(NamedTuple):
     history: History
     seconds: float
     compile_seconds: float
+    population_chunk: int = 0
 
 
 class _Problem(NamedTuple):
@@ -129,6 +133,7 @@ def search(
     gate_z: float = 1.0,
     returned: str = "mean",
     population_chunk: int = 0,
+    fit_memory: bool = False,
     budget_s: float | None = None,
     on_chunk: Callable[[int, History], None] | None = None,
 ) -> SearchResult:
@@ -145,26 +150,43 @@ def search(
       held_back: a batch for the gate; None returns what the search ends with.
       gate_z: standard errors by which the held-back gain must exceed zero, at least 0.
       returned: "mean" or "best": which point is returned, and followed by the gate.
-      population_chunk: candidates scored at a time, 0 for all; less memory, the same result.
+      population_chunk: candidates scored at a time, 0 for all; less memory, the same result up to
+        rounding.
+      fit_memory: whether ``population_chunk`` is halved where device memory runs out, and the
+        generations that did not fit are tried again.
       budget_s: seconds; the search stops at the first chance after them. Chunks grow and shrink
         with the time that is left. Compilation does not count.
       on_chunk: called with the number of generations done and their history, at least every tenth
         of them.
 
     Raises:
-      InputError: a setting out of range.
+      InputError: a setting out of range; out of device memory.
     """
     _check(generations, gate_z, returned, budget_s, population_chunk)
     if jax.tree_util.all_leaves([fitness]):
         fitness = jax.tree_util.Partial(fitness)
     problem = _Problem(fitness, space, batch, held_back, jnp.float32(gate_z), key)
-    advance = functools.partial(
-        _advance, method=method, returned=returned, population_chunk=population_chunk
-    )
+    size = min(population_chunk or method.population_size, method.population_size)
+    chunk = memory.population_chunk(size, lower=fit_memory)
+
+    def advance(loop: _Loop, limit: int) -> _Loop:
+        def attempt(size: int) -> _Loop:
+            done = _advance(
+                problem,
+                loop,
+                jnp.int32(limit),
+                method=method,
+                returned=returned,
+                population_chunk=size,
+            )
+            return jax.block_until_ready(done)
+
+        return chunk.run(attempt)
+
     started = time.perf_counter()
     loop = _begin(problem, method=method, generations=generations)
     # Zero generations compile the program without running it.
-    loop = jax.block_until_ready(advance(problem, loop, jnp.int32(0)))
+    loop = advance(loop, 0)
     compiled = time.perf_counter()
 
     done = 0
@@ -179,7 +201,7 @@ def search(
             limit = min(limit, done + max(1, affordable))
         if on_chunk is not None:
             limit = min(limit, done + max(1, generations // 10))
-        loop = jax.block_until_ready(advance(problem, loop, jnp.int32(limit)))
+        loop = advance(loop, limit)
         done = int(loop.state.generation)
         if on_chunk is not None:
             on_chunk(done, _host_history(loop.history, done))
@@ -199,6 +221,7 @@ def search(
         history=_host_history(loop.history, done),
         seconds=seconds,
         compile_seconds=compiled - started,
+        population_chunk=chunk.size,
     )
 
 

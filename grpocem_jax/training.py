@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,21 @@ from grpocem_jax import (
     checkpoints,
     evaluation,
     grpo,
+    memory,
     metrics,
     report,
+    results,
     rollouts,
     rundir,
     sampling,
     screens,
+    step_metrics,
     trackers,
 )
-from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import svf
+from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json, write_safetensors
+from grpocem_jax.files import writing
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.tasks import Loaded, load_examples
 
@@ -65,21 +68,29 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
     )
     _check_length(config, policy)
-    train_items, heldout_items, data_lines = load_data(config, policy)
+    data = load_data(config, policy)
+    train_items = data.train
     if len(train_items) < config.prompts_per_step:
         raise InputError(
             f"{len(train_items)} training prompts in all, but a step takes "
             f"{config.prompts_per_step} (train.batch_size * train.accumulation_steps / "
             "grpo.group_size); give more data or a smaller step."
         )
-    identity = {"model": policy.pretrained.sha256, "data": _data_hash(train_items)}
+    identity = {
+        "model": policy.pretrained.sha256,
+        "data": _data_hash(train_items + data.validation),
+    }
     with (
+        writing(f"--workdir={workdir}", "make room; the same command continues the run"),
         rundir.claim(workdir, settings.to_dict(), identity) as claimed,
         rundir.Signals() as signals,
     ):
         config_hash = checkpoints.config_hash(settings.to_dict())
         key, eval_key = jax.random.split(jax.random.key(config.seed))
         run = Run(config, policy, train_items, key, workdir, config_hash, signals)
+        run.validation_items = data.validation
+        # The numbers before it are those of the held-out prompts.
+        run.validation_key = jax.random.fold_in(eval_key, len(data.heldout))
         run.logs = trackers.start(
             config.logging,
             workdir,
@@ -87,101 +98,59 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             run_id=claimed["id"],
             first_step=run.first_step + 1,
         )
-        first = screens.first(config, policy, data_lines, workdir, [x.where for x in run.logs])
+        first = screens.first(config, policy, data.lines, workdir, [x.where for x in run.logs])
         print(first, flush=True)
         if run.first_step:
             print(f"resumed   after step {run.first_step}", flush=True)
-        return _finish(run, heldout_items, eval_key, started)
+        return _finish(run, data, eval_key, started)
 
 
 def _data_hash(items: Sequence[rollouts.Item]) -> str:
-    """SHA-256 of the training prompts, their order and their columns."""
+    """SHA-256 of prompts, their order and their columns."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.task.name, *item.example)).encode())
     return digest.hexdigest()
 
 
-def _finish(
-    run: "Run", heldout_items: Sequence[rollouts.Item], eval_key: jax.Array, started: float
-) -> dict[str, Any]:
+def _finish(run: "Run", data: "Data", eval_key: jax.Array, started: float) -> dict[str, Any]:
     """Trains what is left to train, judges, and writes what a run leaves behind."""
     config, policy, workdir = run.config, run.policy, run.workdir
     clock = metrics.CompileClock.start()
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started
-    # The base model is measured here too and not at first: it does not change, and one who starts
-    # a run sees its first steps at once.
-    print("held-out reward before training", file=sys.stderr, flush=True)
-    before = evaluation.judge(policy, policy.zero, heldout_items, eval_key, config)
-    print("held-out reward after training", file=sys.stderr, flush=True)
-    after = evaluation.judge(policy, state.adapter, heldout_items, eval_key, config)
+    heldout = results.judge(policy, state.adapter, data.heldout, eval_key, config)
+    best = run.best_adapter()
     clock.stop()
-
-    tasks = [item.task.name for item in heldout_items]
-    heldout, greedy = (
-        evaluation.compare(config.data.tasks, tasks, b, a)
-        for b, a in (
-            (before.rewards, after.rewards),
-            (before.greedy_rewards, after.greedy_rewards),
-        )
-    )
-    offsets = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.adapter)])
-    pretrained = policy.pretrained
-    summary = {
-        "heldout": {name: dataclasses.asdict(gain) for name, gain in heldout.items()},
-        "heldout_greedy": {name: dataclasses.asdict(gain) for name, gain in greedy.items()},
-        "steps": int(state.step),
-        "trainable_parameters": adapters.num_params(policy.zero),
-        "total_parameters": pretrained.num_params(),
-        "offsets": {
-            "max_abs": float(np.abs(offsets).max()),
-            "rms": float(np.sqrt(np.mean(offsets**2))),
-        },
-        "model": pretrained.source,
-        "builtin_model": pretrained.kind == "builtin",
-        "random_weights": pretrained.kind == "random",
-        "builtin_data": {
-            name: config.data.sources[name].source == "builtin" for name in config.data.tasks
-        },
-        "data": {
-            name: {
-                "source": config.data.sources[name].source,
-                "train": sum(item.task.name == name for item in run.items),
-                "heldout": tasks.count(name),
-            }
-            for name in config.data.tasks
-        },
-        "resumed_after_step": run.first_step,
-        "skipped_updates": run.skipped,
-        "seconds": time.perf_counter() - started,
-        "train_seconds": train_seconds,
-        "compile_seconds": clock.seconds,
-        **metrics.environment(),
-    }
-    checkpoints.save_adapter(
-        workdir / "adapter",
+    summary = results.summarize(
+        config,
+        policy,
         state.adapter,
-        policy.adapter_config(config.adapter),
-        screens.model_card(config, summary),
+        run.items,
+        heldout,
+        {
+            "steps": int(state.step),
+            "adapter": "last",
+            "best_adapter": None if best is None else run.best,
+            "resumed_after_step": run.first_step,
+            "skipped_updates": run.skipped,
+            "micro_batch": run.micro_batch.size,
+            "seconds": time.perf_counter() - started,
+            "train_seconds": train_seconds,
+            "compile_seconds": clock.seconds,
+        },
     )
-    judged = metrics.JsonLines(workdir / "heldout.jsonl", size=0)
-    for line in evaluation.records(heldout_items, before, after):
-        judged.write(line)
-    judged.close()
-    spectrum = svf.singular_values(policy.params, policy.sites)
-    if spectrum:
-        write_safetensors(workdir / "spectrum.safetensors", spectrum)
-    write_json(workdir / "summary.json", summary)
+    results.write(workdir, config, policy, state.adapter, best, heldout, summary)
+    sampled, greedy = heldout.gains(config.data.tasks)
     named = {
         "eval/reward" if name == "overall" else f"eval/rewards/{name}/mean": gain.after
-        for name, gain in heldout.items()
+        for name, gain in sampled.items()
     }
     for log in run.logs:
         log.log(named, int(state.step))
         log.close()
-    print(screens.closing(heldout, greedy, summary, config, workdir), flush=True)
+    print(screens.closing(sampled, greedy, summary, config, workdir), flush=True)
     print(f"report    {report.write(workdir)}", flush=True)
     return summary
 
@@ -196,10 +165,29 @@ def _check_length(config: Config, policy: Policy) -> None:
         )
 
 
-def load_data(
-    config: Config, policy: Policy
-) -> tuple[list[rollouts.Item], list[rollouts.Item], list[str]]:
-    """Training and held-out prompts of all tasks, and lines that say where they are from."""
+class Data(NamedTuple):
+    """The prompts of a run.
+
+    Attributes:
+      train: training prompts of all tasks.
+      heldout: held-out prompts of all tasks.
+      validation: other prompts of the held-out split, to compare checkpoints by, so that the
+        held-out reward is not the largest of several; none where they are not compared.
+      lines: where they are from, for the first screen.
+    """
+
+    train: list[rollouts.Item]
+    heldout: list[rollouts.Item]
+    validation: list[rollouts.Item]
+    lines: list[str]
+
+
+def load_data(config: Config, policy: Policy) -> Data:
+    """Training, held-out and validation prompts of all tasks; no prompt is in two of them.
+
+    Raises:
+      InputError: as `grpocem_jax.tasks.load_examples`; too few rows for validation prompts.
+    """
     tasks = {name: config.task(name) for name in config.data.tasks}
 
     def draw(
@@ -218,16 +206,30 @@ def load_data(
 
     train: list[rollouts.Item] = []
     heldout: list[rollouts.Item] = []
+    validation: list[rollouts.Item] = []
     lines = []
+    most, more = config.data.heldout_samples, 0
+    if config.train.evaluate_every_steps:
+        more = config.data.validation_samples
     for name in config.data.tasks:
-        judged = draw(name, "heldout", config.data.heldout_samples, ())
+        judges = draw(name, "heldout", most + more, ())
+        judged = judges.examples[:most]
+        prompts = {example.prompt for example in judged}
+        compared = [example for example in judges.examples[most:] if example.prompt not in prompts]
+        if more and not compared:
+            raise InputError(
+                f"data.heldout_samples={most}: the held-out split of {name} has no other prompts, "
+                "by which to compare checkpoints; lower it, or set train.evaluate_every_steps=0."
+            )
         # Published splits share rows now and then; what judges must not have been trained on.
-        prompts = {example.prompt for example in judged.examples}
+        prompts |= {example.prompt for example in compared}
         trained = draw(name, "train", config.data.max_samples, prompts)
         train += rollouts.encode(policy, tasks[name], trained.examples)
-        heldout += rollouts.encode(policy, tasks[name], judged.examples)
-        lines += [trained.description, judged.description]
-    return train, heldout, lines
+        heldout += rollouts.encode(policy, tasks[name], judged)
+        validation += rollouts.encode(policy, tasks[name], compared)
+        note = f", {len(compared)} of them to compare checkpoints" if more else ""
+        lines += [trained.description, judges.description + note]
+    return Data(train, heldout, validation, lines)
 
 
 class Run:
@@ -237,7 +239,14 @@ class Run:
       first_step: optimizer steps that were done before.
       skipped: updates skipped because loss or gradient was not finite.
       logs: where metrics go beside metrics.jsonl.
+      micro_batch: completions of an update processed at once.
+      validation_items: prompts to compare checkpoints by; none are compared where it is empty.
+      validation_key: PRNG key of their completions, the same each time.
+      best: step and ``eval_reward`` of the best checkpoint so far, or None.
     """
+
+    validation_items: Sequence[rollouts.Item] = ()
+    validation_key: jax.Array
 
     def __init__(
         self,
@@ -268,6 +277,8 @@ class Run:
         self.num_tokens = position.get("num_tokens", 0)
         self.skipped = position.get("skipped", 0)
         self.skipped_in_a_row = position.get("skipped_in_a_row", 0)
+        self.best: dict[str, Any] | None = position.get("best")
+        self.micro_batch = micro_batch(config, position.get("micro_batch", config.train.batch_size))
         # What was written after the checkpoint is written again.
         self.metrics = metrics.JsonLines(
             workdir / "metrics.jsonl", position.get("metrics_bytes", 0)
@@ -287,11 +298,17 @@ class Run:
         progress = screens.Progress(self.total_steps)
         signals = self.signals
         signals.at_once = False
-        try:
+        with contextlib.ExitStack() as last:
+            # All of them, also where one fails because the disk is full.
+            for close in (self.checkpoints, self.completions, self.metrics, progress):
+                last.callback(close.close)
+            last.callback(setattr, signals, "at_once", True)
             for step in range(self.first_step, self.total_steps):
                 started = time.perf_counter()
                 state, record = self.step(state, step)
                 record["step_time"] = time.perf_counter() - started
+                if self.evaluation_due(step + 1):
+                    record["eval_reward"] = self.evaluate(state)
                 self.log(record)
                 progress.update(
                     step + 1,
@@ -304,12 +321,6 @@ class Run:
                     saved = time.monotonic()
                 if signals.received:
                     break
-        finally:
-            signals.at_once = True
-            progress.close()
-            self.metrics.close()
-            self.completions.close()
-            self.checkpoints.close()
         if signals.received:
             print(
                 f"stopped after step {int(state.step)} of {self.total_steps}; the same command "
@@ -326,9 +337,39 @@ class Run:
         return (
             done % self.steps_per_epoch == 0
             or done == self.total_steps
+            or self.evaluation_due(done)
             or bool(every and done % every == 0)
             or bool(minutes and time.monotonic() - saved >= 60 * minutes)
         )
+
+    def evaluation_due(self, done: int) -> bool:
+        """Whether the adapter after ``done`` steps is judged by the validation prompts."""
+        every = self.config.train.evaluate_every_steps
+        return bool(every) and (done % every == 0 or done == self.total_steps)
+
+    def evaluate(self, state: grpo.TrainState) -> float:
+        """Mean reward of the validation prompts, NaN where all abstained; keeps the best."""
+        items = self.validation_items
+        rewards, _ = evaluation.evaluate(
+            self.policy, state.adapter, items, self.validation_key, self.config, greedy=False
+        )
+        reward = evaluation.mean_reward([item.task.name for item in items], rewards)
+        if reward > (-math.inf if self.best is None else self.best["eval_reward"]):
+            self.best = {"step": int(state.step), "eval_reward": reward}
+        return reward
+
+    def best_adapter(self) -> Offsets | None:
+        """The adapter of the best checkpoint; None, after saying so, where it cannot be read."""
+        if self.best is None:
+            return None
+        stored = checkpoints.Checkpoints(self.workdir)
+        try:
+            return stored.restore(self.state, self.best["step"])[0].adapter
+        except InputError as error:
+            print(f"no best adapter: {error}", file=sys.stderr, flush=True)
+            return None
+        finally:
+            stored.close()
 
     def position(self, done: int) -> dict[str, Any]:
         """Where the run stands, for the checkpoint after ``done`` steps."""
@@ -338,6 +379,8 @@ class Run:
             "num_tokens": self.num_tokens,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "best": self.best,
+            "micro_batch": self.micro_batch.size,
             "metrics_bytes": self.metrics.size,
             "completions_bytes": self.completions.size,
         }
@@ -375,7 +418,7 @@ class Run:
             config.data.max_prompt_tokens,
         )
         prompts = rollouts.pad([item.tokens for item in items], length)
-        with self.memory("rollouts"):
+        with memory.advise("a step's rollouts", self.rollouts_advice()):
             out = rollouts.generate(
                 self.policy,
                 state.adapter,
@@ -398,25 +441,27 @@ class Run:
             out.logps,
             advantages,
         )
-        with self.memory("update"):
-            state, update = jax.block_until_ready(
-                grpo.update(
-                    state,
-                    self.policy.params,
-                    batch,
-                    temperature,
-                    model=self.policy.model,
-                    hp=config.hyperparameters,
-                )
+
+        def attempt(size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+            updated = grpo.update(
+                state,
+                self.policy.params,
+                batch,
+                temperature,
+                model=self.policy.model,
+                hp=dataclasses.replace(config.hyperparameters, micro_batch=size),
             )
+            return jax.block_until_ready(updated)
+
+        state, update = self.micro_batch.run(attempt)
         self.step_tokens = int(mask.sum() + prompts.mask.sum() * config.grpo.group_size)
         self.num_tokens += self.step_tokens
         record: dict[str, Any] = {
             "step": step + 1,
             "epoch": (step + 1) / self.steps_per_epoch,
             **{name: float(value) for name, value in jax.device_get(update).items()},
-            **reward_metrics(items, scores),
-            **length_metrics(mask.sum(-1), self._unended(tokens, mask)),
+            **step_metrics.rewards(items, scores),
+            **step_metrics.lengths(mask.sum(-1), self._unended(tokens, mask)),
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
@@ -425,30 +470,12 @@ class Run:
             self.show(step + 1, items, texts, rewards, np.asarray(advantages))
         return state, record
 
-    @contextlib.contextmanager
-    def memory(self, what: str) -> Iterator[None]:
-        """Says which setting to lower where the device's memory does not suffice."""
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            settings, group = self.config.train, self.config.grpo.group_size
-            batch, count = settings.batch_size, settings.accumulation_steps
-            if what == "rollouts" and count > 1:
-                advice = f"lower train.accumulation_steps={count} to {count // 2}"
-            elif what == "update" and batch > group:
-                sizes = range(group, batch // 2 + 1, group)
-                smaller = max(size for size in sizes if batch % size == 0)
-                advice = (
-                    f"lower train.batch_size={batch} to {smaller} and raise "
-                    f"train.accumulation_steps={count} to {count * batch // smaller}, which "
-                    "changes no result"
-                )
-            else:
-                length = self.config.generation.max_new_tokens
-                advice = f"lower generation.max_new_tokens={length} to {length // 2}"
-            raise InputError(f"out of device memory in a step's {what}: {advice}.") from error
+    def rollouts_advice(self) -> str:
+        """What to lower where the rollouts of a step take too much memory."""
+        count, length = self.config.train.accumulation_steps, self.config.generation.max_new_tokens
+        if count > 1:
+            return f"lower train.accumulation_steps={count} to {count // 2}"
+        return f"lower generation.max_new_tokens={length} to {length // 2}"
 
     def check_finite(self, step: int, skipped: bool, items: Sequence[rollouts.Item]) -> None:
         """Counts a skipped update; stops after too many in a row, with the prompts on disk."""
@@ -523,48 +550,29 @@ class Run:
         screens.Progress.write(screens.completions(step, items, texts, rewards))
 
 
-def length_metrics(lengths: np.ndarray, unended: np.ndarray) -> dict[str, float]:
-    """TRL's length metrics, in tokens, of all completions and of those that ended by themselves.
+def micro_batch(config: Config, size: int) -> memory.Chunk:
+    """The completions of an update that are processed at once: whole groups, at first ``size``."""
+    group, length = config.grpo.group_size, config.generation.max_new_tokens
 
-    Args:
-      lengths: int ``[P, G]``, with the end token.
-      unended: bool ``[P, G]``, those cut at the largest length.
-    """
-    record = {"completions/clipped_ratio": float(unended.mean())}
-    # Without a completion that ended TRL gives 0.
-    ended = lengths[~unended] if not unended.all() else np.zeros(1)
-    for kind, values in (("length", lengths), ("terminated_length", ended)):
-        record |= {
-            f"completions/mean_{kind}": float(values.mean()),
-            f"completions/min_{kind}": float(values.min()),
-            f"completions/max_{kind}": float(values.max()),
-        }
-    return record
+    def smaller(size: int) -> int | None:
+        sizes = range(group, size // 2 + 1, group)
+        return max((each for each in sizes if size % each == 0), default=None)
 
+    def advice(size: int, smaller: int | None) -> str:
+        if smaller is None:
+            return f"lower generation.max_new_tokens={length} to {length // 2}"
+        batch, count = config.train.batch_size, config.train.accumulation_steps
+        return (
+            f"continue with train.fit_memory=True, or lower train.batch_size={batch} to {smaller} "
+            f"and raise train.accumulation_steps={count} to {count * batch // smaller} in a new "
+            "run; neither changes a result but by rounding"
+        )
 
-def reward_metrics(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> dict[str, float]:
-    """TRL's reward metrics: mean and sample standard deviation over completions, of all of them, by
-    task, and by reward function where a task has several."""
-    rewards = scores.total
-    present = ~np.isnan(rewards)
-    flat = np.asarray(grpo.equal_rewards(jnp.asarray(rewards), jnp.asarray(present)))
-    record = {
-        "reward": float(np.nanmean(rewards)) if present.any() else 0.0,
-        "reward_std": _std(rewards),
-        "frac_reward_zero_std": float(flat.mean()),
-    }
-    tasks = np.array([item.task.name for item in items])
-    parts = {name: rewards[tasks == name] for name in dict.fromkeys(tasks.tolist())}
-    if any(len(item.task.rewards) > 1 for item in items):
-        parts |= {name: values for name, values in scores.functions.items() if name not in parts}
-    for name, values in parts.items():
-        if not np.isnan(values).all():
-            record[f"rewards/{name}/mean"] = float(np.nanmean(values))
-            record[f"rewards/{name}/std"] = _std(values)
-    return record
-
-
-def _std(values: np.ndarray) -> float:
-    """Sample standard deviation of those that are not NaN, 0 of fewer than two."""
-    present = values[~np.isnan(values)]
-    return float(present.std(ddof=1)) if len(present) > 1 else 0.0
+    return memory.Chunk(
+        "the micro-batch, train.batch_size",
+        size,
+        "a step's update",
+        lower=config.train.fit_memory,
+        smaller=smaller,
+        advice=advice,
+    )

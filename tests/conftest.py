@@ -14,6 +14,8 @@ from grpocem_jax.models import hub
 from tests.parity import weights
 
 ROOT = Path(__file__).parents[1]
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"
+"""What JAX says where device memory runs out."""
 SITES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

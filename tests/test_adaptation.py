@@ -30,6 +30,7 @@ from grpocem_jax.adaptation import Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
+from tests.conftest import OUT_OF_MEMORY
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -578,6 +579,35 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     assert np.all(found.history.best >= found.history.mean)
     if result.returned == "start":
         assert_equal(result.adapter, run.adapter)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_where_memory_runs_out_fewer_candidates_answer_at_a_time(
+    run, questions, by_words, asked, monkeypatch, capsys
+):
+    rewards, sizes = rollouts.population_rewards, []
+
+    def short(*args, chunk, **options):
+        sizes.append(chunk)
+        if chunk > 2:
+            raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+        return rewards(*args, chunk=chunk, **options)
+
+    items = [item._replace(task=by_words) for item in questions]
+    settings = reward_settings(run, gate=False, fit_memory=asked)
+    search = functools.partial(adaptation.adapt_to_reward, run, items, key=jax.random.key(8))
+    expected = search(settings=dataclasses.replace(settings, population_chunk=2))
+    monkeypatch.setattr(adaptation.rollouts, "population_rewards", short)
+    if not asked:
+        with pytest.raises(InputError, match=r"memory in the search: .* cem.population_chunk=2,"):
+            search(settings=settings)
+        return
+    found = search(settings=settings)
+    assert_equal(found.adapter, expected.adapter)
+    assert found.search.population_chunk == adaptation.summary(found)["population_chunk"] == 2
+    # Four candidates did not fit once, nor three points of the gate.
+    assert sizes[:3] == [4, 2, 2]
+    assert "is lowered from 4 to 2" in capsys.readouterr().err
 
 
 def test_a_gate_on_rewards_that_lets_nothing_pass_returns_the_start(run, questions):

@@ -446,6 +446,20 @@ def test_saved_adapters_load_bit_for_bit(tmp_path, tiny):
     assert '"base_model"' in (tmp_path / "adapter" / "adapter_config.json").read_text("utf-8")
 
 
+@pytest.mark.parametrize("damage", ["cut off", "one bit"])
+def test_an_adapter_that_is_not_what_was_written_is_named(damage, tmp_path, tiny):
+    checkpoints.save_adapter(tmp_path, tiny.adapted(), {}, "")
+    path = tmp_path / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "cut off":
+        del content[len(content) // 2 :]
+    else:
+        content[-1] ^= 1
+    path.write_bytes(content)
+    with refused(str(path), "checksum differs"):
+        checkpoints.load_adapter(tmp_path, tiny.zero)
+
+
 def test_an_adapter_of_another_shape_or_other_sites_is_refused(tmp_path, tiny):
     checkpoints.save_adapter(tmp_path, tiny.adapted(), {}, "")
     longer = tiny.zero | {"h.1.attn.c_proj": jnp.zeros(33)}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from grpocem_jax import cem
 from grpocem_jax.cem import CEM, GradientAscent
@@ -274,6 +275,33 @@ def test_step_is_ask_score_and_tell():
     close(state.mean, np.asarray(candidates)[np.argsort(scores)[-3:]].mean(0))
     again, _ = step(settings, KEY, settings.init(jnp.ones(3)), sphere)
     same(again, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def advance(settings, key, state):
+    def fitness(point, key):
+        return jax.random.uniform(key) - sum(jnp.sum(x**2) for x in jax.tree.leaves(point))
+
+    return settings.step(key, state, fitness)[0]
+
+
+def generations(settings, state, start, stop):
+    for number in range(start, stop):
+        state = advance(settings, jax.random.fold_in(KEY, number), state)
+    return state
+
+
+@pytest.mark.parametrize("settings", [method(8, 3, noise_std=0.2), GradientAscent()])
+def test_a_search_continued_from_a_file_is_the_search_in_one_piece_bit_for_bit(settings, tmp_path):
+    start = settings.init({"a": jnp.ones(3), "b": [jnp.zeros((2, 2))]})
+    whole = generations(settings, start, 0, 7)
+    half = generations(settings, start, 0, 4)
+    named = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(half))}
+    save_file(named, tmp_path / "state.safetensors")
+    found = load_file(tmp_path / "state.safetensors")
+    again = jax.tree.unflatten(jax.tree.structure(start), [found[name] for name in named])
+    same(generations(settings, again, 4, 7), whole)
+    same(generations(settings, start, 0, 7), whole)
 
 
 def test_the_search_has_converged_when_the_mean_moves_by_less_than_the_threshold():

@@ -2,10 +2,15 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from grpocem_jax import evaluation
+from grpocem_jax.config import parse_config
+from grpocem_jax.config_files import load_config
+from grpocem_jax.errors import InputError
+from tests.conftest import OUT_OF_MEMORY
 
 
 def test_gains_are_paired_and_overall_weighs_tasks_alike():
@@ -33,3 +38,28 @@ def test_prompts_that_abstained_are_left_out():
     )
     assert (gains["qa"].n, gains["qa"].gain) == (2, 0.5)
     assert evaluation.compare(["qa"], ["qa"], np.array([np.nan]), np.array([0.0])) == {}
+
+
+def test_the_mean_reward_weighs_tasks_alike_and_leaves_out_what_abstained():
+    # (0.5 + 1) / 2; the mean over prompts would be 2/3.
+    assert evaluation.mean_reward(["a", "a", "b", "b"], np.array([0, 1, 1, np.nan])) == 0.75
+    assert evaluation.mean_reward(["a", "b"], np.array([0.5, np.nan])) == 0.5
+    assert math.isnan(evaluation.mean_reward(["a"], np.array([np.nan])))
+
+
+@pytest.mark.parametrize(
+    ("size", "advice"),
+    [(16, "lower train.eval_batch_size=16 to 8"), (1, "lower generation.max_new_tokens=24")],
+)
+def test_what_to_lower_is_said_where_memory_runs_out(size, advice, monkeypatch):
+    def generate(*args, **options):
+        raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(evaluation.rollouts, "generate", generate)
+    settings = load_config("tiny")
+    settings.train.eval_batch_size = size
+    item = evaluation.rollouts.Item(None, None, np.ones(3, np.int32))
+    with pytest.raises(InputError, match=f"out of device memory in the evaluation: {advice}"):
+        evaluation.evaluate(
+            None, {}, [item], jax.random.key(0), parse_config(settings), greedy=True
+        )

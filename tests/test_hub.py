@@ -257,6 +257,16 @@ def test_a_truncated_file_is_named(folder):
     assert_refused(folder, path, "not a whole safetensors file")
 
 
+def test_a_file_with_one_changed_bit_is_another_model(folder):
+    before = hub.load_model(str(folder)).sha256
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    # By this hash an adapter knows its model, and a run what it was started on.
+    assert hub.load_model(str(folder)).sha256 != before
+
+
 def test_a_missing_shard_is_named(folder):
     first, _ = shard(folder)
     first.unlink()

@@ -1,5 +1,6 @@
 """``adapt.py``: what it prints and saves, the report's tables, and mistakes with one sentence."""
 
+import errno
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, checkpoints, inference, searching, tables
+from grpocem_jax import adaptation, checkpoints, files, inference, searching, tables
 from grpocem_jax.adaptation import LIBRARY, Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
@@ -396,6 +397,23 @@ def test_a_heldout_text_that_cannot_judge_is_refused_before_the_search(refused, 
 def test_a_folder_that_cannot_be_saved_in_is_refused_before_the_search(refused, tmp_path):
     (tmp_path / "file").touch()
     assert "--save" in refused(prompt=PROMPT, save=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("flags", [{"prompt": PROMPT, "save": "saved"}, {"evaluate": True}])
+def test_a_disk_that_is_full_is_said(flags, adapt, workdir, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(*args, **options):
+        raise full
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "save_file", refuse)
+    monkeypatch.setattr(inference, "_evaluate", lambda run: {})
+    monkeypatch.setattr(inference.tables, "show", lambda tables, config: "")
+    monkeypatch.setattr(files.Path, "write_bytes", refuse)
+    where = f"--workdir={workdir}" if "evaluate" in flags else "--save=saved"
+    with pytest.raises(InputError, match=f"{where}: cannot be written .No space left on device"):
+        adapt(**flags)
 
 
 def test_a_prompt_flag_that_is_not_utf8_is_refused(refused):

@@ -1,6 +1,8 @@
 """A run that was cut off continues to the same bits; what must not continue is refused."""
 
+import errno
 import fcntl
+import functools
 import json
 import os
 import random
@@ -16,11 +18,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import checkpoints, grpo, metrics, rundir, training
+from grpocem_jax import (
+    adaptation,
+    checkpoints,
+    files,
+    grpo,
+    metrics,
+    policy,
+    rundir,
+    training,
+)
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
-from tests.conftest import ROOT
+from tests.conftest import OUT_OF_MEMORY, ROOT
 
 STEPS = 6
 SMALL = {
@@ -63,6 +74,17 @@ def same_runs(one, other):
     assert completions[0] == completions[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_policy():
+    """One model for all runs of this process, so that programs are shared, and no pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        load = functools.cache(policy.load_policy)
+        for module in (adaptation, training):
+            patch.setattr(module, "load_policy", load)
+        patch.setattr(training.report, "write", lambda workdir: workdir / "report")
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupts."""
@@ -75,7 +97,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def cut_off(workdir, monkeypatch, after):
+def cut_off(workdir, monkeypatch, after, **changes):
     """A run that ends without notice inside a step, and inside a line of its log."""
     step = training.Run.step
 
@@ -87,7 +109,7 @@ def cut_off(workdir, monkeypatch, after):
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "step", die)
         with pytest.raises(Killed):
-            training.train(settings(), workdir)
+            training.train(settings(**changes), workdir)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
 
@@ -245,12 +267,99 @@ def test_a_log_continues_after_the_bytes_of_its_checkpoint(tmp_path):
 
 def test_the_last_checkpoints_are_kept(whole, tmp_path):
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"2", "4", "6"}
-    stored = checkpoints.Checkpoints(tmp_path, keep=2)
     state = grpo.init_state({"a": jnp.zeros(3)}, grpo.Hyperparameters())
-    for step in range(1, 5):
-        stored.save(state._replace(step=jnp.int32(step)), jax.random.key(0), {})
+    # The best one after each step, and what is left of four.
+    for folder, best, left in (
+        ("none", [None] * 4, {"3", "4"}),
+        ("first", [1, 1, 1, 1], {"1", "3", "4"}),
+        ("second", [1, 2, 2, 2], {"2", "3", "4"}),
+        ("last", [1, 1, 1, 4], {"3", "4"}),
+    ):
+        stored = checkpoints.Checkpoints(tmp_path / folder, keep=2)
+        for step, number in enumerate(best, start=1):
+            position = {"best": number and {"step": number, "eval_reward": 0.5}}
+            stored.save(state._replace(step=jnp.int32(step)), jax.random.key(0), position)
+        stored.close()
+        assert {p.name for p in (tmp_path / folder / "checkpoints").iterdir()} == left
+
+
+# The best checkpoint
+
+JUDGED = {
+    "data.validation_samples": 2,
+    "train.checkpoint_every_steps": 0,
+    "train.evaluate_every_steps": 2,
+    "train.keep_checkpoints": 1,
+}
+
+
+def test_comparing_checkpoints_changes_nothing_that_is_trained(whole, tmp_path):
+    workdir = tmp_path / "run"
+    summary = training.train(settings(**JUDGED), workdir)
+    records = lines(workdir / "metrics.jsonl")
+    found = {record["step"]: record.pop("eval_reward", None) for record in records}
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    same_runs(whole, workdir)
+    rewards = {step: reward for step, reward in found.items() if reward is not None}
+    assert list(rewards) == [2, 4, 6]
+    best = max(rewards.values())
+    # Of equals the first.
+    step = next(step for step, reward in rewards.items() if reward == best)
+    assert summary["adapter"] == "last"
+    assert summary["best_adapter"] == {"step": step, "eval_reward": best}
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {str(step), "6"}
+
+
+def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_again(
+    tmp_path, monkeypatch
+):
+    rewards, workdir = iter([0.25, 0.75, 0.5]), tmp_path / "run"
+    monkeypatch.setattr(training.evaluation, "mean_reward", lambda *args: next(rewards))
+    cut_off(workdir, monkeypatch, after=5, **JUDGED)
+    summary = training.train(settings(**JUDGED), workdir)
+    assert next(rewards, None) is None
+    judged = [record.get("eval_reward") for record in lines(workdir / "metrics.jsonl")]
+    assert judged == [None, 0.25, None, 0.75, None, 0.5]
+    assert summary["best_adapter"] == {"step": 4, "eval_reward": 0.75}
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"4", "6"}
+    run = adaptation.load_run(workdir, adapter="best_adapter")
+    template = grpo.init_state(run.policy.zero, run.config.hyperparameters)
+    stored = checkpoints.Checkpoints(workdir)
+    for name, values in stored.restore(template, 4)[0].adapter.items():
+        np.testing.assert_array_equal(run.adapter[name], values)
     stored.close()
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"3", "4"}
+    last = adaptation.load_run(workdir).adapter
+    assert any(np.any(last[name] != run.adapter[name]) for name in last)
+    assert "after step 4 of 6" in (workdir / "best_adapter" / "README.md").read_text()
+
+
+def test_prompts_are_trained_on_held_out_or_for_validation_and_never_two_of_them():
+    config = parse_config(settings(**JUDGED))
+    loaded = policy.load_policy(config.model, config.adapter)
+    data = training.load_data(config, loaded)
+    parts = [
+        {x.example.prompt for x in part} for part in (data.train, data.heldout, data.validation)
+    ]
+    assert [len(part) for part in parts] == [32, 2, 2]
+    assert len(set.union(*parts)) == 36
+    without = training.load_data(parse_config(settings()), loaded)
+    assert [x.example for x in without.heldout] == [x.example for x in data.heldout]
+    assert without.validation == []
+
+
+def test_too_few_rows_to_compare_checkpoints_are_an_error(tmp_path):
+    # The held-out split has 120 rows.
+    with pytest.raises(InputError, match=r"data.heldout_samples=120: .* sentiment has no other"):
+        training.train(settings(**JUDGED, **{"data.heldout_samples": 120}), tmp_path / "run")
+
+
+def test_a_best_checkpoint_that_is_damaged_is_named(stored, tmp_path, capsys):
+    run = object.__new__(training.Run)
+    run.workdir, run.state, run.best = tmp_path, STATE, {"step": 2, "eval_reward": 0.5}
+    np.testing.assert_array_equal(run.best_adapter()["a"], [2.0, 2.0, 2.0])
+    (stored / "2" / "position" / "metadata").write_text("{}")
+    assert run.best_adapter() is None
+    assert f"no best adapter: {stored / '2'}" in capsys.readouterr().err
 
 
 # Updates that are not finite
@@ -278,77 +387,185 @@ COMMAND = [
 ]
 
 
-def start(workdir):
-    return subprocess.Popen(
-        [*COMMAND, str(workdir)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_step(process, workdir, step):
-    """Waits until this process has done its steps up to one, or has ended."""
-    path, began = workdir / "metrics.jsonl", time.time_ns()
-
-    def done():
-        written = path.exists() and path.stat().st_mtime_ns > began
-        return written and path.read_bytes().count(b"\n") >= step
-
-    while process.poll() is None and not done():
-        time.sleep(0.01)
-
-
-def test_killed_and_signalled_processes_continue_to_the_same_bits(whole, tmp_path):
+def test_a_killed_process_continues_to_the_same_bits(whole, tmp_path):
     workdir = tmp_path / "run"
-    process = start(workdir)
-    wait_for_step(process, workdir, 1)
+    process = subprocess.Popen(
+        [*COMMAND, str(workdir)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_bytes()):
+        time.sleep(0.01)
     time.sleep(random.Random(time.time_ns()).random() * 0.3)
     process.kill()
     process.communicate()
-    process = start(workdir)
-    wait_for_step(process, workdir, 3)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate()
-    if process.returncode:  # 0 where it had just ended
-        assert process.returncode == 128 + signal.SIGTERM, err
-        assert "the same command continues the run" in err
-        assert not (workdir / "summary.json").exists()
-    process = start(workdir)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    training.train(settings(), workdir)
+    same_runs(whole, workdir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step_and_a_checkpoint(
+    number, whole, tmp_path, monkeypatch, capsys
+):
+    step, workdir = training.Run.step, tmp_path / "run"
+
+    def interrupted(self, state, done):
+        if done == 2:
+            os.kill(os.getpid(), number)
+        return step(self, state, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "step", interrupted)
+        with pytest.raises(rundir.Interrupted) as error:
+            training.train(settings(), workdir)
+    assert error.value.code == 128 + number
+    err = capsys.readouterr().err
+    assert f"{number.name}: the step under way and a checkpoint are finished first" in err
+    assert "stopped after step 3 of 6; the same command continues the run" in err
+    assert not (workdir / "summary.json").exists()
+    # Step 3 has a checkpoint, though `checkpoint_every_steps` is 2.
+    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+    same_runs(whole, workdir)
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    def end(status):
+        raise Killed(status)
+
+    monkeypatch.setattr(rundir.os, "_exit", end)
+    with rundir.Signals() as signals:
+        signals.at_once = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(Killed, match=str(128 + signal.SIGINT)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# Disks
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(
+    number, tmp_path, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(rundir.Path, "mkdir", refuse)
+    workdir = tmp_path / "run"
+    with (
+        pytest.raises(InputError, match=f"--workdir={workdir}: cannot be written.*give another"),
+        rundir.claim(workdir, settings().to_dict(), {}),
+    ):
+        pass
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written \(Not a directory\)"):
+        training.train(settings(), tmp_path / "file" / "run")
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["log", "adapter"])
+def test_a_disk_that_is_full_is_said_and_the_run_continues_after(
+    what, whole, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if what == "log":
+            # Every line written to this device fails as on a full disk.
+            workdir.mkdir()
+            (workdir / "metrics.jsonl").symlink_to("/dev/full")
+        else:
+            patch.setattr(files, "save_file", full_disk)
+        with pytest.raises(InputError) as error:
+            training.train(settings(), workdir)
+    for part in (f"--workdir={workdir}", "No space left on device", "same command continues"):
+        assert part in str(error.value)
+    assert not (workdir / "summary.json").exists()
+    assert not list(workdir.rglob("*.partial"))
+    if what == "log":
+        (workdir / "metrics.jsonl").unlink()
+    training.train(settings(), workdir)
     same_runs(whole, workdir)
 
 
 # Memory
 
 
+def no_memory(*args):
+    raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+
+
 @pytest.mark.parametrize(
-    ("what", "changes", "advice"),
+    ("changes", "advice"),
     [
         (
-            "update",
             {"train.batch_size": 16, "train.accumulation_steps": 1},
             "lower train.batch_size=16 to 8 and raise train.accumulation_steps=1 to 2",
         ),
-        ("update", {"train.batch_size": 4}, "lower generation.max_new_tokens=4 to 2"),
-        ("rollouts", {"train.accumulation_steps": 2}, "lower train.accumulation_steps=2 to 1"),
-        ("rollouts", {}, "lower generation.max_new_tokens=4 to 2"),
+        ({"train.batch_size": 16}, "continue with train.fit_memory=True"),
+        # 24 completions in groups of 4: 12 divide them, and half is no more.
+        ({"train.batch_size": 24}, "lower train.batch_size=24 to 12"),
+        # A single group cannot be divided, asked or not.
+        ({"train.batch_size": 4}, "lower generation.max_new_tokens=4 to 2"),
+        ({"train.batch_size": 4, "train.fit_memory": True}, "generation.max_new_tokens=4 to 2"),
     ],
 )
-def test_what_to_lower_is_said_where_memory_runs_out(what, changes, advice):
-    run = object.__new__(training.Run)
-    run.config = parse_config(settings(**changes))
-    with pytest.raises(InputError) as error, run.memory(what):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-    assert f"out of device memory in a step's {what}: {advice}" in str(error.value)
+def test_what_to_lower_is_said_where_an_update_runs_out_of_memory(changes, advice):
+    config = parse_config(settings(**changes))
+    with pytest.raises(InputError) as error:
+        training.micro_batch(config, config.train.batch_size).run(no_memory)
+    assert "out of device memory in a step's update: " in str(error.value)
+    assert advice in str(error.value)
 
 
-def test_other_errors_of_the_device_pass_through():
-    run = object.__new__(training.Run)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), run.memory("update"):
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"train.accumulation_steps": 2}, "lower train.accumulation_steps=2 to 1"),
+        ({}, "lower generation.max_new_tokens=4 to 2"),
+    ],
+)
+def test_what_to_lower_is_said_where_rollouts_run_out_of_memory(
+    changes, advice, tmp_path, monkeypatch
+):
+    def generate(*args, **options):
+        no_memory()
+
+    monkeypatch.setattr(training.rollouts, "generate", generate)
+    with pytest.raises(InputError, match=f"out of device memory in a step's rollouts: {advice}"):
+        training.train(settings(**changes), tmp_path / "run")
+
+
+def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_rounding(
+    whole, tmp_path, monkeypatch, capsys
+):
+    update, sizes, workdir = grpo.update, [], tmp_path / "run"
+
+    def short(*args, hp, **options):
+        sizes.append(hp.micro_batch)
+        if hp.micro_batch > 8:
+            no_memory()
+        return update(*args, hp=hp, **options)
+
+    monkeypatch.setattr(training.grpo, "update", short)
+    with pytest.raises(InputError, match=r"continue with train.fit_memory=True"):
+        training.train(settings(), workdir)
+    asked = {"train.fit_memory": True}
+    cut_off(workdir, monkeypatch, after=3, **asked)
+    assert sizes == [16, 16, 8, 8, 8]
+    assert "is lowered from 16 to 8" in capsys.readouterr().err
+    summary = training.train(settings(**asked), workdir)
+    # The checkpoint says which size fits.
+    assert sizes[5:] == [8] * 4
+    assert summary["micro_batch"] == 8
+    adapters = [load_file(x / "adapter" / "adapter_model.safetensors") for x in (whole, workdir)]
+    for name, values in adapters[0].items():
+        np.testing.assert_allclose(adapters[1][name], values, atol=1e-4)
 
 
 def test_a_device_that_is_not_there_is_said_in_one_sentence(tmp_path):

@@ -13,6 +13,7 @@ from grpocem_jax import fitness, searching
 from grpocem_jax.adapters import spaces
 from grpocem_jax.cem import CEM, GradientAscent
 from grpocem_jax.errors import InputError
+from tests.conftest import OUT_OF_MEMORY
 
 KEY = jax.random.key(0)
 SITE = "h.0.attn.c_proj"
@@ -220,6 +221,38 @@ def test_chunks_grow_and_shrink_with_the_time_that_is_left(monkeypatch):
     # The call with limit 0 compiles; a half second left is one generation more.
     assert limits == [0, 1, 8, 9]
     assert found.generations == 9
+
+
+def short_of_memory(monkeypatch, limit):
+    """Lets no more than ``limit`` candidates be scored at a time."""
+    advance = searching._advance
+
+    def attempt(*args, population_chunk, **options):
+        if population_chunk > limit:
+            raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+        return advance(*args, population_chunk=population_chunk, **options)
+
+    monkeypatch.setattr(searching, "_advance", attempt)
+
+
+def test_where_memory_runs_out_smaller_chunks_give_the_result_of_such_chunks(monkeypatch, capsys):
+    expected = run(noisy, population_chunk=10)
+    short_of_memory(monkeypatch, 15)
+    found = run(noisy, fit_memory=True)
+    same((found.adapter, found.history), (expected.adapter, expected.history))
+    assert found.population_chunk == expected.population_chunk == 10
+    assert "is lowered from 20 to 10" in capsys.readouterr().err
+
+
+def test_where_memory_runs_out_unasked_the_search_says_what_to_set(monkeypatch):
+    short_of_memory(monkeypatch, 15)
+    with pytest.raises(InputError, match=r"out of device memory in the search: .*_chunk=20, or"):
+        run(noisy)
+
+
+def test_a_search_that_lives_to_its_budget_is_the_search_without_one_bit_for_bit():
+    whole, timed = run(noisy), run(noisy, budget_s=600.0)
+    same((timed.adapter, timed.history), (whole.adapter, whole.history))
 
 
 # One program.

@@ -1,4 +1,4 @@
-"""The study of adaptation: its document shows its figures, and a small part of it runs."""
+"""The studies: a document shows the figures of its study, and a small part of each runs."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from studies import adaptation, common
+from grpocem_jax import training
+from studies import adaptation, common, soak
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,3 +48,45 @@ def test_a_task_is_judged_with_and_without_the_gate(monkeypatch):
         assert np.all(np.isfinite([row["likelihood"], row["reward"]]))
     assert rows[-1]["reward_over_random"] == rows[-1]["likelihood_over_random"] == (0.0, 0.0)
     assert rows[1]["likelihood"] != rows[-1]["likelihood"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "compiled", "good", "growth"),
+    [
+        # Half of the samples count: what a run takes at its start does not.
+        ([100, 200, 500, 500, 500, 500], [1, 2, 3, 3, 3, 3], True, "+0.00 MB"),
+        # 4 MB from sample to sample are 12 in three of them: above 2% of 500 MB.
+        ([100, 200, 500, 500, 504, 508], [1, 2, 3, 3, 3, 3], False, "+12.00 MB"),
+        ([100, 200, 500, 500, 503, 506], [1, 2, 3, 3, 3, 3], True, "+9.00 MB"),
+        ([100, 200, 500, 500, 500, 500], [1, 2, 3, 3, 3, 4], False, "1 programs compiled"),
+    ],
+)
+def test_the_second_half_of_a_soak_decides(memory, compiled, good, growth, capsys):
+    meter = soak.Meter("steps", 6)
+    meter.samples = list(zip(map(float, memory), compiled, strict=True))
+    assert meter.verdict() is good
+    assert growth in capsys.readouterr().out
+
+
+def test_a_short_soak_compiles_nothing_in_its_second_half(tmp_path, monkeypatch, capsys):
+    # So short a run has not yet touched all the memory that it will have.
+    monkeypatch.setattr(soak, "BOUND", 1.0)
+    monkeypatch.setattr(training.report, "write", lambda workdir: workdir)
+    overrides = {
+        "cem.buckets": (64, 127),
+        "cem.population_size": 4,
+        "data.heldout_samples": 2,
+        "data.tasks": ("sentiment",),
+        "data.validation_samples": 2,
+        "generation.max_new_tokens": 4,
+        "grpo.group_size": 4,
+        "train.batch_size": 16,
+        "train.checkpoint_every_steps": 1,
+        "train.eval_samples": 1,
+        "train.evaluate_every_steps": 1,
+    }
+    assert soak.soak(4, 4, tmp_path / "run", overrides)
+    out = capsys.readouterr().out
+    for what in ("steps", "adaptations"):
+        assert f"second half of 4 {what}: " in out
+    assert out.count("0 programs compiled: flat") == 2

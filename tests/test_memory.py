@@ -1,0 +1,86 @@
+"""Device memory that runs out: the sentence, and sizes that are halved where that is asked for."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from grpocem_jax import memory
+from grpocem_jax.errors import InputError
+from tests.conftest import OUT_OF_MEMORY, ROOT
+
+
+def fits(limit, tried):
+    """Something that needs as much memory as its size, of which there is ``limit``."""
+
+    def function(size):
+        tried.append(size)
+        if size > limit:
+            raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+        return size
+
+    return function
+
+
+def test_a_chunk_is_halved_until_it_fits_and_stays_there(capsys):
+    chunk, tried = memory.population_chunk(100, lower=True), []
+    assert chunk.run(fits(30, tried)) == 25
+    assert tried == [100, 50, 25]
+    assert chunk.run(fits(30, tried)) == 25
+    assert tried == [100, 50, 25, 25]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "out of device memory in the search: cem.population_chunk is lowered from "
+        f"{sizes}; the results are the same up to rounding"
+        for sizes in ("100 to 50", "50 to 25")
+    ]
+
+
+def test_a_chunk_that_must_not_be_lowered_says_which_setting_and_how_far():
+    with pytest.raises(InputError) as error:
+        memory.population_chunk(100, lower=False).run(fits(30, []))
+    for part in ("out of device memory", "cem.population_chunk=50", "cem.fit_memory=True"):
+        assert part in str(error.value)
+
+
+def test_a_single_candidate_that_does_not_fit_is_an_error_too():
+    tried = []
+    with pytest.raises(InputError, match="a single candidate does not fit"):
+        memory.population_chunk(3, lower=True).run(fits(0, tried))
+    assert tried == [3, 1]
+
+
+def test_other_errors_of_the_device_pass_through():
+    def fails(size):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        memory.population_chunk(3, lower=True).run(fails)
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        memory.advise("a place", "nothing"),
+    ):
+        fails(3)
+
+
+def test_a_command_ends_with_a_sentence_wherever_memory_runs_out():
+    code = (
+        "import jax, grpocem_jax.commands\n"
+        f"def main(argv): raise jax.errors.JaxRuntimeError({OUT_OF_MEMORY!r})\n"
+        "grpocem_jax.commands.run(main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert f"error: out of device memory ({OUT_OF_MEMORY}); take a smaller" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_advice_names_place_and_remedy():
+    with (
+        pytest.raises(InputError, match=r"^out of device memory in a place: lower it\.$"),
+        memory.advise("a place", "lower it"),
+    ):
+        raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
