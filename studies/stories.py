@@ -112,12 +112,15 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+PARTS = {"seeds": seeds}
+
+
 def main() -> None:
     """Reads the flags, trains and writes the tables."""
     required = {"type": Path, "required": True}
     common.run(
         "GRPO on a real pretrained model.",
-        {"seeds": seeds},
+        PARTS,
         tables,
         lambda args: Study(args.model, args.texts, args.seeds),
         results=RESULTS,

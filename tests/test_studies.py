@@ -8,17 +8,38 @@ import numpy as np
 import pytest
 
 from grpocem_jax import training
-from studies import adaptation, common, soak
+from studies import adaptation, common, pretrained, soak, stories
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_document_shows_the_figures_that_are_kept(tmp_path):
-    results = json.loads((ROOT / adaptation.RESULTS).read_text())
-    assert set(results) == set(adaptation.PARTS)
-    doc = Path(shutil.copy(ROOT / "docs" / "adaptation.md", tmp_path))
-    common.write(doc, adaptation.tables(results))
-    assert doc.read_text() == (ROOT / "docs" / "adaptation.md").read_text()
+@pytest.mark.parametrize(
+    ("study", "name"),
+    [(adaptation, "adaptation.md"), (pretrained, "adaptation.md"), (stories, "reproduction.md")],
+)
+def test_the_document_shows_the_figures_that_are_kept(study, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "plot", lambda *_: None)
+    results = json.loads((ROOT / study.RESULTS).read_text())
+    assert set(results) == set(study.PARTS)
+    doc = Path(shutil.copy(ROOT / "docs" / name, tmp_path))
+    common.write(doc, study.tables(results))
+    assert doc.read_text() == (ROOT / "docs" / name).read_text()
+
+
+def test_a_real_model_is_adapted_to_passages_and_judged_by_others(shared):
+    model = shared / "models" / "tinystories-656k"
+    study = pretrained.Study(model, shared / "data", 1)
+    support, judges = study.passages("mathematics", 4, 0)
+    assert study.passages("mathematics", 2, 0) == (support[:2], judges)
+    assert len({x.prompt for x in support + judges}) == 4 + pretrained.JUDGES
+    (prompt, judge), *_ = study.prompts("stories", 2)
+    assert judge.prompt == prompt.prompt
+    encode = study.runs["one"].policy.encode
+    # Prompt and what follows are tokens of one text: no space is put between them.
+    whole = encode(judge.prompt + judge.completion)
+    assert whole[: len(encode(prompt.prompt))] == encode(prompt.prompt)
+    found = study.adapt("one", support, 0, **pretrained.GRADIENT)
+    assert study.gain("one", found, judges) > 0.1
 
 
 def test_a_document_without_a_place_for_a_table_is_refused(tmp_path):
