@@ -3,12 +3,11 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,10 @@ from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json, write_safetensors
+from grpocem_jax.files import read_object, write_json, write_safetensors
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.tasks import Loaded, load_examples
+from grpocem_jax.terminal import visible
 
 
 def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -58,14 +58,17 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
     if rundir.check_settings(workdir, settings.to_dict()) and (workdir / "summary.json").exists():
-        print(f"the run in {workdir} is complete; its page is {workdir / 'report/index.html'}")
-        return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        summary = read_object(workdir / "summary.json", fix="delete it to have it made again")
+        page = workdir / "report/index.html"
+        print(visible(f"the run in {workdir} is complete; its page is {page}"))
+        return summary
     trackers.check(config.logging)
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
     )
     _check_length(config, policy)
-    train_items, heldout_items, data_lines = load_data(config, policy)
+    data = load_data(config, policy)
+    train_items = data.train
     if len(train_items) < config.prompts_per_step:
         raise InputError(
             f"{len(train_items)} training prompts in all, but a step takes "
@@ -87,11 +90,11 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             run_id=claimed["id"],
             first_step=run.first_step + 1,
         )
-        first = screens.first(config, policy, data_lines, workdir, [x.where for x in run.logs])
-        print(first, flush=True)
+        first = screens.first(config, policy, data.lines, workdir, [x.where for x in run.logs])
+        print(visible(first), flush=True)
         if run.first_step:
             print(f"resumed   after step {run.first_step}", flush=True)
-        return _finish(run, heldout_items, eval_key, started)
+        return _finish(run, data, eval_key, started)
 
 
 def _data_hash(items: Sequence[rollouts.Item]) -> str:
@@ -102,11 +105,10 @@ def _data_hash(items: Sequence[rollouts.Item]) -> str:
     return digest.hexdigest()
 
 
-def _finish(
-    run: "Run", heldout_items: Sequence[rollouts.Item], eval_key: jax.Array, started: float
-) -> dict[str, Any]:
+def _finish(run: "Run", data: "Data", eval_key: jax.Array, started: float) -> dict[str, Any]:
     """Trains what is left to train, judges, and writes what a run leaves behind."""
     config, policy, workdir = run.config, run.policy, run.workdir
+    heldout_items = data.heldout
     clock = metrics.CompileClock.start()
     train_started = time.perf_counter()
     state = run.train()
@@ -150,6 +152,7 @@ def _finish(
                 "source": config.data.sources[name].source,
                 "train": sum(item.task.name == name for item in run.items),
                 "heldout": tasks.count(name),
+                "bad_lines": data.bad_lines[name],
             }
             for name in config.data.tasks
         },
@@ -181,8 +184,8 @@ def _finish(
     for log in run.logs:
         log.log(named, int(state.step))
         log.close()
-    print(screens.closing(heldout, greedy, summary, config, workdir), flush=True)
-    print(f"report    {report.write(workdir)}", flush=True)
+    print(visible(screens.closing(heldout, greedy, summary, config, workdir)), flush=True)
+    print(visible(f"report    {report.write(workdir)}"), flush=True)
     return summary
 
 
@@ -196,10 +199,28 @@ def _check_length(config: Config, policy: Policy) -> None:
         )
 
 
-def load_data(
-    config: Config, policy: Policy
-) -> tuple[list[rollouts.Item], list[rollouts.Item], list[str]]:
-    """Training and held-out prompts of all tasks, and lines that say where they are from."""
+class Data(NamedTuple):
+    """The prompts of a run.
+
+    Attributes:
+      train: training prompts of all tasks.
+      heldout: held-out prompts of all tasks.
+      lines: where they are from, for the first screen.
+      bad_lines: for each task, how many rows were passed over because they cannot be used.
+    """
+
+    train: list[rollouts.Item]
+    heldout: list[rollouts.Item]
+    lines: list[str]
+    bad_lines: dict[str, int]
+
+
+def load_data(config: Config, policy: Policy) -> Data:
+    """Training and held-out prompts of all tasks.
+
+    Raises:
+      InputError: as `grpocem_jax.tasks.load_examples`.
+    """
     tokenizer = policy.tokenizer
     tasks = {name: config.task(name) for name in config.data.tasks}
 
@@ -215,11 +236,13 @@ def load_data(
             max_samples=limit,
             seed=config.seed,
             exclude=exclude,
+            bad_lines=config.data.bad_lines,
         )
 
     train: list[rollouts.Item] = []
     heldout: list[rollouts.Item] = []
     lines = []
+    bad_lines = {}
     for name in config.data.tasks:
         judged = draw(name, "heldout", config.data.heldout_samples, ())
         # Published splits share rows now and then; what judges must not have been trained on.
@@ -228,7 +251,8 @@ def load_data(
         train += rollouts.encode(policy, tasks[name], trained.examples)
         heldout += rollouts.encode(policy, tasks[name], judged.examples)
         lines += [trained.description, judged.description]
-    return train, heldout, lines
+        bad_lines[name] = trained.bad_lines + judged.bad_lines
+    return Data(train, heldout, lines, bad_lines)
 
 
 class Run:
@@ -261,7 +285,7 @@ class Run:
         self.state = grpo.init_state(policy.zero, config.hyperparameters)
         found, damaged = self.checkpoints.restore_latest(self.state)
         for sentence in damaged:
-            print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+            print(visible(f"passed over: {sentence}"), file=sys.stderr, flush=True)
         position: dict[str, Any] = {}
         if found is not None:
             self.state, self.key, position = found

@@ -66,7 +66,8 @@ class Study:
 
     def __init__(self, run: TrainedRun, seeds: int):
         self.run, self.seeds = run, seeds
-        self.train, self.heldout, _ = load_data(run.config, run.policy)
+        data = load_data(run.config, run.policy)
+        self.train, self.heldout = data.train, data.heldout
         self.space = functools.cache(
             lambda name: adaptation.make_space(run.policy, run.adapter, self.settings(name))
         )

@@ -13,6 +13,8 @@ from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from tests.parity import weights
 
+pytest_plugins = ("tests.command_line",)
+
 ROOT = Path(__file__).parents[1]
 SITES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
