@@ -37,6 +37,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.tasks = ("qa", "sentiment", "summarization", "classification", "general")
     config.data.max_samples = 500
+    config.data.bad_lines = "error"
     config.data.reward_timeout_s = 600.0
     config.data.heldout_samples = 100  # not in the report, which has no held-out set
     config.data.validation_samples = 20

@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.tasks = ("qa", "sentiment", "summarization", "classification", "general")
     config.data.max_samples = 500
+    config.data.bad_lines = "error"
     config.data.reward_timeout_s = 600.0
     config.data.heldout_samples = 100
     config.data.validation_samples = 20

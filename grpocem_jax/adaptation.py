@@ -9,7 +9,6 @@ The model's parameters and the trained adapter are never changed; the result is 
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
 from grpocem_jax.config import CEMConfig, Config, parse_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import is_file, read_object
 from grpocem_jax.policy import Policy, load_policy
 
 HELD_BACK_SAMPLES = 8
@@ -93,19 +93,19 @@ def load_run(
       InputError: no run there, no trained adapter in it, or one of another model or shape.
     """
     workdir = Path(workdir)
-    if not (workdir / adapter / "adapter_model.safetensors").is_file():
+    if not is_file(workdir / adapter / "adapter_model.safetensors"):
         raise InputError(
             f"--workdir={workdir}: holds no trained adapter in {adapter}/; train one with "
             f"grpocem-train --config CONFIG --workdir {workdir}."
         )
     if settings is None:
+        stored = read_object(workdir / "config.json", fix="give another run")
         try:
-            stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{workdir / 'config.json'}: cannot be read ({error}).") from None
-        if not isinstance(stored, dict):
-            raise InputError(f"{workdir / 'config.json'}: is no JSON object; give another run.")
-        settings = ml_collections.ConfigDict(stored)
+            settings = ml_collections.ConfigDict(stored)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{workdir / 'config.json'}: holds no settings ({error}); give another run."
+            ) from None
     config = parse_config(settings)
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
@@ -162,7 +162,7 @@ def adapt(
     settings = settings or run.config.cem
     key = jax.random.key(run.config.seed) if key is None else key
     listed = [texts] if isinstance(texts, str | Text) else texts
-    if not listed:
+    if not isinstance(listed, Sequence) or not listed:
         raise InputError("there is no text to adapt to; give at least one.")
     encoded = [encode(run.policy, text, settings) for text in listed]
     everything = batch(encoded, settings)
@@ -337,7 +337,13 @@ def _rewards(
 
 
 def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[str]:
-    """Greedy completions of prompts, each in a program of its bucket's length."""
+    """Greedy completions of prompts, each in a program of its bucket's length.
+
+    Raises:
+      InputError: a prompt that is empty, or too long to be completed; a single string.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
     texts = []
     for prompt in prompts:
         tokens, _ = _encode(run.policy, Text(prompt), run.config.cem)
@@ -417,13 +423,16 @@ def _values(score, adapters, batches, *, own_adapters):
 
 def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray, int]:
     """Tokens of a text, int32 ``[n]``, and the number of the first that counts."""
+    if not isinstance(text.prompt, str) or not isinstance(text.completion, str):
+        raise InputError(f"{text!r} is no text to adapt to or to complete; give strings.")
     if not text.prompt.strip():
         raise InputError("the prompt is empty; give some text.")
     try:
         (text.prompt + text.completion).encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the prompt {text.prompt!r} is not UTF-8 text (character {error.start}); convert it."
+            f"the prompt is not UTF-8 text (character {error.start} is "
+            f"{error.object[error.start]!r}); convert it."
         ) from None
     prompt = policy.encode(text.prompt)
     completion = policy.tokenizer.encode(text.completion, add_special_tokens=False)
@@ -444,7 +453,7 @@ def encode(policy: Policy, text: str | Text, settings: CEMConfig) -> tuple[np.nd
     Raises:
       InputError: an empty prompt, a single token (there is nothing to predict), or too many.
     """
-    text = Text(text) if isinstance(text, str) else text
+    text = text if isinstance(text, Text) else Text(text)
     tokens, first = _encode(policy, text, settings)
     if len(tokens) < 2:
         raise InputError(

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from grpocem_jax import grpo
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json, write_safetensors
+from grpocem_jax.files import is_folder, read_arrays, read_object, write_json, write_safetensors
 
 TRAJECTORY = "trajectory.safetensors"
 MAX_EXPERTS = 8
@@ -46,6 +44,9 @@ class Checkpoints:
     Args:
       workdir: the run directory.
       keep: how many to keep, the last ones, beside the best one; 0 for all.
+
+    Raises:
+      InputError: a folder that cannot be made, or checkpoints in it that cannot be listed.
     """
 
     def __init__(self, workdir: Path, *, keep: int = 0):
@@ -55,7 +56,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=kept, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except Exception as error:  # Orbax and what lies below it raise errors of many families
+            raise InputError(
+                f"{self._folder}: the checkpoints there cannot be listed "
+                f"({type(error).__name__}: {_first_line(error)}); move the last one away to "
+                "continue from the one before."
+            ) from error
 
     def save(self, state: grpo.TrainState, key: jax.Array, position: dict[str, Any]) -> None:
         """Saves in the background; a checkpoint is whole under its name, or not there.
@@ -95,10 +103,9 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # Orbax and what lies below it raise errors of many families
-            first = (str(error).splitlines() or [""])[0][:200]
             raise InputError(
-                f"{folder}: the checkpoint cannot be read ({type(error).__name__}: {first}); "
-                "delete it to continue from the one before."
+                f"{folder}: the checkpoint cannot be read ({type(error).__name__}: "
+                f"{_first_line(error)}); delete it to continue from the one before."
             ) from error
         position = dict(restored.position)
         if position.pop("sha256", None) != _digest(restored.train, position):
@@ -139,6 +146,10 @@ class Checkpoints:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _digest(tree: Any, position: dict[str, Any]) -> str:
@@ -195,13 +206,13 @@ def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = N
     _check_hash(folder)
     if base_sha256 is not None:
         path = folder / "adapter_config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            trained_on, name = config["base_sha256"], config["base_model"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        config = read_object(path, fix="train the adapter again")
+        trained_on, name = config.get("base_sha256"), config.get("base_model")
+        if trained_on is None:
             raise InputError(
-                f"{path}: does not say which model the adapter is for ({error!r}); train it again."
-            ) from None
+                f"{path}: does not say which model the adapter is for (no base_sha256); train it "
+                "again."
+            )
         if trained_on != base_sha256:
             raise InputError(
                 f"{path}: the adapter was trained on {name!r}, whose weights are not those of "
@@ -230,10 +241,7 @@ def _check_hash(folder: Path) -> None:
 
 
 def _read_arrays(path: Path, template: Offsets) -> Offsets:
-    try:
-        arrays = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: no adapter can be read there ({error}).") from None
+    arrays = read_arrays(path, fix="train the adapter again")
     found = {name: value.shape for name, value in arrays.items()}
     wanted = {name: np.shape(value) for name, value in _named(template).items()}
     if found != wanted:
@@ -243,6 +251,12 @@ def _read_arrays(path: Path, template: Offsets) -> Offsets:
             f"{wanted.get(odd[0])} here; load it with the model and adapter settings it was "
             "trained with."
         )
+    for name in wanted:
+        array = arrays[name]
+        if not jnp.issubdtype(array.dtype, jnp.floating) or not np.isfinite(array).all():
+            raise InputError(
+                f"{path}: {name} has numbers that are not finite; train the adapter again."
+            )
     leaves = [jnp.asarray(arrays[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
@@ -276,7 +290,8 @@ def load_library(
     Raises:
       InputError: no library there, more than `MAX_EXPERTS` in it, or experts of another model.
     """
-    folders = sorted(path.parent for path in folder.glob("*/adapter_model.safetensors"))
+    files = folder.glob("*/adapter_model.safetensors") if is_folder(folder) else ()
+    folders = sorted(path.parent for path in files)
     if not folders:
         raise InputError(
             f"cem.experts={str(folder)!r}: no library of experts there; make one with "
@@ -290,13 +305,12 @@ def load_library(
     experts = {path.name: load_adapter(path, template, base_sha256=base_sha256) for path in folders}
     vectors = jax.tree.map(lambda *x: jnp.stack(x), *experts.values())
     if (folder / TRAJECTORY).is_file():
-        try:
-            count = len(next(iter(load_file(folder / TRAJECTORY).values())))
-        except (OSError, SafetensorError, StopIteration, TypeError) as error:
+        found = read_arrays(folder / TRAJECTORY, fix="delete it or train the library again")
+        count = min((len(x) for x in found.values() if x.ndim), default=0)
+        if not count:
             raise InputError(
-                f"{folder / TRAJECTORY}: no snapshots can be read there ({error!r}); delete it or "
-                "train the library again."
-            ) from None
+                f"{folder / TRAJECTORY}: holds no snapshots; delete it or train the library again."
+            )
         shape = jax.tree.map(lambda x: jnp.zeros((count, *x.shape)), template)
         snapshots = _read_arrays(folder / TRAJECTORY, shape)
         vectors = jax.tree.map(lambda *x: jnp.concatenate(x), vectors, snapshots)

@@ -1,5 +1,6 @@
 """What the commands share: flags in; one sentence and an exit status out for a mistake."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from grpocem_jax import memory
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import cache_folder
+from grpocem_jax.terminal import one_line
 
 # Flags that this module defines are listed in the help of the command that asks for them.
 flags.disclaim_key_flags()
@@ -76,11 +78,20 @@ def run(main: Callable[[list[str]], Any]) -> None:
                 f"out of device memory ({str(error).splitlines()[0]}); take a smaller model, or a "
                 "device with more memory."
             )
+        except OSError as error:  # such as a full disk in the middle of a run
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(f"{place}{error.strerror or _one_line(error)}; mend that and run it again.")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded, flags_parser=_parse_flags)
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return parse_flags(argv)
+        except InputError as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=parse)
 
 
 def keep_compiled_programs() -> None:
@@ -94,20 +105,66 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses a command line, the overrides of ``--config`` included.
+
+    Args:
+      argv: as ``sys.argv``, where ml_collections looks for overrides.
+
+    Returns:
+      what is no flag; the program's name comes first.
+
+    Raises:
+      InputError: an unknown flag, a value of another type, or a config that cannot be used.
+    """
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
-        _fail(f"an override names a field that the config does not have: {_one_line(error)}")
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        _fail(_one_line(error))
+        name, *suggestion = _lines(error) or [""]
+        given = [x.split("=")[0] for x in argv if name in x.split("=")[0].split(".")]
+        where = one_line(", ".join(given)) or f"an override of --config ({name})"
+        hint = "".join(f" ({x})" for x in suggestion)
+        raise InputError(
+            f"{where}: the config has no such field{hint}; docs/config.md lists them."
+        ) from None
+    except flags.IllegalFlagValueError as error:
+        if isinstance(error.__context__, InputError):
+            raise error.__context__ from None
+        kind = next((kind for sign, kind in _KINDS.items() if sign in str(error)), None)
+        fix = f"give {kind}" if kind else "see --help"
+        raise InputError(f"{_one_line(error)}; {fix}.") from None
+    except flags.UnrecognizedFlagError as error:
+        nearest = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
+        hint = f"did you mean --{nearest[0]}?" if nearest else "see --help."
+        raise InputError(f"--{one_line(error.flagname)}: there is no such flag; {hint}") from None
+    except (
+        flags.Error, MemoryError, OSError, RecursionError, SyntaxError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        raise InputError(f"{_one_line(error)}; see --help and docs/config.md.") from None
+
+
+_KINDS = {
+    "int()": "a whole number",
+    "to float": "a number",
+    "Non-boolean": "True or False",
+    "ConfigDict": "its fields one by one",
+}
+"""What a flag takes, by what ml_collections and absl say of another value."""
 
 
 def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()]
-    return " ".join(line.strip("'\"\\") for line in lines if line)
+    return " ".join(_lines(error)).rstrip(".")
+
+
+def _lines(error: Exception) -> list[str]:
+    lines = [
+        line.strip() for line in str(error).replace("\\n", "\n").replace(". ", "; ").splitlines()
+    ]
+    # ml_collections shows the names of fields as Python would write strings.
+    quoted = isinstance(error, AttributeError | KeyError)
+    return [line.strip("'\"\\") if quoted else line for line in lines if line]
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {one_line(sentence)}", file=sys.stderr)
     sys.exit(2)

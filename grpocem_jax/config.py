@@ -7,6 +7,7 @@ turns one into the frozen record that the workflows read, or says in one sentenc
 import collections.abc
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -20,6 +21,12 @@ from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import ADVANTAGES, AGGREGATIONS, Hyperparameters
 from grpocem_jax.searching import FOLLOWED
 from grpocem_jax.tasks import TASKS, SourceConfig, Task, make_task
+
+LARGEST = 2**31 - 1
+"""Of whole numbers: what 32 bits hold."""
+
+TINIEST, HUGEST = 1.2e-38, 3.4e38
+"""Of other numbers but zero, without their sign: what float32 holds."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = ("tensorboard", "wandb")
@@ -64,7 +71,15 @@ def _ascending(low: int) -> _Range:
     )
 
 
+def _distinct(*values: str) -> _Range:
+    return _Range(
+        f"some of {', '.join(map(repr, values))}, each once",
+        lambda x: set(x) <= set(values) and len(set(x)) == len(x),
+    )
+
+
 _NOT_EMPTY = _Range("not empty", lambda x: len(x) > 0)
+_NAMES = _Range("not empty, each name once", lambda x: 0 < len(set(x)) == len(x))
 
 
 def _field(doc: str, allowed: _Range | None = None, *, hashed: bool = True) -> Any:
@@ -95,7 +110,7 @@ class AdapterConfig:
         _one_of_or_function("svf"),
     )
     options: Mapping[str, Any] = _field("Keywords for a function of the user's own.", hashed=False)
-    sites: tuple[str, ...] = _field("Linear maps to adapt, in every layer.", _NOT_EMPTY)
+    sites: tuple[str, ...] = _field("Linear maps to adapt, in every layer.", _NAMES)
     rank_ratio: float = _field(
         "`svf`: share of each site's singular values that is trained.", _share()
     )
@@ -112,7 +127,7 @@ class AdapterConfig:
 class DataConfig:
     """Tasks and where their examples come from."""
 
-    tasks: tuple[str, ...] = _field("Tasks to train on, mixed evenly.", _NOT_EMPTY)
+    tasks: tuple[str, ...] = _field("Tasks to train on, mixed evenly.", _NAMES)
     max_samples: int = _field("Most training examples of a task.", _at_least(1))
     heldout_samples: int = _field("Most held-out examples of a task.", _at_least(2))
     validation_samples: int = _field(
@@ -122,6 +137,12 @@ class DataConfig:
     )
     max_prompt_tokens: int = _field(
         "Longest prompt; longer ones are shortened or dropped, and counted.", _at_least(1)
+    )
+    bad_lines: str = _field(
+        "What comes of a row that cannot be used, such as a line that is not JSON or a label that "
+        "is none: `error` ends the run, `skip` counts such rows and passes them over. Both show "
+        "the first.",
+        _one_of("error", "skip"),
     )
     reward_timeout_s: float = _field(
         "Seconds that one call of a reward function may take; 0 for any time.", _at_least(0)
@@ -304,7 +325,7 @@ class LoggingConfig:
     interval: int = _field("Steps between shown and stored completions.", _at_least(1))
     report_to: tuple[str, ...] = _field(
         "Where metrics go beside metrics.jsonl: any of `tensorboard` and `wandb`.",
-        _Range(f"some of {', '.join(map(repr, TRACKERS))}", lambda x: set(x) <= set(TRACKERS)),
+        _distinct(*TRACKERS),
     )
     project: str = _field("Project at Weights & Biases.", _NOT_EMPTY)
 
@@ -313,7 +334,7 @@ class LoggingConfig:
 class Config:
     """All settings of a run; see the sections."""
 
-    seed: int = _field("Fixes data order, sampling and initialisation.", _within(0, 2**31 - 1))
+    seed: int = _field("Fixes data order, sampling and initialisation.", _within(0, LARGEST))
     model: ModelConfig
     adapter: AdapterConfig
     data: DataConfig
@@ -359,6 +380,11 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
       InputError: the first field that is unknown, missing, of a wrong type or out of range, or two
         that do not fit each other.
     """
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"a config must be a ConfigDict of ml_collections, not {type(config).__name__}; make "
+            "one with load_config, or with ConfigDict(...)."
+        )
     parsed = _parse(config.to_dict(), Config, "")
     train, group = parsed.train, parsed.grpo.group_size
     if train.batch_size % group:
@@ -371,6 +397,13 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             f"config.train.target_kl={train.target_kl} follows the KL divergence, which "
             "config.grpo.beta=0.0 leaves out; set one of them otherwise."
         )
+    try:
+        json.dumps(parsed.adapter.options, allow_nan=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config.adapter.options: must be what JSON can hold ({error}); give numbers, strings, "
+            "lists and sections."
+        ) from None
     if parsed.adapter.options and parsed.adapter.type == "svf":
         raise InputError(
             "config.adapter.options are keywords for an adapter of your own; leave them empty with "
@@ -417,12 +450,43 @@ def _parse(value: Any, kind: Any, path: str) -> Any:
         return parsed if args[1] is Any else types.MappingProxyType(parsed)
     if origin is types.UnionType and type(None) in args:
         return None if value is None else _parse(value, args[0], path)
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind in (int, float) and type(value) in (int, kind):
+        return _number(value, kind, path)
     if origin is None and type(value) is kind:
+        if kind is str:
+            _check_text(value, path)
         return value
     expected = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
     raise InputError(f"config.{path}={value!r}: must be of type {expected}.")
+
+
+def _number(value: Any, kind: Any, path: str) -> Any:
+    """A number that the device can hold."""
+    if kind is int and abs(value) <= LARGEST:
+        return value
+    # In float32, larger ones are infinite and smaller ones zero.
+    if kind is float and (value == 0 or TINIEST <= abs(value) <= HUGEST):
+        return float(value)
+    # Python prints no integer of thousands of digits.
+    shown = value if type(value) is float or value.bit_length() < 99 else "a huge integer"
+    limits = (
+        f"an integer of at most {LARGEST}"
+        if kind is int
+        else f"a finite number that float32 holds (0, or {TINIEST:g} to {HUGEST:g} in size)"
+    )
+    raise InputError(f"config.{path}={shown}: must be {limits}.")
+
+
+def _check_text(value: str, path: str) -> None:
+    """Refuses what can be neither written to a file nor the name of one."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"config.{path}={value!r}: must be UTF-8 text; correct character {error.start}."
+        ) from None
+    if "\0" in value:
+        raise InputError(f"config.{path}={value!r}: must not have a NUL character; remove it.")
 
 
 def _parse_record(value: Any, kind: Any, path: str) -> Any:
@@ -466,7 +530,7 @@ def _gather_sources(data: Mapping[str, Any]) -> dict[str, Any]:
         for name, section in data.items()
         if name in TASKS or (isinstance(section, Mapping) and "rewards" in section)
     }
-    for name in data.get("tasks", ()):
+    for name in _parse(data.get("tasks", ()), tuple[str, ...], "data.tasks"):
         if name in sources:
             continue
         if name in TASKS:

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_collections
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import is_file
 
 
 def config_folder() -> Path:
@@ -42,7 +43,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config(*argument)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise InputError(str(error) or f"{file}: its get_config raised ValueError.") from error
     except Exception as error:  # whatever the file's own code may raise
         raise InputError(
             f"{file} cannot be used as a config ({type(error).__name__}: {error}); correct it."
@@ -56,7 +57,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 
 
 def _find(file: str) -> Path:
-    if Path(file).is_file():
+    if is_file(file):
         return Path(file)
     shipped = {path.stem: path for path in config_folder().glob("*.py")}
     if file not in shipped:

@@ -22,6 +22,7 @@ from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import load_policy
 from grpocem_jax.tasks import TASKS
+from grpocem_jax.terminal import visible
 from grpocem_jax.training import train
 
 SNAPSHOTS = 5
@@ -83,7 +84,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         checkpoints.copy_adapter(run / "adapter", library / name)
     trajectory = jax.tree.map(lambda *x: np.stack(x), *snapshots)
     checkpoints.save_trajectory(library, trajectory)
-    print(f"\nlibrary of {len(experts)} experts in {library}", flush=True)
+    print(visible(f"\nlibrary of {len(experts)} experts in {library}"), flush=True)
     return library
 
 

@@ -27,6 +27,7 @@ from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.policy import Carrier, put_adapter
+from grpocem_jax.terminal import visible
 
 TOLERANCE = 1e-3
 """The largest difference of a logit that is let pass."""
@@ -74,7 +75,7 @@ def export_model(
     if adapter is not None:
         run = run._replace(adapter=_load_other(run, source))
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None)
-    print(screens.exporting(run, source), file=sys.stderr, flush=True)
+    print(visible(screens.exporting(run, source)), file=sys.stderr, flush=True)
     # The run's own parameters may be in bfloat16.
     carrier = put_adapter(run.policy.pretrained, run.config.adapter, seed=run.config.seed)
     try:
@@ -92,6 +93,8 @@ def export_model(
 
 
 def _check_new(out: Path) -> None:
+    if "\0" in str(out):
+        raise InputError(f"--out={out}: is no name of a folder; give another.")
     if os.path.lexists(out):
         raise InputError(f"--out={out}: exists already; give another folder, or delete this one.")
 
@@ -116,7 +119,9 @@ def _card(run: TrainedRun, path: Path, *, own_adapter: bool) -> str:
             tolerance=TOLERANCE,
             own_adapter=own_adapter,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        AttributeError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError
+    ) as error:  # fmt: skip
         raise InputError(
             f"{path}: the model card cannot be filled from it ({error!r}); give a run that ended."
         ) from None
@@ -127,7 +132,7 @@ def _load_other(run: TrainedRun, folder: Path) -> adapters.Offsets:
     policy = run.policy
     offsets = checkpoints.load_adapter(folder, policy.zero, base_sha256=policy.pretrained.sha256)
     path = folder / "adapter_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = files.read_object(path, fix="give another --adapter")
     wanted = json.loads(json.dumps(policy.adapter_config(run.config.adapter)))
     for name in wanted.keys() - {"base_model"}:
         if stored.get(name) != wanted[name]:
@@ -264,9 +269,9 @@ def run(
     if repository is not None:
         _check_push(repository)
     exported = export_model(workdir, out, adapter=adapter)
-    print(screens.exported(*exported), flush=True)
+    print(visible(screens.exported(*exported)), flush=True)
     if repository is not None:
-        print(f"pushed    {_push(exported.folder, repository, private)}", flush=True)
+        print(visible(f"pushed    {_push(exported.folder, repository, private)}"), flush=True)
     return exported
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from grpocem_jax.errors import InputError
 
@@ -79,6 +80,70 @@ def _in_one_piece(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_object(path: Path, *, fix: str) -> dict[str, Any]:
+    """Reads a file that holds a JSON object.
+
+    Args:
+      path: the file.
+      fix: what to do where it cannot be read, for the message.
+
+    Raises:
+      InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {fix}.") from None
+    return parse_object(text, str(path), fix=fix)
+
+
+def parse_object(text: str, where: str, *, fix: str) -> dict[str, Any]:
+    """Reads a JSON object from text; ``where`` it lies and the ``fix`` are for the message.
+
+    Raises:
+      InputError: the text is something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: cannot be read as JSON ({error}); {fix}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: is no JSON object; {fix}.")
+    return value
+
+
+def read_arrays(path: Path, *, fix: str) -> dict[str, np.ndarray]:
+    """Reads a safetensors file.
+
+    Args:
+      path: the file.
+      fix: what to do where it cannot be read, for the message.
+
+    Raises:
+      InputError: no such file, or one that is damaged or in another format.
+    """
+    try:
+        return load_file(path)
+    except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error}); {fix}.") from None
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder of that name; False also for what no file system takes as one."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file of that name; False also for what no file system takes as one."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

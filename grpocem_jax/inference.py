@@ -15,10 +15,11 @@ import numpy as np
 from grpocem_jax import adaptation, checkpoints, report, rollouts, screens, tables
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json, writing
+from grpocem_jax.files import is_file, write_json, writing
 from grpocem_jax.searching import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
+from grpocem_jax.terminal import visible
 from grpocem_jax.training import load_data
 
 
@@ -84,7 +85,7 @@ def run(
         adaptation.encode(trained.policy, judge, trained.config.cem)
     if save:
         _make_folder(Path(save))
-    print(screens.adapting(trained, workdir), file=sys.stderr, flush=True)
+    print(visible(screens.adapting(trained, workdir)), file=sys.stderr, flush=True)
     if evaluate:
         result = _evaluate(trained)
     else:
@@ -97,22 +98,23 @@ def run(
         for found, text in pairs:
             results.append(_record(trained, found, text, judged))
             if not as_json:
-                print(screens.adapted(results[-1]), flush=True)
+                print(visible(screens.adapted(results[-1])), flush=True)
         result = {"results": results} if prompts else results[0]
         if save:
             config = trained.policy.adapter_config(trained.config.adapter)
             card = screens.adapted_card(trained, results[-1])
             with writing(f"--save={save}", "give another folder"):
                 checkpoints.save_adapter(Path(save), found.adapter, config, card)
-            print(f"adapter saved in {save}", file=sys.stderr)
+            print(visible(f"adapter saved in {save}"), file=sys.stderr)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        # In ASCII: what moves a cursor or turns the writing direction is an escape of JSON's own.
+        print(json.dumps(result, allow_nan=False))
     elif evaluate:
-        print(tables.show(result, trained.config))
+        print(visible(tables.show(result, trained.config)))
     if evaluate:
         with writing(f"--workdir={workdir}", "copy the run to another folder"):
             write_json(Path(workdir) / "evaluation.json", result)
-        print(f"report    {report.write(workdir)}", file=sys.stderr)
+        print(visible(f"report    {report.write(workdir)}"), file=sys.stderr)
     return result
 
 
@@ -160,7 +162,7 @@ def _record(
 def _evaluate(run: TrainedRun) -> dict[str, Any]:
     data = load_data(run.config, run.policy)
     lines = "\n".join(f"data      {line}" for line in data.lines)
-    print(lines, file=sys.stderr, flush=True)
+    print(visible(lines), file=sys.stderr, flush=True)
     view = _LiveView("searches", 0)
     result = tables.adapted_tables(
         run,
@@ -216,12 +218,15 @@ def _texts(file: Path) -> list[Text]:
 
 def _make_folder(folder: Path) -> None:
     """Makes the folder of ``--save``, so that it cannot fail after the search."""
-    if (folder / "adapter_model.safetensors").exists():
+    if is_file(folder / "adapter_model.safetensors"):
         raise InputError(f"--save={folder}: holds an adapter already; give another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--save={folder}: cannot be made ({error.strerror}).") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--save={folder}: cannot be made ({reason}); give another folder."
+        ) from None
 
 
 class _LiveView:

@@ -81,12 +81,13 @@ def load_policy(
     Raises:
       InputError: a source, site or stop string that cannot be used.
     """
-    pretrained = hub.load_model(model.source, seed=seed)
-    if pretrained.tokenizer is None:
+    # Asked before the weights are drawn, which takes long for a large shape.
+    if model.source.startswith("random:") and hub.load_outline(model.source).tokenizer is None:
         raise InputError(
             f"model.source={model.source!r} has no tokenizer and text is needed; use "
             "random:FOLDER with a folder that holds config.json and the tokenizer's files."
         )
+    pretrained = hub.load_model(model.source, seed=seed)
     end_ids = [*pretrained.end_ids, *(_single_token(pretrained.tokenizer, s) for s in stop)]
     carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed)
     return Policy(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ def summarize(
     policy: Policy,
     adapter: Offsets,
     train_items: Sequence[rollouts.Item],
+    bad_lines: Mapping[str, int],
     heldout: Heldout,
     course: dict[str, Any],
 ) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def summarize(
       policy: what was trained.
       adapter: the trained offsets.
       train_items: the training prompts.
+      bad_lines: for each task, how many rows were passed over because they cannot be used.
       heldout: what was made of the held-out ones.
       course: what the run says of its course, taken as it is.
     """
@@ -84,6 +86,7 @@ def summarize(
             "source": sources[name].source,
             "train": sum(item.task.name == name for item in train_items),
             "heldout": sum(item.task.name == name for item in heldout.items),
+            "bad_lines": bad_lines[name],
         }
         for name in config.data.tasks
     }

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json
+from grpocem_jax.files import is_file, read_object, write_json
+from grpocem_jax.terminal import visible
 
 NEUTRAL = (
     "cem",
@@ -27,6 +28,8 @@ NEUTRAL = (
     "train.keep_checkpoints",
 )
 """Settings that may change while a run continues: they do not alter what is trained."""
+
+ANOTHER = "give another --workdir"
 
 
 class Interrupted(SystemExit):
@@ -45,9 +48,9 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
         read.
     """
     path = workdir / "config.json"
-    if not path.exists():
+    if not is_file(path):
         return False
-    stored = _flat(_read(path))
+    stored = _flat(read_object(path, fix=ANOTHER))
     given = _flat(json.loads(json.dumps(settings)))
     changed = [
         f"{name} is {stored.get(name)!r} there and {given.get(name)!r} here"
@@ -83,9 +86,10 @@ def claim(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("a")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--workdir={workdir}: cannot be written ({error.strerror}); give another folder."
+            f"--workdir={workdir}: cannot be written ({reason}); give another folder."
         ) from None
     with lock:
         try:
@@ -96,10 +100,11 @@ def claim(
                 "another folder."
             ) from None
         except OSError as error:
-            print(f"no lock on {workdir} ({error.strerror}): start no second run there", flush=True)
+            warning = f"no lock on {workdir} ({error.strerror}): start no second run there"
+            print(visible(warning), flush=True)
         path = workdir / "run.json"
         if check_settings(workdir, settings) and path.exists():
-            stored = _read(path)
+            stored = read_object(path, fix=ANOTHER)
             for name, value in identity.items():
                 if stored.get(name) != value:
                     raise InputError(
@@ -111,16 +116,6 @@ def claim(
             write_json(path, stored)
         write_json(workdir / "config.json", settings)
         yield stored
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give another --workdir.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: is no JSON object; give another --workdir.")
-    return value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

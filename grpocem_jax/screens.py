@@ -16,6 +16,7 @@ from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
+from grpocem_jax.terminal import one_line
 
 
 class Progress:
@@ -373,8 +374,3 @@ def table(gains: dict[str, evaluation.Gain], title: str) -> str:
             f"{g.n:6d}"
         )
     return "\n".join(lines)
-
-
-def one_line(text: str) -> str:
-    """Text with control characters as escapes, so that it takes one line and moves no cursor."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

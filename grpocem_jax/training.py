@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import sys
 import time
@@ -34,9 +33,10 @@ from grpocem_jax import (
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import writing
+from grpocem_jax.files import read_object, writing
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.tasks import Loaded, load_examples
+from grpocem_jax.terminal import visible
 
 
 def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -61,8 +61,10 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
     if rundir.check_settings(workdir, settings.to_dict()) and (workdir / "summary.json").exists():
-        print(f"the run in {workdir} is complete; its page is {workdir / 'report/index.html'}")
-        return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        summary = read_object(workdir / "summary.json", fix="delete it to have it made again")
+        page = workdir / "report/index.html"
+        print(visible(f"the run in {workdir} is complete; its page is {page}"))
+        return summary
     trackers.check(config.logging)
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
@@ -99,7 +101,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             first_step=run.first_step + 1,
         )
         first = screens.first(config, policy, data.lines, workdir, [x.where for x in run.logs])
-        print(first, flush=True)
+        print(visible(first), flush=True)
         if run.first_step:
             print(f"resumed   after step {run.first_step}", flush=True)
         return _finish(run, data, eval_key, started)
@@ -128,6 +130,7 @@ def _finish(run: "Run", data: "Data", eval_key: jax.Array, started: float) -> di
         policy,
         state.adapter,
         run.items,
+        data.bad_lines,
         heldout,
         {
             "steps": int(state.step),
@@ -150,8 +153,8 @@ def _finish(run: "Run", data: "Data", eval_key: jax.Array, started: float) -> di
     for log in run.logs:
         log.log(named, int(state.step))
         log.close()
-    print(screens.closing(sampled, greedy, summary, config, workdir), flush=True)
-    print(f"report    {report.write(workdir)}", flush=True)
+    print(visible(screens.closing(sampled, greedy, summary, config, workdir)), flush=True)
+    print(visible(f"report    {report.write(workdir)}"), flush=True)
     return summary
 
 
@@ -174,12 +177,14 @@ class Data(NamedTuple):
       validation: other prompts of the held-out split, to compare checkpoints by, so that the
         held-out reward is not the largest of several; none where they are not compared.
       lines: where they are from, for the first screen.
+      bad_lines: for each task, how many rows were passed over because they cannot be used.
     """
 
     train: list[rollouts.Item]
     heldout: list[rollouts.Item]
     validation: list[rollouts.Item]
     lines: list[str]
+    bad_lines: dict[str, int]
 
 
 def load_data(config: Config, policy: Policy) -> Data:
@@ -202,12 +207,14 @@ def load_data(config: Config, policy: Policy) -> Data:
             max_samples=limit,
             seed=config.seed,
             exclude=exclude,
+            bad_lines=config.data.bad_lines,
         )
 
     train: list[rollouts.Item] = []
     heldout: list[rollouts.Item] = []
     validation: list[rollouts.Item] = []
     lines = []
+    bad_lines = {}
     most, more = config.data.heldout_samples, 0
     if config.train.evaluate_every_steps:
         more = config.data.validation_samples
@@ -228,8 +235,9 @@ def load_data(config: Config, policy: Policy) -> Data:
         heldout += rollouts.encode(policy, tasks[name], judged)
         validation += rollouts.encode(policy, tasks[name], compared)
         note = f", {len(compared)} of them to compare checkpoints" if more else ""
+        bad_lines[name] = trained.bad_lines + judges.bad_lines
         lines += [trained.description, judges.description + note]
-    return Data(train, heldout, validation, lines)
+    return Data(train, heldout, validation, lines, bad_lines)
 
 
 class Run:
@@ -269,7 +277,7 @@ class Run:
         self.state = grpo.init_state(policy.zero, config.hyperparameters)
         found, damaged = self.checkpoints.restore_latest(self.state)
         for sentence in damaged:
-            print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+            print(visible(f"passed over: {sentence}"), file=sys.stderr, flush=True)
         position: dict[str, Any] = {}
         if found is not None:
             self.state, self.key, position = found
@@ -366,7 +374,7 @@ class Run:
         try:
             return stored.restore(self.state, self.best["step"])[0].adapter
         except InputError as error:
-            print(f"no best adapter: {error}", file=sys.stderr, flush=True)
+            print(visible(f"no best adapter: {error}"), file=sys.stderr, flush=True)
             return None
         finally:
             stored.close()

@@ -13,6 +13,8 @@ from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from tests.parity import weights
 
+pytest_plugins = ("tests.command_line",)
+
 ROOT = Path(__file__).parents[1]
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"
 """What JAX says where device memory runs out."""

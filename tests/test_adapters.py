@@ -472,10 +472,10 @@ def test_an_adapter_of_another_shape_or_other_sites_is_refused(tmp_path, tiny):
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path, tiny):
-    with refused("adapter_model.safetensors", "no adapter"):
+    with refused("adapter_model.safetensors", "cannot be read as safetensors"):
         checkpoints.load_adapter(tmp_path, tiny.zero)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * 50)
-    with refused("adapter_model.safetensors", "no adapter"):
+    with refused("adapter_model.safetensors", "cannot be read as safetensors"):
         checkpoints.load_adapter(tmp_path, tiny.zero)
 
 

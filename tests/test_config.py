@@ -1,11 +1,16 @@
 """Configs: the files parse, and every kind of mistake is named in one sentence."""
 
+import dataclasses
 import importlib.util
+import math
+import types
+import typing
 from pathlib import Path
 
+import ml_collections
 import pytest
 
-from grpocem_jax.config import parse_config
+from grpocem_jax.config import Config, parse_config
 from grpocem_jax.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -85,7 +90,7 @@ def test_the_tiny_config_needs_nothing_but_the_package():
         ({"model__source": ""}, ["config.model.source=''", "not empty"]),
         ({"train__epochs": 0}, ["config.train.epochs=0", "at least 1"]),
         ({"train__epochs": "3"}, ["config.train.epochs='3'", "type int"]),
-        ({"train__learning_rate": float("nan")}, ["config.train.learning_rate=nan", "above 0"]),
+        ({"train__learning_rate": float("nan")}, ["config.train.learning_rate=nan", "finite"]),
         ({"train__lr_scale_range": (2.0, 1.0)}, ["lr_scale_range", "ascending"]),
         ({"train": 3}, ["config.train=3", "section"]),
         ({"seed": -1}, ["config.seed=-1", "from 0"]),
@@ -114,3 +119,105 @@ def test_a_task_without_a_source_is_named():
         del config.data["qa"]
     with pytest.raises(InputError, match=r"config\.data\.qa is missing"):
         parse_config(config)
+
+
+# Every field, by its type
+
+WRONG = {
+    int: (None, True, 1.0, "3", b"3", (), {}, 2**31, -(2**31), 10**400, 10**5000, math.nan),
+    float: (None, True, "0.5", (), {}, math.nan, math.inf, -math.inf, 1e39, 1e-39, 10**400),
+    str: (None, True, 3, 0.5, b"builtin", (), {}, "a\0b", "\ud800"),
+    bool: (None, 1, 0.0, "True", (), {}),
+    tuple: (None, True, 3, "abc", {}, (None,), ((),), ({},), {"a"}, (b"a",), ("\udcff",)),
+    dict: (None, True, 3, "abc", (), [{}]),
+}
+OUT_OF_RANGE = {
+    int: (-1, -(2**31 - 1)),
+    float: (-0.5, -3e38),
+    str: ("", "nonsense", "Builtin"),
+    tuple: ((-1,), ("qa", "qa"), ("nonsense",), (0.5, 0.25), (1, 2, -3)),
+}
+"""Of these each field must refuse some, unless its range allows all."""
+
+
+def fields(kind=Config, path=""):
+    """Paths of all fields with their types and ranges, those of a task's source included."""
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        name = f"{path}{field.name}"
+        if dataclasses.is_dataclass(hint):
+            yield name, dict, None
+            yield from fields(hint, f"{name}.")
+        elif name == "data.sources":
+            yield "data.qa", dict, None
+            yield from fields(typing.get_args(hint)[1], "data.qa.")
+        else:
+            origin = typing.get_origin(hint)
+            plain = {tuple: tuple, types.UnionType: typing.get_args(hint)[:1]}.get(origin, hint)
+            plain = plain[0] if isinstance(plain, tuple) else plain
+            plain = dict if origin not in (None, tuple, types.UnionType) else plain
+            yield name, plain, field.metadata.get("range")
+
+
+FIELDS = list(fields())
+
+
+def with_value(name, value):
+    settings = load("tiny").get_config().to_dict()
+    *sections, last = name.split(".")
+    place = settings
+    for section in sections:
+        place = place[section]
+    place[last] = value
+    return ml_collections.ConfigDict(settings)
+
+
+def refusal(name, value):
+    """The sentence, or None where the value is taken."""
+    try:
+        parse_config(with_value(name, value))
+    except InputError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("name", "kind", "allowed"), FIELDS, ids=[field[0] for field in FIELDS])
+def test_every_field_refuses_other_types_and_what_is_out_of_its_range(name, kind, allowed):
+    for value in WRONG[kind]:
+        if (name, value) in (("cem.budget_s", None), ("adapter.options", {})):
+            continue
+        message = refusal(name, value)
+        assert message is not None, value
+        assert f"config.{name}" in message
+        assert message.endswith((".", "?"))
+        assert "\n" not in message
+    refused = [refusal(name, value) for value in OUT_OF_RANGE.get(kind, ())]
+    if allowed is not None:
+        assert any(refused)
+        assert any(allowed.text in message for message in refused if message), refused
+
+
+@pytest.mark.parametrize("name", [name for name, kind, _ in FIELDS if kind is not dict])
+def test_a_misspelt_field_gets_the_right_one_suggested(name):
+    settings = load("tiny").get_config().to_dict()
+    *sections, last = name.split(".")
+    place = settings
+    for section in sections:
+        place = place[section]
+    misspelt = last[:-1] + last[-2:][::-1] if len(last) < 5 else last[:2] + last[3:]
+    place[misspelt] = 3
+    with pytest.raises(InputError) as error:
+        parse_config(ml_collections.ConfigDict(settings))
+    assert f"there is no such field; did you mean {last!r}?" in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"seed": 0}, "tiny", 3])
+def test_what_is_no_config_is_named(settings):
+    with pytest.raises(InputError, match="must be a ConfigDict of ml_collections"):
+        parse_config(settings)
+
+
+@pytest.mark.parametrize("value", [math.nan, {1, 2}, b"x", object(), {"a": {"b": math.inf}}])
+def test_options_that_json_cannot_hold_are_refused(value):
+    with pytest.raises(InputError, match=r"config\.adapter\.options: must be what JSON can hold"):
+        parse_config(with_value("adapter.options", {"x": value}))

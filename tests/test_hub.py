@@ -230,7 +230,9 @@ def test_a_config_field_may_not_be_absent(folder):
     assert_refused(folder, folder / "config.json", "'n_embd' is missing")
 
 
-@pytest.mark.parametrize(("text", "fragment"), [("{", "not valid JSON"), ("[]", "JSON object")])
+@pytest.mark.parametrize(
+    ("text", "fragment"), [("{", "cannot be read as JSON"), ("[]", "JSON object")]
+)
 def test_a_damaged_config_is_named(folder, text, fragment):
     (folder / "config.json").write_text(text, encoding="utf-8")
     assert_refused(folder, folder / "config.json", fragment)

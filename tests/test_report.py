@@ -521,9 +521,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "fragment"),
     [
-        ("metrics.jsonl", '{"step": 1}\n{"step": ', "metrics.jsonl, line 2: is no JSON"),
+        (
+            "metrics.jsonl",
+            '{"step": 1}\n{"step": ',
+            "metrics.jsonl, line 2: cannot be read as JSON",
+        ),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1: is no JSON object"),
-        ("summary.json", "", "summary.json: is no JSON"),
+        ("summary.json", "", "summary.json: cannot be read as JSON"),
         ("spectrum.safetensors", "text", "spectrum.safetensors: cannot be read"),
     ],
 )

@@ -234,6 +234,86 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     assert_refused(run, "train.parquet", "not a readable parquet file")
 
 
+GOOD = b'{"text": "fine film", "label": 1}'
+BAD_LINES = [
+    (b"{", "is not valid JSON"),
+    (b'{"text": "x", "label": 0}}', "is not valid JSON"),
+    (b"[" * 100_000, "is not valid JSON"),
+    (b'{"label": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+    (b'{"text": "\x01"}', "is not valid JSON"),
+    (b"text", "is not valid JSON"),
+    (b"[1]", "holds a list instead of an object"),
+    (b'"text"', "holds a str instead of an object"),
+    (b"null", "holds null instead of an object"),
+    (b"3", "holds a int instead of an object"),
+    (b'{"text": "\xff", "label": 0}', "is not UTF-8 text (byte 10)"),
+    (b"\xfe\xff\x00{", "is not UTF-8 text"),
+    (b'{"text": "a\0b", "label": 0}', "has a NUL byte"),
+    (b"\0\0\0", "has a NUL byte"),
+    (b'{"text": "\\ud83d", "label": 0}', "has half of a surrogate pair"),
+    (b'{"text": "x", "label": 0, "more": {"\\udc00": 1}}', "has half of a surrogate pair"),
+    (b'{"text": "x"}', "'label', a column that"),
+    (b'{"label": 0}', "'text', a column that"),
+    (b"{}", "'text', a column that"),
+    (b'{"text": 3, "label": 0}', "has 3 in column 'text'"),
+    (b'{"text": null, "label": 0}', "has None in column 'text'"),
+    (b'{"text": ["x"], "label": 0}', "has ['x'] in column 'text'"),
+    (b'{"text": " ", "label": 0}', "has no text in column 'text'"),
+    (b'{"text": "x", "label": 2}', "has the label 2"),
+    (b'{"text": "x", "label": "bad"}', "has the label 'bad'"),
+    (b'{"text": "x", "label": NaN}', "has the label nan"),
+]
+
+
+@pytest.mark.parametrize(("line", "fragment"), BAD_LINES)
+def test_a_bad_line_is_named_with_the_setting_or_counted_and_passed_over(tmp_path, line, fragment):
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join([GOOD, line, b" ", line, GOOD]))
+    source = sentiment(str(tmp_path))
+    option = "set data.bad_lines='skip'"
+    assert_refused(lambda: load("sentiment", source), "train.jsonl, line", fragment, option)
+    loaded = load("sentiment", source, bad_lines="skip")
+    assert loaded.bad_lines == 2
+    assert [example.columns["text"] for example in loaded.examples] == 2 * ["fine film"]
+    said = "2 train examples of 4 rows, 1 blank or a heading, 2 bad and passed over (the first: "
+    assert said in loaded.description
+    assert fragment in loaded.description
+    assert loaded.description.count("train.jsonl, line") == 1
+
+
+def test_lines_that_cannot_be_read_are_counted_in_all_files_of_a_split(tmp_path):
+    for number in range(3):
+        (tmp_path / f"train-{number}.jsonl").write_bytes(GOOD + b"\n[]\n{\n")
+    source = sentiment(str(tmp_path))
+    said = ("train-0.jsonl, line 2 holds a list", "to count such lines (6 of them)")
+    assert_refused(lambda: load("sentiment", source), *said)
+    assert load("sentiment", source, bad_lines="skip").bad_lines == 6
+
+
+def test_rows_of_every_format_are_passed_over(tmp_path):
+    rows = [{"text": "fine", "label": 0}, {"text": None, "label": 0}, {"text": "x", "label": 9}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    broken = pyarrow.array([b"It swims.", b"\xff", b"\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "valid.parquet")
+    (tmp_path / "test.txt").write_bytes(b"\xef\xbb\xbfIt swims.\r\n\xff\r\n\r\na\0\r\n = T = \n")
+    loaded = load("sentiment", sentiment(str(tmp_path)), bad_lines="skip")
+    assert (len(loaded.examples), loaded.bad_lines) == (1, 2)
+    for split in ("test", "valid"):
+        source = SourceConfig(str(tmp_path), train_split=split)
+        assert_refused(lambda s=source: load("general", s), split, "or set data.bad_lines='skip'")
+        loaded = load("general", source, bad_lines="skip")
+        assert [example.prompt for example in loaded.examples] == ["It swims."]
+        assert loaded.bad_lines == 2
+
+
+def test_data_of_which_no_line_can_be_used_are_refused_with_the_first(tmp_path):
+    source = sentiment(write(tmp_path, train__jsonl='{"text": "x"}\n[]\n'))
+    assert_refused(
+        lambda: load("sentiment", source, bad_lines="skip"),
+        "2 of 2 rows cannot be used",
+        "train.jsonl, line 2 holds a list",
+    )
+
+
 @pytest.mark.parametrize(
     ("row", "fragments"),
     [
@@ -276,6 +356,10 @@ def test_configs_that_cannot_work_are_refused(tmp_path):
         assert_refused(lambda: load("sentiment", source, **options), *fragments)
 
     refuse(sentiment(folder, label_names=()), "data.sentiment.label_names", "empty")
+    for names in (("a", "a"), ("a", " ")):
+        refuse(sentiment(folder, label_names=names), "data.sentiment.label_names", repr(names))
+    for name in ("", "~nobody/data", "/" + "z" * 5000, "./a\0b"):
+        refuse(sentiment(name), "data.sentiment.source")
     refuse(sentiment(folder, heldout_split="train"), "heldout_split", "'train'")
     refuse(sentiment(folder, columns={"txt": "text"}), "data.sentiment.columns", "'txt'", "label")
     refuse(sentiment(folder, prompt_words=0), "prompt_words", "0")

@@ -11,6 +11,7 @@ from grpocem_jax.errors import InputError
 from grpocem_jax.models.base import Params
 
 HEAD = "lm_head.weight"
+MAX_LAYERS = 10_000
 
 
 class Tensor(NamedTuple):
@@ -67,8 +68,8 @@ def params_from_state(
       where: the file, for messages.
 
     Raises:
-      InputError: a tensor is missing, left over, of another shape or not of floating-point numbers;
-        it names the tensor.
+      InputError: a tensor is missing, left over, of another shape or not of finite floating-point
+        numbers; it names the tensor.
     """
     left: dict[str, str] = {}
     for name in state:
@@ -97,6 +98,10 @@ def params_from_state(
                 "is not quantised."
             )
         array = np.asarray(stored, np.float32)
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"{where}: the tensor {name} has numbers that are not finite; fetch it again."
+            )
         branch = params
         for part in tensor.path[:-1]:
             branch = branch.setdefault(part, {})
@@ -146,7 +151,7 @@ def check_implemented(
 
 
 def check_positive(fields: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    """Refuses a config.json in which one of the fields is no positive integer.
+    """Refuses a config.json in which one of the fields is no positive integer of 32 bits.
 
     Raises:
       InputError: it names the file, and the field that is missing or its value.
@@ -156,3 +161,18 @@ def check_positive(fields: Mapping[str, Any], names: Iterable[str], where: str) 
             raise InputError(f"{where}: the field {field!r} is missing; add it.")
         if type(fields[field]) is not int or fields[field] < 1:
             raise InputError(f"{where}: {field}={fields[field]!r}: must be a positive integer.")
+        # A model is laid out layer by layer before its weights are looked at.
+        largest = MAX_LAYERS if "layer" in field else 2**31 - 1
+        if fields[field] > largest:
+            raise InputError(f"{where}: {field} is too large; it must be at most {largest}.")
+
+
+def positive(value: Any, field: str, where: str) -> float:
+    """A field's value, a number above 0 that float32 holds.
+
+    Raises:
+      InputError: it names the file, the field and its value.
+    """
+    if type(value) not in (int, float) or not 1e-37 < value < 1e38:
+        raise InputError(f"{where}: {field}={value!r}: must be a positive number.")
+    return float(value)

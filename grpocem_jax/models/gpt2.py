@@ -215,7 +215,9 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> GPT2Config:
         width=fields["n_embd"],
         num_layers=fields["n_layer"],
         num_heads=fields["n_head"],
-        layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-5),
+        layer_norm_epsilon=conversion.positive(
+            fields.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon", where
+        ),
     )
     if fields.get("n_inner") not in (None, 4 * config.width):
         raise InputError(

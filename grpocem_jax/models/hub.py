@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_json, write_safetensors
+from grpocem_jax.files import is_file, is_folder, read_object, write_json, write_safetensors
 from grpocem_jax.models import gpt2, llama
 from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
 
@@ -32,6 +31,7 @@ SHAPES: Mapping[str, tuple[Architecture, Any]] = {
 """The published sizes, for ``random:NAME``: module and config."""
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "model"
+AGAIN = "fetch the file again"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
 
 
@@ -95,8 +95,9 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
     architecture, config, fields = _read_config(folder)
     state, path = _read_state(folder)
     params = architecture.params_from_state(state, config, str(path))
+    stated = _end_ids(folder, fields)
     tokenizer = _fitting_tokenizer(folder, config.vocab_size)
-    end_ids = _end_ids(folder, fields, tokenizer)
+    end_ids = _own_end(tokenizer) if stated is None else stated
     return Pretrained(source, kind, architecture, config, params, tokenizer, end_ids)
 
 
@@ -111,12 +112,13 @@ def load_outline(source: str) -> Pretrained:
     end_ids: tuple[int, ...] = ()
     if shape in SHAPES:
         architecture, config = SHAPES[shape]
-    elif shape and Path(shape).is_dir():
+    elif shape and is_folder(shape):
         folder = Path(shape)
         architecture, config, fields = _read_config(folder)
+        stated = _end_ids(folder, fields)
         if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")):
             tokenizer = _fitting_tokenizer(folder, config.vocab_size)
-        end_ids = _end_ids(folder, fields, tokenizer)
+        end_ids = _own_end(tokenizer) if stated is None else stated
     else:
         raise InputError(
             f"model.source={source!r}: no such shape; use random: with one of "
@@ -133,7 +135,7 @@ def load_outline(source: str) -> Pretrained:
 def _resolve(source: str) -> tuple[str, Path]:
     if source == "builtin":
         return "builtin", BUILTIN
-    if source and Path(source).is_dir():
+    if source and is_folder(source):
         return "folder", Path(source)
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source.strip("/"):
         raise InputError(
@@ -169,13 +171,6 @@ def _resolve(source: str) -> tuple[str, Path]:
         ) from error
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again.") from None
-
-
 def _read_config(folder: Path) -> tuple[Architecture, Any, dict[str, Any]]:
     """The module that serves a folder, its config record, and all fields of its config.json."""
     path = folder / "config.json"
@@ -184,9 +179,7 @@ def _read_config(folder: Path) -> tuple[Architecture, Any, dict[str, Any]]:
             f"{folder}: holds no config.json; a checkpoint folder has config.json, "
             "model.safetensors and tokenizer files."
         )
-    fields = _read_json(path)
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: not a JSON object; fetch the file again.")
+    fields = read_object(path, fix=AGAIN)
     kind = str(fields.get("model_type"))
     if kind not in ARCHITECTURES:
         raise InputError(
@@ -197,22 +190,32 @@ def _read_config(folder: Path) -> tuple[Architecture, Any, dict[str, Any]]:
     return architecture, architecture.config_from_hf(fields, str(path)), fields
 
 
-def _end_ids(folder: Path, fields: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+def _end_ids(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The end tokens that ``generate`` of transformers stops at.
 
-    Those of generation_config.json, else of config.json (null: none), else the tokenizer's.
+    Those of generation_config.json, else of config.json (null: none); None where neither has the
+    field, and they are the tokenizer's.
     """
     path, name = folder / "generation_config.json", "eos_token_id"
-    generation = _read_json(path) if path.is_file() else {}
-    if not isinstance(generation, dict):
-        raise InputError(f"{path}: not a JSON object; fetch the file again.")
-    if generation.get(name) is None:
-        path, generation = folder / "config.json", fields
-    end = generation.get(name, tokenizer and tokenizer.eos_token_id)
+    where: Mapping[str, Any] = read_object(path, fix=AGAIN) if path.is_file() else {}
+    if where.get(name) is None:
+        path, where = folder / "config.json", fields
+    if name not in where:
+        return None
+    end = where[name]
     end_ids = tuple(end) if isinstance(end, list) else (end,) if end is not None else ()
-    if any(type(x) is not int for x in end_ids):
-        raise InputError(f"{path}: {name}={end!r}: must be an integer, or a list of them.")
+    size = fields["vocab_size"]
+    if any(type(x) is not int or not 0 <= x < size for x in end_ids):
+        raise InputError(
+            f"{path}: {name}={end!r}: must be a token below vocab_size={size}, or a list of them."
+        )
     return end_ids
+
+
+def _own_end(tokenizer: Any) -> tuple[int, ...]:
+    """A tokenizer's own end token, where there is one."""
+    end = tokenizer and tokenizer.eos_token_id
+    return () if end is None else (end,)
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -222,7 +225,7 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
         files = ["model.safetensors"]
     elif index.is_file():
         try:
-            files = sorted(set(_read_json(index)["weight_map"].values()))
+            files = sorted(set(read_object(index, fix=AGAIN)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError):
             raise InputError(
                 f"{index}: has no weight_map from tensors to shards; fetch the file again."
@@ -242,7 +245,7 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
     state: dict[str, Any] = {}
     for name in files:
         path = folder / name
-        if not path.is_file():
+        if not is_file(path):
             raise InputError(f"{path}: this shard is missing; fetch the checkpoint again.")
         try:
             with safe_open(path, framework="flax") as tensors:
@@ -279,11 +282,17 @@ def load_tokenizer(folder: Path) -> Any:
                     if getattr(tokenizer, name) is None and defaults.get(name) in known
                 }
             )
-    except (ImportError, OSError, ValueError, TypeError) as error:
+        tokenizer.decode(tokenizer.encode("A trial."))
+    except BaseException as error:
+        # The libraries underneath raise many kinds of errors; a panic in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(
-            f"{folder}: no tokenizer could be loaded; put tokenizer.json, or vocab.json and "
-            "merges.txt, beside config.json."
+            f"{folder}: no tokenizer could be loaded ({type(error).__name__}); put tokenizer.json, "
+            "or vocab.json and merges.txt, beside config.json."
         ) from error
+    # Lengths are checked where they matter; transformers would warn of the first long text.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if len(tokenizer) < 2:
         raise InputError(
             f"{folder}: the tokenizer is empty; put tokenizer.json, or vocab.json and merges.txt, "
@@ -294,9 +303,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > vocab_size:
+    size = max(len(tokenizer), *(1 + token for token in tokenizer.get_vocab().values()))
+    if size > vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens but config.json says "
+            f"{folder}: the tokenizer has {size} tokens but config.json says "
             f"vocab_size={vocab_size}; use the tokenizer that belongs to the checkpoint."
         )
     return tokenizer

@@ -306,7 +306,9 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> LlamaConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_epsilon=_positive(fields.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        rms_norm_epsilon=conversion.positive(
+            fields.get("rms_norm_eps", 1e-6), "rms_norm_eps", where
+        ),
         rope_theta=_rope_theta(fields, where),
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias,
@@ -333,10 +335,12 @@ def _check_features(fields: Mapping[str, Any], where: str) -> None:
             f"{where}: the field {field!r} is missing, which means {MISTRAL_WINDOW} and is not "
             "implemented; set it to null if the checkpoint was trained without."
         )
-    others = set(fields.get("layer_types") or ()) - {"full_attention"}
+    types = fields.get("layer_types") or []
+    types = types if isinstance(types, list) else [types]
+    others = {str(x) for x in types if x != "full_attention"}
     if others:
         raise InputError(
-            f"{where}: layer_types has {', '.join(map(repr, sorted(map(str, others))))}, which is "
+            f"{where}: layer_types has {', '.join(map(repr, sorted(others)))}, which is "
             "not implemented (only 'full_attention' is); use another checkpoint."
         )
 
@@ -362,13 +366,7 @@ def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
                 "rope_type 'default'); use a checkpoint without rope scaling."
             )
         theta = value.get("rope_theta", theta)
-    return _positive(theta, "rope_theta", where)
-
-
-def _positive(value: Any, field: str, where: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise InputError(f"{where}: {field}={value!r}: must be a positive number.")
-    return float(value)
+    return conversion.positive(theta, "rope_theta", where)
 
 
 def _flag(fields: Mapping[str, Any], field: str, where: str) -> bool:

@@ -29,7 +29,14 @@ def write(workdir: str | Path) -> Path:
     # Drawing and templates take a second to import, which only this needs.
     from grpocem_jax.report import page
 
-    html, images = page.make(record.read(Path(workdir)))
+    found = record.read(Path(workdir))
+    try:
+        html, images = page.make(found)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--workdir={workdir}: a file of the run is not as training and adaptation write it "
+            f"({type(error).__name__}: {error}); restore or remove what was changed there."
+        ) from error
     folder = Path(workdir) / "report"
     try:
         folder.mkdir(exist_ok=True)

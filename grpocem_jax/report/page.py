@@ -10,7 +10,7 @@ import jinja2
 from grpocem_jax.report import courses, panels, plots, sites
 from grpocem_jax.report.panels import Panel, Table, exact, interval
 from grpocem_jax.report.record import Record
-from grpocem_jax.screens import one_line
+from grpocem_jax.terminal import one_line
 
 SAMPLES = 3
 """Prompts of each task that are shown; heldout.jsonl has all."""

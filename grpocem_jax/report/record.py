@@ -1,16 +1,16 @@
 """What a run left behind, read from its directory."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import is_file, parse_object, read_arrays, read_object
+
+FIX = "restore or remove it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read(workdir: Path) -> Record:
       InputError: no run there, or a file in it that cannot be read.
     """
     weights = workdir / "adapter" / "adapter_model.safetensors"
-    if not (workdir / "config.json").is_file() and not weights.is_file():
+    if not is_file(workdir / "config.json") and not is_file(weights):
         raise InputError(
             f"--workdir={workdir}: holds no run; give a folder that train.py has written to."
         )
@@ -79,38 +79,20 @@ def read(workdir: Path) -> Record:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    return _parse(_text(path), str(path)) if path.exists() else {}
+    return read_object(path, fix=FIX) if path.exists() else {}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {FIX}.") from None
     # Model text may hold characters that other ways of splitting take for the end of a line.
-    lines = enumerate(_text(path).split("\n"), start=1)
-    return [_parse(line, f"{path}, line {number}") for number, line in lines if line]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}).") from None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where}: is no JSON ({error}); restore or remove it.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: is no JSON object; restore or remove it.")
-    return value
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_object(line, f"{path}, line {n}", fix=FIX) for n, line in lines if line]
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore or remove it.") from None
+    return read_arrays(path, fix=FIX) if path.exists() else {}

@@ -3,11 +3,13 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import is_file, is_folder
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 HELDOUT_SPLITS = ("test", "validation", "valid")
@@ -21,10 +23,21 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of one split and, where the data set itself knows them, a column's label names."""
+    """The rows of one split.
+
+    Attributes:
+      rows: those that can be read.
+      label_names: a column's label names, where the data set itself knows them.
+      bad: a sentence for the first line that cannot be read; "" where all can.
+      bad_count: how many cannot.
+      blank: how many lines are blank.
+    """
 
     rows: list[Row]
-    label_names: Mapping[str, tuple[str, ...]]
+    label_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    bad: str = ""
+    bad_count: int = 0
+    blank: int = 0
 
 
 def local_rows(folder: Path, split: str, *, field: str) -> Rows:
@@ -39,10 +52,10 @@ def local_rows(folder: Path, split: str, *, field: str) -> Rows:
       field: the config field that holds the folder, for error messages.
 
     Raises:
-      InputError: no folder, no file of the split, files in several formats, an unreadable or empty
-        file, or a line that is not a JSON object.
+      InputError: no folder, no file of the split, files in several formats, or an unreadable or
+        empty file.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(
             f"{field} is {str(folder)!r}, which is no folder: correct the path, or give a Hub id "
             "or 'builtin'."
@@ -59,7 +72,13 @@ def local_rows(folder: Path, split: str, *, field: str) -> Rows:
             f"{field} is {str(folder)!r}, which has a split in several formats "
             f"({', '.join(file.name for file in files)}): keep one of them."
         )
-    return Rows([row for file in files for row in file_rows(file)], {})
+    read = [_read(file) for file in files]
+    return Rows(
+        [row for part in read for row in part.rows],
+        bad=next((part.bad for part in read if part.bad), ""),
+        bad_count=sum(part.bad_count for part in read),
+        blank=sum(part.blank for part in read),
+    )
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -74,48 +93,78 @@ def file_rows(file: Path) -> list[Row]:
     """Rows of one file: .jsonl or .json (one object a line), .parquet, or .txt (column ``text``).
 
     Raises:
-      InputError: no such file, another format, or one that is unreadable or empty.
+      InputError: no such file, another format, one that is unreadable or empty, or a line that is
+        not UTF-8 text or no JSON object.
     """
-    if not file.is_file() or file.suffix not in FORMATS:
+    read = _read(file)
+    if read.bad:
+        raise InputError(read.bad)
+    return read.rows
+
+
+def _read(file: Path) -> Rows:
+    if not is_file(file) or file.suffix not in FORMATS:
         raise InputError(f"{file}: give an existing file that ends in {', '.join(FORMATS)}.")
-    reader = {".parquet": _parquet_rows, ".txt": _text_rows}.get(file.suffix, _json_rows)
-    try:
-        rows = list(reader(file))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text: convert it.") from error
-    if not rows:
+    read = Rows(_parquet_rows(file)) if file.suffix == ".parquet" else _lines(file)
+    if not read.rows and not read.bad:
         raise InputError(f"{file} is empty: give it at least one row, or remove it.")
-    return rows
+    return read
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{file}, line {number} is not valid JSON ({error.msg}): put one object on "
-                    "each line."
-                ) from error
-            if not isinstance(values, dict):
-                raise InputError(
-                    f"{file}, line {number} holds {_type(values)} instead of an object with "
-                    "columns: put one object on each line."
-                )
-            yield Row(f"{file}, line {number}", functools.partial(dict, values))
+def _lines(file: Path) -> Rows:
+    """The lines of a file of text or JSON; those that cannot be read are counted."""
+    parse = _text_values if file.suffix == ".txt" else _json_values
+    rows, bad, blank = [], [], 0
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): mend that.") from None
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        where = f"{file}, line {number}"
+        if not line.strip():
+            blank += 1
+            continue
+        try:
+            rows.append(Row(where, functools.partial(dict, parse(line, where))))
+        except InputError as error:
+            bad.append(str(error))
+    return Rows(rows, bad=bad[0] if bad else "", bad_count=len(bad), blank=blank)
 
 
-def _text_rows(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Row(f"{file}, line {number}", functools.partial(dict, text=line))
+def _text_values(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start}): convert it.") from None
+    if "\0" in text:
+        raise InputError(f"{where} has a NUL byte, as no text does: correct it.")
+    return {"text": text}
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _json_values(line: bytes, where: str) -> Mapping[str, Any]:
+    text = _text_values(line, where)["text"]
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where} is not valid JSON ({_line(error)}): put one object on each line."
+        ) from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{where} holds {_type(values)} instead of an object with columns: put one object on "
+            "each line."
+        )
+    if r"\u" in text:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{where} has half of a surrogate pair, which is no character: correct it."
+            ) from None
+    return values
+
+
+def _parquet_rows(file: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -125,12 +174,18 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         raise InputError(
             f"{file} is not a readable parquet file ({_line(error)}): replace it."
         ) from error
-    for index in range(table.num_rows):
-        yield Row(f"{file}, row {index + 1}", functools.partial(_table_row, table, index))
+    places = [f"{file}, row {index + 1}" for index in range(table.num_rows)]
+    return [
+        Row(where, functools.partial(_table_row, table, index, where))
+        for index, where in enumerate(places)
+    ]
 
 
-def _table_row(table: Any, index: int) -> Mapping[str, Any]:
-    return table.slice(index, 1).to_pylist()[0]
+def _table_row(table: Any, index: int, where: str) -> Mapping[str, Any]:
+    try:
+        return table.slice(index, 1).to_pylist()[0]
+    except ValueError as error:  # such as a string that is not UTF-8
+        raise InputError(f"{where} cannot be read ({_line(error)}): correct it.") from None
 
 
 def hub_rows(path: str, subset: str, split: str, revision: str, *, field: str) -> Rows:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import is_folder
 from grpocem_jax.tasks.base import Example, Task
 from grpocem_jax.tasks.rows import Row, Rows, builtin_rows, hub_rows, local_rows
 
@@ -55,12 +56,14 @@ class Loaded(NamedTuple):
       examples: at most ``max_samples`` examples, in the order drawn.
       shortened: how many of them lost words so that the prompt fits.
       dropped: how many rows were passed over because the prompt does not fit.
+      bad_lines: how many were passed over because they cannot be used.
       description: one line for the first screen.
     """
 
     examples: tuple[Example, ...]
     shortened: int
     dropped: int
+    bad_lines: int
     description: str
 
 
@@ -74,13 +77,15 @@ def load_examples(
     max_samples: int,
     seed: int,
     exclude: Container[str] = frozenset(),
+    bad_lines: str = "error",
 ) -> Loaded:
     """Draws examples of a task from a source.
 
     Rows are drawn without replacement in an order that depends on ``seed``, the task and the split
     only, until ``max_samples`` have made an example.  Blank lines and WikiText's headings
-    (``= Title =``) are no examples of free text.  Published splits overlap now and then: draw the
-    held-out examples first and exclude their prompts from training.
+    (``= Title =``) are no examples of free text; they are counted and passed over.  Published
+    splits overlap now and then: draw the held-out examples first and exclude their prompts from
+    training.
 
     Args:
       task: the task.
@@ -92,6 +97,8 @@ def load_examples(
       max_samples: the most examples to draw, at least 1.
       seed: of the order.
       exclude: prompts that must not be drawn.
+      bad_lines: "error" raises at a line that cannot be read, and at a row that is drawn and lacks
+        a column or has a value of another kind; "skip" counts them and passes them over.
 
     Raises:
       InputError: a source, file, column or value that does not fit (see ``tasks.rows`` too), or
@@ -99,8 +106,16 @@ def load_examples(
     """
     field = f"data.{task.name}"
     _check(task, source, max_samples, field)
-    rows, known_labels = _read(task, source, split, field)
-    labels = source.label_names or known_labels.get(source.columns.get("label", "label"), ())
+    read = _read(task, source, split, field)
+    if read.bad and bad_lines == "error":
+        raise InputError(_or_skip(read.bad, read.bad_count))
+    rows, bad, bad_count, blank = read.rows, read.bad, read.bad_count, read.blank
+    labels = source.label_names or read.label_names.get(source.columns.get("label", "label"), ())
+    if not labels and "label" in task.columns and not task.own:
+        raise InputError(
+            f"{field}.label_names is empty, and the data set does not say them either: list the "
+            "label names, in the order of integer labels."
+        )
     order = list(range(len(rows)))
     random.Random(f"{seed} {task.name} {split}").shuffle(order)
 
@@ -109,8 +124,15 @@ def load_examples(
     for index in order:
         if len(examples) == max_samples:
             break
-        columns = _columns(task, source, rows[index], labels, field)
+        try:
+            columns = _columns(task, source, rows[index], labels, field)
+        except InputError as error:
+            if bad_lines == "error":
+                raise InputError(_or_skip(str(error), 1)) from None
+            bad, bad_count = bad or str(error), bad_count + 1
+            continue
         if columns is None:
+            blank += 1
             continue
         fitting = _fit(task, columns, count_tokens, max_prompt_tokens)
         if fitting is None:
@@ -122,6 +144,11 @@ def load_examples(
             continue
         shortened += fitting is not columns
         examples.append(Example(prompt, fitting))
+    if not examples and bad:
+        raise InputError(
+            f"{field}.source is {source.source!r}, in whose {split} split {bad_count} of "
+            f"{len(rows) + read.bad_count} rows cannot be used, and none is left; the first: {bad}"
+        )
     if not examples:
         raise InputError(
             f"{field}.source is {source.source!r}, in which no {split} prompt of the task "
@@ -135,12 +162,24 @@ def load_examples(
         (shortened, "shortened"),
         (dropped, "too long and dropped"),
         (excluded, "in the other split and left out"),
+        (blank, "blank or a heading"),
+        (bad_count, f"bad and passed over (the first: {bad.rstrip('.')})"),
     )
     notes = "".join(f", {count} {what}" for count, what in counts if count)
     description = (
-        f"{task.name}: {source.source}, {len(examples)} {split} examples of {len(rows)} rows{notes}"
+        f"{task.name}: {source.source}, {len(examples)} {split} examples of "
+        f"{len(rows) + read.bad_count} rows{notes}"
     )
-    return Loaded(tuple(examples), shortened, dropped, description)
+    return Loaded(tuple(examples), shortened, dropped, bad_count, description)
+
+
+def _or_skip(sentence: str, count: int) -> str:
+    """The sentence on a bad line, with the setting that passes such lines over."""
+    others = f" ({count} of them)" if count > 1 else ""
+    return (
+        f"{sentence.removesuffix('.')}, or set data.bad_lines='skip' to count such lines{others} "
+        "and pass them over."
+    )
 
 
 def example_of(task: Task, row: Row, source: SourceConfig) -> Example:
@@ -167,6 +206,13 @@ def example_of(task: Task, row: Row, source: SourceConfig) -> Example:
 def _check(task: Task, source: SourceConfig, max_samples: int, field: str) -> None:
     if max_samples < 1:
         raise InputError(f"data.max_samples is {max_samples}: give at least 1.")
+    if not source.source:
+        raise InputError(f"{field}.source is empty: give a folder, a Hub id, or 'builtin'.")
+    names = source.label_names
+    if len(set(names)) < len(names) or not all(map(str.strip, names)):
+        raise InputError(
+            f"{field}.label_names is {names}: give every label a name of its own, none empty."
+        )
     if source.prompt_words < 1:
         raise InputError(f"{field}.prompt_words is {source.prompt_words}: give at least 1.")
     if source.train_split == source.heldout_split and source.source != "builtin":
@@ -187,9 +233,12 @@ def _read(task: Task, source: SourceConfig, split: str, field: str) -> Rows:
         return builtin_rows(task.name, split)
     name = source.train_split if split == "train" else source.heldout_split
     field = f"{field}.source"
-    folder = Path(source.source).expanduser()
+    try:
+        folder = Path(source.source).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{field} is {source.source!r} ({error}): correct the path.") from None
     looks_local = source.source.startswith((".", "/", "~")) or source.source.count("/") > 1
-    if folder.is_dir() or looks_local or not source.source:
+    if is_folder(folder) or looks_local:
         return local_rows(folder / source.subset, name, field=field)
     return hub_rows(source.source, source.subset, name, source.revision, field=field)
 
@@ -261,11 +310,6 @@ def _text(value: Any, path: str, where: str) -> str:
 
 
 def _label(value: Any, labels: tuple[str, ...], where: str, field: str) -> str:
-    if not labels:
-        raise InputError(
-            f"{field}.label_names is empty, and the data set does not say them either: list the "
-            "label names, in the order of integer labels."
-        )
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise InputError(
             f"{where} has the label {value!r}, which is neither an integer nor a string: correct "
