@@ -2,8 +2,10 @@
 
     python train.py --config examples/stories/config.py --config.model.source=FOLDER
 
-FOLDER holds a model trained on stories, such as raincandy-u/TinyStories-656K. With a reward of
-one's own (rewards.py) and prompts of one's own (train.jsonl and test.jsonl).
+FOLDER holds a model trained on stories, such as raincandy-u/TinyStories-656K. Reward and prompts are
+one's own: rewards.py, train.jsonl and test.jsonl. The prompts end with a space, since the tokens of
+that model do. A few minutes on 2 CPU cores; held-out reward rises by 1.0 to 1.2, sampled
+(docs/reproduction.md).
 """
 
 from pathlib import Path
