@@ -2,10 +2,10 @@
 
     python train.py --config examples/stories/config.py --config.model.source=FOLDER
 
-FOLDER holds a model trained on stories, such as raincandy-u/TinyStories-656K. Reward and prompts are
-one's own: rewards.py, train.jsonl and test.jsonl. The prompts stop in the middle of a sentence: after
-a full stop that model likes to end its story. A few minutes on 2 CPU cores; held-out reward rises by
-1.0 to 1.2, sampled (docs/reproduction.md).
+FOLDER holds a model trained on stories, such as raincandy-u/TinyStories-656K. Reward and prompts
+are one's own: rewards.py, train.jsonl and test.jsonl. The prompts stop in the middle of a sentence,
+since after a full stop that model likes to end its story. A few minutes on 2 CPU cores; held-out
+reward rises by 1.0 to 1.2, sampled (docs/reproduction.md).
 """
 
 from pathlib import Path
