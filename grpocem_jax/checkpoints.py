@@ -16,7 +16,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 from grpocem_jax import grpo
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_folder, read_arrays, read_object, write_json, write_safetensors
+from grpocem_jax.files import (
+    is_file,
+    is_folder,
+    read_arrays,
+    read_object,
+    write_json,
+    write_safetensors,
+)
 
 TRAJECTORY = "trajectory.safetensors"
 MAX_EXPERTS = 8
@@ -203,10 +210,12 @@ def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = N
       InputError: no adapter there, a damaged one, one of other sites or sizes, or one of another
         model.
     """
-    _check_hash(folder)
-    if base_sha256 is not None:
-        path = folder / "adapter_config.json"
+    path = folder / "adapter_config.json"
+    arrays = folder / "adapter_model.safetensors"
+    config = {}
+    if base_sha256 is not None or is_file(path):
         config = read_object(path, fix="train the adapter again")
+    if base_sha256 is not None:
         trained_on, name = config.get("base_sha256"), config.get("base_model")
         if trained_on is None:
             raise InputError(
@@ -218,26 +227,18 @@ def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = N
                 f"{path}: the adapter was trained on {name!r}, whose weights are not those of "
                 "this model; use the model it was trained on."
             )
-    return _read_arrays(folder / "adapter_model.safetensors", template)
+    adapter = _read_arrays(arrays, template)
+    # Last: what is wrong with a file says more than that it was changed.
+    if config.get("adapter_sha256", found := _file_hash(arrays)) != found:
+        raise InputError(
+            f"{arrays}: is not the file that was written (its checksum differs from that in "
+            "adapter_config.json); copy both again, or train the adapter again."
+        )
+    return adapter
 
 
 def _file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _check_hash(folder: Path) -> None:
-    """Refuses an adapter whose file is not the one that was written."""
-    path = folder / "adapter_model.safetensors"
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        wanted, found = config["adapter_sha256"], _file_hash(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # no checksum, or no adapter, which is named where it is read
-    if found != wanted:
-        raise InputError(
-            f"{path}: is not the file that was written (its checksum differs from that in "
-            "adapter_config.json); copy both again, or train the adapter again."
-        )
 
 
 def _read_arrays(path: Path, template: Offsets) -> Offsets:

@@ -14,18 +14,26 @@ import pytest
 from absl import flags
 
 from grpocem_jax import cli, commands, export, searching, training
+from tests.conftest import ROOT
 from tests.test_adaptation import no_search, write_run
 
 TINY = "--config=tiny"
+
+
+def benchmark(name):
+    """Runs a benchmark as a script; another test may have imported it as a module."""
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+
+
 COMMANDS = {
     "train": cli.train,
     "adapt": cli.adapt,
     "export": export.main,
     "report": lambda: runpy.run_module("grpocem_jax.report", run_name="__main__"),
-    "cem": lambda: runpy.run_module("benchmarks.cem", run_name="__main__"),
-    "decode": lambda: runpy.run_module("benchmarks.decode", run_name="__main__"),
-    "grpo": lambda: runpy.run_module("benchmarks.grpo", run_name="__main__"),
-    "memory": lambda: runpy.run_module("benchmarks.memory", run_name="__main__"),
+    "cem": lambda: benchmark("cem"),
+    "decode": lambda: benchmark("decode"),
+    "grpo": lambda: benchmark("grpo"),
+    "memory": lambda: benchmark("memory"),
 }
 
 
