@@ -166,7 +166,8 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
         config.train.target_kl = 0.0
         config.train.epochs = 1
         # Scaled advantages leave the entropy bonus ten times its weight; ours are not scaled.
-        # docs/adaptation.md: a smaller first spread loses less, and the gate turns harm away.
+        # docs/adaptation.md, also on a real model: a smaller first spread loses less, and the gate
+        # turns harm away.
         config.cem.noise_std = 0.1
         config.cem.gate = True
         config.grpo.advantage = "group"

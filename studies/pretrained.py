@@ -335,6 +335,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set_title(f"{sites} site{'s' if sites != 'one' else ''} a layer")
         panel.set_xlabel("forwards of the support set")
+    panels[0].set_ylim(-0.6, 1.1)  # a gradient that runs too long falls far below
     panels[0].set_ylabel("gain on other passages, nats a token")
     panels[0].legend(fontsize=8)
     figure.tight_layout()
