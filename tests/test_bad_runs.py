@@ -196,6 +196,10 @@ def test_a_run_that_cannot_be_exported_is_named(change, fragment, refused, workd
         (cut(WEIGHTS, 9), "cannot be read as safetensors"),
         (edit("config.json", train=3), "is not as training and adaptation write it"),
         (edit("summary.json", heldout=[3]), "is not as training and adaptation write it"),
+        (
+            write("metrics.jsonl", b'{"step": 1, "kl": 1%s}\n' % (b"0" * 400)),
+            "is not as training and adaptation write it",
+        ),
     ],
 )
 def test_a_run_of_which_no_report_can_be_made_is_named(change, fragment, refused, workdir):
@@ -251,8 +255,8 @@ def panic(folder):
         (edit("config.json", n_positions=True), "n_positions=True: must be a positive integer"),
         (edit("config.json", layer_norm_epsilon="x"), "layer_norm_epsilon='x'"),
         (edit("config.json", layer_norm_epsilon=-1), "layer_norm_epsilon=-1"),
-        (edit("config.json", eos_token_id=-1), "eos_token_id=-1: must be a token below"),
-        (edit("config.json", eos_token_id=[0, 10**12]), "must be a token below vocab_size=2048"),
+        (edit("config.json", eos_token_id=-1), "eos_token_id=-1: must be a token"),
+        (edit("config.json", eos_token_id=[0, 10**12]), "[0, 1000000000000]: must be a token"),
         (write("generation_config.json", b"{"), "generation_config.json: cannot be read as JSON"),
         (write("generation_config.json", {"eos_token_id": "end"}), "eos_token_id='end'"),
         (write("config.json", DEEP), "config.json: cannot be read as JSON"),

@@ -247,7 +247,7 @@ def test_end_tokens_are_those_of_the_generation_config_then_the_config_then_the_
     drop_field(folder, "eos_token_id")
     assert hub.load_model(str(folder)).end_ids == (0,)
     path.write_text(json.dumps({"eos_token_id": "</s>"}))
-    assert_refused(folder, path, "eos_token_id='</s>'", "a token below")
+    assert_refused(folder, path, "eos_token_id='</s>'", "must be a token")
 
 
 def drop_field(folder, field):

@@ -52,6 +52,7 @@ def test_a_document_without_a_place_for_a_table_is_refused(tmp_path):
 def test_a_task_is_judged_with_and_without_the_gate(monkeypatch):
     monkeypatch.setattr(adaptation, "TASKS", ("classification",))
     study = adaptation.Study(adaptation.load(), 2)
+    study.heldout = [item for item in study.heldout if item.task.name == "classification"][:4]
 
     def adapt(items, seed, settings, space):
         return study.adapt(adaptation.demonstrations(items, "train"), seed, settings, space)

@@ -204,10 +204,11 @@ def _end_ids(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...] | None:
         return None
     end = where[name]
     end_ids = tuple(end) if isinstance(end, list) else (end,) if end is not None else ()
-    size = fields["vocab_size"]
-    if any(type(x) is not int or not 0 <= x < size for x in end_ids):
+    # Small models often keep GPT-2's, beyond their vocabulary: a token that is never drawn.
+    if any(type(x) is not int or not 0 <= x < 2**31 for x in end_ids):
         raise InputError(
-            f"{path}: {name}={end!r}: must be a token below vocab_size={size}, or a list of them."
+            f"{path}: {name}={end!r}: must be a token, an integer from 0 to 2^31 - 1, or a list of "
+            "them."
         )
     return end_ids
 

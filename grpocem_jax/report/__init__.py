@@ -32,7 +32,7 @@ def write(workdir: str | Path) -> Path:
     found = record.read(Path(workdir))
     try:
         html, images = page.make(found)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"--workdir={workdir}: a file of the run is not as training and adaptation write it "
             f"({type(error).__name__}: {error}); restore or remove what was changed there."
