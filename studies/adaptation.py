@@ -28,7 +28,7 @@ from grpocem_jax.config import CEMConfig, parse_config
 from grpocem_jax.policy import load_policy
 from grpocem_jax.training import load_data
 from studies import common
-from studies.common import interval, mean_ci, say, table
+from studies.common import interval, mean_ci, prompt_table, say, table
 
 RESULTS = Path("docs/adaptation.json")
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
@@ -385,17 +385,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     """The document's tables by the name of their markers."""
     made = {}
     if "prompts" in results:
-        made["prompts"] = table(
-            results["prompts"]["rows"],
-            {
-                "text": lambda r: r["text"],
-                "method": lambda r: r["method"],
-                "gate": lambda r: "yes" if r["gate"] else "no",
-                "gain on the prompt": lambda r: interval(r["fit"]),
-                "gain on what follows": lambda r: interval(r["gain"]),
-                "adapted": lambda r: f"{r['adapted']} of {r['n']}",
-            },
-        )
+        made["prompts"] = prompt_table(results["prompts"]["rows"])
     if "gate" in results:
         made["gate"] = table(
             results["gate"]["rows"],

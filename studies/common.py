@@ -37,6 +37,21 @@ def table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[Any], str
     return "\n".join(lines)
 
 
+def prompt_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of single prompts, with and without the gate."""
+    return table(
+        rows,
+        {
+            "text": lambda r: r["text"],
+            "method": lambda r: r["method"],
+            "gate": lambda r: "yes" if r["gate"] else "no",
+            "gain on the prompt": lambda r: interval(r["fit"]),
+            "gain on what follows": lambda r: interval(r["gain"]),
+            "adapted": lambda r: f"{r['adapted']} of {r['n']}",
+        },
+    )
+
+
 def write(doc: Path, made: dict[str, str]) -> None:
     """Puts each table between its markers in the document."""
     text = doc.read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ from grpocem_jax.config import CEMConfig, parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.policy import load_policy
 from studies import common
-from studies.common import interval, mean_ci, say, table
+from studies.common import interval, mean_ci, prompt_table, say, table
 
 RESULTS = Path("docs/pretrained.json")
 PLOT = Path("docs/pretrained.png")
@@ -268,17 +268,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     """The document's tables by the name of their markers; draws the plot on the way."""
     made = {}
     if "prompts" in results:
-        made["pretrained prompts"] = table(
-            results["prompts"]["rows"],
-            {
-                "text": lambda r: r["text"],
-                "method": lambda r: r["method"],
-                "gate": lambda r: "yes" if r["gate"] else "no",
-                "gain on the prompt": lambda r: interval(r["fit"]),
-                "gain on what follows": lambda r: interval(r["gain"]),
-                "adapted": lambda r: f"{r['adapted']} of {r['n']}",
-            },
-        )
+        made["pretrained prompts"] = prompt_table(results["prompts"]["rows"])
     if "support" in results:
         made["pretrained support"] = _cross(
             {
