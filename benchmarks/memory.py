@@ -6,8 +6,9 @@ One optimizer step at the config's full setting: its prompts and completions at 
 lengths, its micro-batch.  The peak of a program is what its arguments, results and temporaries take
 together by the compiler's own account; the peak of a step is the larger of rollouts and update,
 with everything in memory that outlives them.  The GRPO step is also run, and the system's figure
-for the process put beside it; ``--norun`` only compiles, for models that do not fit in memory.  The
-CEM generation scores the config's population on a text of ``--text_tokens``.
+for the process put beside it; ``--norun`` only compiles, for models that do not fit in memory, and
+``--noppo`` leaves PPO out, whose program XLA's CPU compiler takes longest over.  The CEM generation
+scores the config's population on a text of ``--text_tokens``.
 """
 
 from typing import Any
@@ -26,6 +27,8 @@ COMPILER = (
     "largest of the step's compiled programs by XLA's memory analysis: arguments + results + "
     "temporaries - aliased; not run"
 )
+CRITICS = {"critic of its own": True, "value head": False}
+"""The two forms of PPO, and whether the critic has weights of its own."""
 
 
 def program_bytes(program: Any) -> int:
@@ -88,7 +91,7 @@ def cem_bytes(subject: common.Subject, length: int) -> int:
 
 
 def measure(
-    settings: Any, *, prompt_length: int, length: int, text_length: int, run: bool
+    settings: Any, *, prompt_length: int, length: int, text_length: int, run: bool, compare: bool
 ) -> tuple[str, dict[str, Any]]:
     """Runs the benchmark; returns the text to show and the JSON record."""
     subject = common.load(settings) if run else common.outline(settings)
@@ -99,10 +102,11 @@ def measure(
     step = grpo.compile_step(subject, prompt_length, length)
     programs = {"rollouts": program_bytes(step.sample), "update": program_bytes(step.update)}
     peak = max(programs.values())
-    separate, shared = (
-        ppo_bytes(subject, step.arguments, step.sample, length, separate=separate)
-        for separate in (True, False)
-    )
+    ppo_peaks = {
+        label: ppo_bytes(subject, step.arguments, step.sample, length, separate=separate)
+        for label, separate in CRITICS.items()
+        if compare
+    }
     search = cem_bytes(subject, text_length)
     weights = common.parameter_bytes(subject.carrier.params)
     measured, seconds, how_measured = None, None, "not run"
@@ -124,7 +128,7 @@ def measure(
     ]
     if measured is not None:
         rows.append(row("GRPO, one step, as run", measured))
-    rows += [row("PPO, critic of its own", separate), row("PPO, value head", shared)]
+    rows += [row(f"PPO, {label}", size) for label, size in ppo_peaks.items()]
     population = config.cem.population_size
     rows.append(row(f"CEM, {population} candidates x {text_length} tokens", search))
     samples = config.prompts_per_step * config.grpo.group_size
@@ -140,12 +144,13 @@ def measure(
         f"how       {COMPILER}",
         *([f"as run    {how_measured}"] if run else []),
     ]
+    separate, shared = (ppo_peaks.get(label) for label in CRITICS)
     record = {
         "grpo_peak_bytes": peak,
         "ppo_separate_critic_peak_bytes": separate,
         "ppo_value_head_peak_bytes": shared,
-        "grpo_over_ppo_separate_critic": peak / separate,
-        "grpo_over_ppo_value_head": peak / shared,
+        "grpo_over_ppo_separate_critic": separate and peak / separate,
+        "grpo_over_ppo_value_head": shared and peak / shared,
         "grpo_rollout_bytes": programs["rollouts"],
         "grpo_update_bytes": programs["update"],
         "weight_bytes": weights,
@@ -178,6 +183,7 @@ def main(argv: list[str]) -> None:
         length=values.tokens,
         text_length=values.text_tokens,
         run=values.run,
+        compare=values.ppo,
     )
     common.show(text, record, values.json)
 
@@ -188,4 +194,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("prompt_tokens", 0, "Tokens of each prompt; 0: as the config.", 0)
     flags.DEFINE_integer("text_tokens", 12, "Tokens of the text that CEM adapts to.", 2)
     flags.DEFINE_bool("run", True, "Run the GRPO step as well, which needs the weights.")
+    flags.DEFINE_bool("ppo", True, "Compile PPO as well.")
     commands.run(main)

@@ -14,13 +14,13 @@ import numpy as np
 
 from grpocem_jax import adaptation, checkpoints, report, rollouts, screens, tables
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, write_json, writing
 from grpocem_jax.searching import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.terminal import visible
-from grpocem_jax.training import load_data
 
 
 def run(

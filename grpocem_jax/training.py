@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +31,10 @@ from grpocem_jax import (
 )
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config
+from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import read_object, writing
 from grpocem_jax.policy import Policy, load_policy
-from grpocem_jax.tasks import Loaded, load_examples
 from grpocem_jax.terminal import visible
 
 
@@ -78,10 +77,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             f"{config.prompts_per_step} (train.batch_size * train.accumulation_steps / "
             "grpo.group_size); give more data or a smaller step."
         )
-    identity = {
-        "model": policy.pretrained.sha256,
-        "data": _data_hash(train_items + data.validation),
-    }
+    identity = {"model": policy.pretrained.sha256, "data": data.sha256}
     with (
         writing(f"--workdir={workdir}", "make room; the same command continues the run"),
         rundir.claim(workdir, settings.to_dict(), identity) as claimed,
@@ -107,15 +103,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         return _finish(run, data, eval_key, started)
 
 
-def _data_hash(items: Sequence[rollouts.Item]) -> str:
-    """SHA-256 of prompts, their order and their columns."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr((item.task.name, *item.example)).encode())
-    return digest.hexdigest()
-
-
-def _finish(run: "Run", data: "Data", eval_key: jax.Array, started: float) -> dict[str, Any]:
+def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict[str, Any]:
     """Trains what is left to train, judges, and writes what a run leaves behind."""
     config, policy, workdir = run.config, run.policy, run.workdir
     clock = metrics.CompileClock.start()
@@ -166,78 +154,6 @@ def _check_length(config: Config, policy: Policy) -> None:
             f"generation.max_new_tokens={config.generation.max_new_tokens} make {longest} tokens, "
             f"but the model's context is {policy.model.context_length}; lower one of them."
         )
-
-
-class Data(NamedTuple):
-    """The prompts of a run.
-
-    Attributes:
-      train: training prompts of all tasks.
-      heldout: held-out prompts of all tasks.
-      validation: other prompts of the held-out split, to compare checkpoints by, so that the
-        held-out reward is not the largest of several; none where they are not compared.
-      lines: where they are from, for the first screen.
-      bad_lines: for each task, how many rows were passed over because they cannot be used.
-    """
-
-    train: list[rollouts.Item]
-    heldout: list[rollouts.Item]
-    validation: list[rollouts.Item]
-    lines: list[str]
-    bad_lines: dict[str, int]
-
-
-def load_data(config: Config, policy: Policy) -> Data:
-    """Training, held-out and validation prompts of all tasks; no prompt is in two of them.
-
-    Raises:
-      InputError: as `grpocem_jax.tasks.load_examples`; too few rows for validation prompts.
-    """
-    tasks = {name: config.task(name) for name in config.data.tasks}
-
-    def draw(
-        name: str, split: Literal["train", "heldout"], limit: int, exclude: Container[str]
-    ) -> Loaded:
-        return load_examples(
-            tasks[name],
-            config.data.sources[name],
-            split=split,
-            count_tokens=lambda text: len(policy.encode(text)),
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_samples=limit,
-            seed=config.seed,
-            exclude=exclude,
-            bad_lines=config.data.bad_lines,
-        )
-
-    train: list[rollouts.Item] = []
-    heldout: list[rollouts.Item] = []
-    validation: list[rollouts.Item] = []
-    lines = []
-    bad_lines = {}
-    most, more = config.data.heldout_samples, 0
-    if config.train.evaluate_every_steps:
-        more = config.data.validation_samples
-    for name in config.data.tasks:
-        judges = draw(name, "heldout", most + more, ())
-        judged = judges.examples[:most]
-        prompts = {example.prompt for example in judged}
-        compared = [example for example in judges.examples[most:] if example.prompt not in prompts]
-        if more and not compared:
-            raise InputError(
-                f"data.heldout_samples={most}: the held-out split of {name} has no other prompts, "
-                "by which to compare checkpoints; lower it, or set train.evaluate_every_steps=0."
-            )
-        # Published splits share rows now and then; what judges must not have been trained on.
-        prompts |= {example.prompt for example in compared}
-        trained = draw(name, "train", config.data.max_samples, prompts)
-        train += rollouts.encode(policy, tasks[name], trained.examples)
-        heldout += rollouts.encode(policy, tasks[name], judged)
-        validation += rollouts.encode(policy, tasks[name], compared)
-        note = f", {len(compared)} of them to compare checkpoints" if more else ""
-        bad_lines[name] = trained.bad_lines + judges.bad_lines
-        lines += [trained.description, judges.description + note]
-    return Data(train, heldout, validation, lines, bad_lines)
 
 
 class Run:

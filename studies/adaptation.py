@@ -25,8 +25,8 @@ from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.builtin import data, foreign
 from grpocem_jax.config import CEMConfig, parse_config
+from grpocem_jax.data import load_data
 from grpocem_jax.policy import load_policy
-from grpocem_jax.training import load_data
 from studies import common
 from studies.common import interval, mean_ci, prompt_table, say, table
 

@@ -26,6 +26,7 @@ from absl import flags
 
 from grpocem_jax import adaptation, commands, training
 from grpocem_jax.config_files import load_config
+from grpocem_jax.data import load_data
 
 BOUND = 0.02
 """Growth of memory in the second half, as a share of it, that passes."""
@@ -102,7 +103,7 @@ def adapt(count: int, workdir: Path) -> Meter:
     """Adapts the run in a directory so many times, to openings of its training prompts."""
     run = adaptation.load_run(workdir)
     settings = dataclasses.replace(run.config.cem, generations=GENERATIONS)
-    prompts = [item.example.prompt for item in training.load_data(run.config, run.policy).train]
+    prompts = [item.example.prompt for item in load_data(run.config, run.policy).train]
     rng = random.Random(0)
     rng.shuffle(prompts)
     with Meter("adaptations", count) as meter:

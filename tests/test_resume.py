@@ -30,6 +30,7 @@ from grpocem_jax import (
 )
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
+from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
 from tests.conftest import OUT_OF_MEMORY, ROOT
 
@@ -336,13 +337,13 @@ def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_aga
 def test_prompts_are_trained_on_held_out_or_for_validation_and_never_two_of_them():
     config = parse_config(settings(**JUDGED))
     loaded = policy.load_policy(config.model, config.adapter)
-    data = training.load_data(config, loaded)
+    data = load_data(config, loaded)
     parts = [
         {x.example.prompt for x in part} for part in (data.train, data.heldout, data.validation)
     ]
     assert [len(part) for part in parts] == [32, 2, 2]
     assert len(set.union(*parts)) == 36
-    without = training.load_data(parse_config(settings()), loaded)
+    without = load_data(parse_config(settings()), loaded)
     assert [x.example for x in without.heldout] == [x.example for x in data.heldout]
     assert without.validation == []
 
