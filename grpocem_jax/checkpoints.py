@@ -109,13 +109,14 @@ class Checkpoints:
                     train=ocp.args.StandardRestore(tree), position=ocp.args.JsonRestore()
                 ),
             )
+            position = dict(restored.position)
+            written = position.pop("sha256", None) == _digest(restored.train, position)
         except Exception as error:  # Orbax and what lies below it raise errors of many families
             raise InputError(
                 f"{folder}: the checkpoint cannot be read ({type(error).__name__}: "
                 f"{_first_line(error)}); delete it to continue from the one before."
             ) from error
-        position = dict(restored.position)
-        if position.pop("sha256", None) != _digest(restored.train, position):
+        if not written:
             raise InputError(
                 f"{folder}: the checkpoint is not what was written (its checksum differs); delete "
                 "it to continue from the one before."
