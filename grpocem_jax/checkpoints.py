@@ -1,9 +1,14 @@
 """Checkpoints of a run (Orbax), and the trained adapter as a folder of its own (safetensors)."""
 
+import contextlib
+import gc
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +107,27 @@ class Checkpoints:
         key = jax.random.key_data(jax.random.key(0))
         tree = {"state": template._asdict(), "key": key}
         folder = self._folder / str(step)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    train=ocp.args.StandardRestore(tree), position=ocp.args.JsonRestore()
-                ),
-            )
-            position = dict(restored.position)
-            written = position.pop("sha256", None) == _digest(restored.train, position)
-        except Exception as error:  # Orbax and what lies below it raise errors of many families
+        failure = ""
+        with _abandoned_reads_unsaid():
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        train=ocp.args.StandardRestore(tree), position=ocp.args.JsonRestore()
+                    ),
+                )
+                position = dict(restored.position)
+                written = position.pop("sha256", None) == _digest(restored.train, position)
+            except Exception as error:  # Orbax and what lies below it raise errors of many families
+                failure = f"{type(error).__name__}: {_first_line(error)}"
+            if failure:
+                time.sleep(0.1)
+                gc.collect()
+        if failure:
             raise InputError(
-                f"{folder}: the checkpoint cannot be read ({type(error).__name__}: "
-                f"{_first_line(error)}); delete it to continue from the one before."
-            ) from error
+                f"{folder}: the checkpoint cannot be read ({failure}); delete it to continue from "
+                "the one before."
+            )
         if not written:
             raise InputError(
                 f"{folder}: the checkpoint is not what was written (its checksum differs); delete "
@@ -154,6 +166,21 @@ class Checkpoints:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _abandoned_reads_unsaid() -> Iterator[None]:
+    """Keeps a failed restore from filling the screen.
+
+    Where one array cannot be read, Orbax abandons the reads of the others, and each of them prints
+    a traceback of its own within the next milliseconds, or when it is collected.
+    """
+    said, log = sys.unraisablehook, logging.getLogger("asyncio")
+    sys.unraisablehook, log.disabled = lambda _: None, True
+    try:
+        yield
+    finally:
+        sys.unraisablehook, log.disabled = said, False
 
 
 def _first_line(error: Exception) -> str:

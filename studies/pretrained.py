@@ -210,8 +210,6 @@ def support(study: Study) -> dict[str, Any]:
     }
     rows = []
     for kind, (method, changes), count in itertools.product(KINDS, methods.items(), (2, 8, 32)):
-        if count == 32 and (method == "cem, gate" or (method == "cem" and kind in FOREIGN[2:])):
-            continue  # an hour of its own
         gains, adapted = _draws(study, (kind,), count, "one", **changes)
         row = {"text": kind, "method": method, "passages": count, "gains": gains}
         rows.append({**row, "gain": mean_ci(gains), "adapted": int(sum(adapted))})

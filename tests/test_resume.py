@@ -180,6 +180,24 @@ def test_a_checkpoint_that_is_not_what_was_written_is_passed_over(stored, tmp_pa
     assert checkpoints.Checkpoints(tmp_path).steps() == [1]
 
 
+def test_arrays_that_are_cut_off_are_said_once(tmp_path, monkeypatch):
+    offsets = {str(i): jnp.zeros(300) for i in range(40)}
+    state = grpo.init_state(offsets, grpo.Hyperparameters())
+    found = checkpoints.Checkpoints(tmp_path)
+    found.save(state, jax.random.key(7), {"step": 0})
+    found.close()
+    for path in (tmp_path / "checkpoints" / "0" / "train" / "d").iterdir():
+        os.truncate(path, 100)
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    stored = checkpoints.Checkpoints(tmp_path)
+    for _ in range(8):  # which reads are abandoned is chance
+        with pytest.raises(InputError, match="cannot be read"):
+            stored.restore(state, 0)
+    time.sleep(0.2)
+    assert said == []
+
+
 def test_without_a_whole_checkpoint_there_is_nothing_to_restore(stored, tmp_path):
     for step in ("1", "2"):
         shutil.rmtree(stored / step / "train")
