@@ -11,10 +11,13 @@ from grpocem_jax.errors import InputError
 
 T = TypeVar("T")
 
+EXHAUSTED = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
+"""What JAX says where device memory runs out; the CPU's matrix products say no more than the second."""
+
 
 def ran_out(error: Exception) -> bool:
     """Whether an error of JAX says that device memory ran out."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(x in str(error) for x in EXHAUSTED)
 
 
 @contextlib.contextmanager

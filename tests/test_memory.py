@@ -1,5 +1,6 @@
 """Device memory that runs out: the sentence, and sizes that are halved where that is asked for."""
 
+import json
 import subprocess
 import sys
 
@@ -84,3 +85,92 @@ def test_advice_names_place_and_remedy():
         memory.advise("a place", "lower it"),
     ):
         raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+
+
+# Memory that really runs out: the system gives the process no more than it has and a little.
+
+LIMITED = """
+import contextlib, dataclasses, json, resource, tempfile
+from pathlib import Path
+import jax
+import grpocem_jax as gj
+
+@contextlib.contextmanager
+def limited(megabytes):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + megabytes * 10**6
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+"""
+
+SEARCH = """
+config = gj.parse_config(gj.load_config("tiny"))
+policy = gj.load_policy(config.model, config.adapter)
+run = gj.TrainedRun(config, policy, policy.zero)
+
+def adapt(chunk):
+    settings = dataclasses.replace(
+        config.cem, generations=1, population_size=256, population_chunk=chunk, fit_memory=True,
+        gate=False,
+    )
+    text = "the film was good . " * 12
+    return gj.adapt(run, text, key=jax.random.key(0), settings=settings)
+
+expected = adapt(8)
+with limited(300):
+    found = adapt(256)
+print(json.dumps([found.search.population_chunk, found.fitness_after, expected.fitness_after]))
+"""
+
+TRAINING = """
+from grpocem_jax import training
+config = gj.load_config("tiny")
+config.update_from_flattened_dict({
+    "data.tasks": ("general",), "data.heldout_samples": 2, "train.eval_samples": 1,
+    "generation.max_new_tokens": 24, "train.max_steps": 1, "train.fit_memory": True,
+    "train.batch_size": 256, "train.accumulation_steps": 1,
+})
+update = training.grpo.update
+
+def scarce(*args, **options):
+    with limited(400):
+        return jax.block_until_ready(update(*args, **options))
+
+training.grpo.update = scarce
+print(json.dumps(training.train(config, tempfile.mkdtemp() + "/run")["micro_batch"]))
+"""
+
+
+def with_little_memory(code):
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "out of device memory in " in result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or jax.default_backend() != "cpu",
+    reason="only Linux bounds the memory of a process, and only that of the CPU",
+)
+
+
+@linux
+def test_a_search_goes_on_with_fewer_candidates_at_a_time():
+    chunk, found, expected = with_little_memory(SEARCH)
+    assert 8 <= chunk < 256
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@linux
+def test_a_training_step_goes_on_with_a_smaller_micro_batch():
+    assert 8 <= with_little_memory(TRAINING) < 256
