@@ -1,6 +1,7 @@
 """The studies: a document shows the figures of its study, and a small part of each runs."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -72,22 +73,34 @@ def test_a_task_is_judged_with_and_without_the_gate(monkeypatch):
     assert rows[1]["likelihood"] != rows[-1]["likelihood"]
 
 
+@pytest.mark.parametrize("grows", ["resident", "heap"])
 @pytest.mark.parametrize(
     ("memory", "compiled", "good", "growth"),
     [
         # Half of the samples count: what a run takes at its start does not.
-        ([100, 200, 500, 500, 500, 500], [1, 2, 3, 3, 3, 3], True, "+0.00 MB"),
+        ([100, 200, 500, 500, 500, 500], [1, 2, 3, 3, 3, 3], True, "{} +0.00 MB"),
         # 4 MB from sample to sample are 12 in three of them: above 2% of 500 MB.
-        ([100, 200, 500, 500, 504, 508], [1, 2, 3, 3, 3, 3], False, "+12.00 MB"),
-        ([100, 200, 500, 500, 503, 506], [1, 2, 3, 3, 3, 3], True, "+9.00 MB"),
+        ([100, 200, 500, 500, 504, 508], [1, 2, 3, 3, 3, 3], False, "{} +12.00 MB"),
+        ([100, 200, 500, 500, 503, 506], [1, 2, 3, 3, 3, 3], True, "{} +9.00 MB"),
         ([100, 200, 500, 500, 500, 500], [1, 2, 3, 3, 3, 4], False, "1 programs compiled"),
     ],
 )
-def test_the_second_half_of_a_soak_decides(memory, compiled, good, growth, capsys):
+def test_the_second_half_of_a_soak_decides(memory, compiled, good, growth, grows, capsys):
     meter = soak.Meter("steps", 6)
-    meter.samples = list(zip(map(float, memory), compiled, strict=True))
+    flat = [500.0] * 6
+    both = (memory, flat) if grows == "resident" else (flat, memory)
+    meter.samples = list(zip(*both, compiled, strict=True))
     assert meter.verdict() is good
-    assert growth in capsys.readouterr().out
+    assert growth.format(grows) in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc tells what is in use")
+def test_the_heap_is_what_was_not_freed():
+    before = soak.heap_mb()
+    block = np.ones(10**7 // 8)
+    assert soak.heap_mb() - before == pytest.approx(10, abs=0.5)
+    del block
+    assert soak.heap_mb() - before == pytest.approx(0, abs=0.5)
 
 
 def test_a_short_soak_compiles_nothing_in_its_second_half(tmp_path, monkeypatch, capsys):
