@@ -12,7 +12,8 @@ from grpocem_jax.errors import InputError
 T = TypeVar("T")
 
 EXHAUSTED = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
-"""What JAX says where device memory runs out; the CPU's matrix products say no more than the second."""
+"""What JAX says where device memory runs out; the CPU's matrix products say no more than the
+second."""
 
 
 def ran_out(error: Exception) -> bool:

@@ -505,6 +505,21 @@ def test_a_single_step_is_drawn(tmp_path):
     assert "<use" in drawn(courses.rewards(run)).svg
 
 
+def test_reward_on_validation_prompts_is_drawn_where_it_was_measured(tmp_path):
+    metrics = metric_lines(6)
+    without = drawn(courses.rewards(read(tmp_path / "without", metrics=metrics))).svg
+    metrics[1]["eval_reward"], metrics[3]["eval_reward"], metrics[5]["eval_reward"] = 0.1, 0.4, 0.3
+    panel = courses.rewards(read(tmp_path, metrics=metrics))
+    assert (
+        "Reward on validation prompts over 3 steps: 0.1 at first, 0.3 at last, lowest 0.1 at step "
+        "2, highest 0.4 at step 4."
+    ) in panel.text
+    assert panel.table.columns[:3] == ["step", "all", "validation, all"]
+    assert [row[2] for row in panel.table.rows[:3]] == ["–", "0.1", "–"]
+    assert "validation, all" in drawn(panel).svg
+    assert "validation, all" not in without
+
+
 def test_random_weights_are_named(tmp_path):
     run = read(tmp_path)
     run.summary.update(random_weights=True, builtin_model=False, builtin_data={})

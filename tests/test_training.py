@@ -224,6 +224,7 @@ def test_real_text_of_five_tasks_through_the_real_tokenizer(shared, tmp_path, ca
         {
             **SMALL,
             "model.source": f"random:{model}",
+            "generation.prompt_buckets": (192,),  # one length, and so one program of each kind
             "train.max_steps": 5,
             "train.batch_size": 16,
             "train.accumulation_steps": 4,

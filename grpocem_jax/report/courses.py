@@ -131,7 +131,7 @@ def curves(
 
 
 def rewards(record: Record) -> Panel:
-    """Reward by task over the steps, with held-out reward at the edges."""
+    """Reward by task over the steps, of validation prompts, and held-out at the edges."""
     name, title, steps = "reward", "Reward by task", record.steps()
     if not len(steps):
         return Panel(name, title, NO_STEPS)
@@ -155,6 +155,10 @@ def rewards(record: Record) -> Panel:
     sentences = []
     if not np.isnan(over_all).all():
         sentences.append(sentence(course("mean reward of all tasks", steps, over_all)))
+    validation = record.series("eval_reward")
+    judged = ~np.isnan(validation)
+    if judged.any():
+        sentences.append(sentence(course("reward on validation prompts", steps, validation)))
     marked = [
         f"{task} {gains[task]['before']:.3f} and {gains[task]['after']:.3f}"
         for task in found
@@ -186,11 +190,15 @@ def rewards(record: Record) -> Panel:
                 surface = plots.colour("surface")
                 axes.plot([0], [gains[task]["before"]], markerfacecolor=surface, **edge)
                 axes.plot([1], [gains[task]["after"]], **edge)
+        if judged.any():
+            line = {"color": plots.colour("muted"), "linestyle": "--", "marker": "."}
+            axes.plot(steps[judged], validation[judged], **line, label="validation, all")
         plots.step_axis(axes)
         axes.set_ylabel("mean reward")
         plots.legend_below(figure, axes)
 
-    table = _step_table(title, steps, {"all": over_all, **found})
+    columns = {"all": over_all, **({"validation, all": validation} if judged.any() else {})}
+    table = _step_table(title, steps, {**columns, **found})
     return Panel(name, title, " ".join(sentences), draw, 3.3, table, note)
 
 
