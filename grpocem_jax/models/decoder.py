@@ -119,6 +119,16 @@ def extend(
     return keys, values
 
 
+def init_params(key: jax.Array, network: nn.Module) -> Params:
+    """The parameters that a network, as `make_model` takes one, makes for itself."""
+    tokens, allowed = jnp.zeros((1,), jnp.int32), jnp.ones((1, 1), bool)
+
+    def init(key: jax.Array) -> Params:
+        return network.init(key, tokens, tokens, allowed, {}, None, None, None)["params"]
+
+    return jax.jit(init)(key)
+
+
 def make_model(
     network: Callable[[jnp.dtype], nn.Module],
     head: Callable[[Params], jax.Array],

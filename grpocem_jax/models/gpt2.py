@@ -179,12 +179,7 @@ def init_params(key: jax.Array, config: GPT2Config) -> Params:
     The two maps of a block that write to the residual stream have standard deviation
     ``0.02 / sqrt(2 * num_layers)``.
     """
-    tokens = jnp.zeros((1,), jnp.int32)
-    allowed = jnp.ones((1, 1), bool)
-    network = GPT2(config)
-    params = jax.jit(
-        lambda k: network.init(k, tokens, tokens, allowed, {}, None, None, None)["params"]
-    )(key)
+    params = decoder.init_params(key, GPT2(config))
 
     def scale(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         residual = path[-1].key == "kernel" and path[-2].key.endswith("c_proj")

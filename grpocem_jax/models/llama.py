@@ -255,12 +255,7 @@ def build(config: LlamaConfig, site_fn: SiteFunction | None = None) -> Model:
 
 def init_params(key: jax.Array, config: LlamaConfig) -> Params:
     """Random float32 parameters as transformers makes them: normal(0.02), norms 1, biases 0."""
-    tokens = jnp.zeros((1,), jnp.int32)
-    allowed = jnp.ones((1, 1), bool)
-    network = Llama(config)
-    return jax.jit(
-        lambda k: network.init(k, tokens, tokens, allowed, {}, None, None, None)["params"]
-    )(key)
+    return decoder.init_params(key, Llama(config))
 
 
 def config_from_hf(fields: Mapping[str, Any], where: str) -> LlamaConfig:

@@ -191,8 +191,8 @@ def rewards(record: Record) -> Panel:
                 axes.plot([0], [gains[task]["before"]], markerfacecolor=surface, **edge)
                 axes.plot([1], [gains[task]["after"]], **edge)
         if judged.any():
-            line = {"color": plots.colour("muted"), "linestyle": "--", "marker": "."}
-            axes.plot(steps[judged], validation[judged], **line, label="validation, all")
+            x, y, grey = steps[judged], validation[judged], plots.colour("muted")
+            axes.plot(x, y, ".--", color=grey, label="validation, all")
         plots.step_axis(axes)
         axes.set_ylabel("mean reward")
         plots.legend_below(figure, axes)
