@@ -44,8 +44,17 @@ def record_of(name, *flags):
     return json.loads(last)
 
 
-def test_cem_reports_what_it_promises():
-    record = record_of("cem", "--tokens=8", "--repetitions=2")
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """The shape of the built-in model with one layer, which compiles faster."""
+    folder = tmp_path_factory.mktemp("thin")
+    fields = json.loads((ROOT / "grpocem_jax/builtin/model/config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "n_layer": 1}))
+    return f"--config.model.source=random:{folder}"
+
+
+def test_cem_reports_what_it_promises(thin):
+    record = record_of("cem", thin, "--tokens=8", "--repetitions=2")
     assert record["population"] == 10
     assert record["tokens"] == 8
     assert record["peers"] == {}
@@ -57,23 +66,24 @@ def test_cem_reports_what_it_promises():
     assert record["compile_seconds"] > 0
 
 
-def test_decode_reports_what_it_promises():
-    record = record_of("decode", "--tokens=4", "--prompt_tokens=5", "--repetitions=1")
+def test_decode_reports_what_it_promises(thin):
+    record = record_of("decode", thin, "--tokens=4", "--prompt_tokens=5", "--repetitions=1")
     assert record["samples"] == 32  # 16 x 2 completions
     expected = 32 * 4 / record["seconds"]["sample"]["median"]
     assert record["tokens_per_s"] == pytest.approx(expected)
     assert record["peers"] == {}
 
 
-def test_grpo_reports_what_it_promises():
-    record = record_of("grpo", "--tokens=4", "--prompt_tokens=5", "--repetitions=1")
+def test_grpo_reports_what_it_promises(thin):
+    record = record_of("grpo", thin, "--tokens=4", "--prompt_tokens=5", "--repetitions=1")
     parts = record["rollout_seconds"] + record["update_seconds"]
     assert record["step_seconds"] == pytest.approx(parts)
     assert record["tokens_per_s"] == pytest.approx(32 * 9 / record["step_seconds"])
 
 
-def test_memory_reports_what_it_promises():
-    record = record_of("memory", "--tokens=4", "--prompt_tokens=5")
+def test_memory_reports_what_it_promises(thin):
+    sizes = ("--tokens=4", "--prompt_tokens=5")
+    record = record_of("memory", thin, *sizes)
     # A trained critic brings weights, gradients of a step and of a micro-batch, and two moments.
     weights = record["weight_bytes"]
     assert record["ppo_separate_critic_peak_bytes"] > record["grpo_peak_bytes"] + 3 * weights
@@ -84,6 +94,13 @@ def test_memory_reports_what_it_promises():
     assert record["grpo_peak_bytes"] > weights
     for name in ("grpo_peak_bytes", "ppo_separate_critic_peak_bytes", "ppo_value_head_peak_bytes"):
         assert "memory analysis" in record["how"][name]
+    # The compiler says the same of shapes alone, and PPO can be left out.
+    outline = record_of("memory", thin, *sizes, "--norun", "--noppo")
+    for name in ("grpo_rollout_bytes", "grpo_update_bytes", "weight_bytes", "cem_generation_bytes"):
+        assert outline[name] == record[name]
+    for name in ("ppo_separate_critic_peak_bytes", "grpo_over_ppo_value_head"):
+        assert outline[name] is None
+    assert outline["grpo_measured_bytes"] is None
 
 
 @pytest.mark.skipif(
