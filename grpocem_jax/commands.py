@@ -122,7 +122,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         name, *suggestion = _lines(error) or [""]
         given = [x.split("=")[0] for x in argv if name in x.split("=")[0].split(".")]
-        where = one_line(", ".join(given)) or f"an override of --config ({name})"
+        where = ", ".join(given) or f"an override of --config ({name})"
         hint = "".join(f" ({x})" for x in suggestion)
         raise InputError(
             f"{where}: the config has no such field{hint}; docs/config.md lists them."
@@ -136,7 +136,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         nearest = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         hint = f"did you mean --{nearest[0]}?" if nearest else "see --help."
-        raise InputError(f"--{one_line(error.flagname)}: there is no such flag; {hint}") from None
+        raise InputError(f"--{error.flagname}: there is no such flag; {hint}") from None
     except (
         flags.Error, MemoryError, OSError, RecursionError, SyntaxError, TypeError, ValueError
     ) as error:  # fmt: skip

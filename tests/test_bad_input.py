@@ -19,7 +19,6 @@ import pytest
 import grpocem_jax as gj
 from grpocem_jax import adaptation, training
 from grpocem_jax.errors import InputError
-from grpocem_jax.terminal import one_line
 from studies.fuzz import parse_command
 from tests.command_line import TINY, assert_sentence
 from tests.conftest import ROOT
@@ -248,7 +247,7 @@ def test_any_text_is_adapted_to_or_refused(text):
     try:
         tokens, scored = adaptation.encode(run.policy, text, run.config.cem)
     except InputError as error:
-        assert_sentence(one_line(str(error)))
+        assert_sentence(str(error))
     else:
         assert 2 <= len(tokens) == len(scored) <= 127
         assert 0 <= tokens.min() <= tokens.max() < run.policy.model.vocab_size
@@ -285,7 +284,7 @@ def test_any_value_of_a_flag_is_taken_or_refused(field, value):
     try:
         parse_command(["train", TINY, f"--config.{field}={value}"])
     except InputError as error:
-        assert_sentence(one_line(str(error)))
+        assert_sentence(str(error))
 
 
 # Processes

@@ -93,6 +93,7 @@ def test_the_tiny_config_needs_nothing_but_the_package():
         ({"train__learning_rate": float("nan")}, ["config.train.learning_rate=nan", "finite"]),
         ({"train__lr_scale_range": (2.0, 1.0)}, ["lr_scale_range", "ascending"]),
         ({"train": 3}, ["config.train=3", "section"]),
+        ({"data__tasks": ("a\nb",)}, ["config.data.tasks names 'a\\nb'", "config.data.a\\nb"]),
         ({"seed": -1}, ["config.seed=-1", "from 0"]),
     ],
 )
