@@ -199,9 +199,9 @@ def test_a_population_of_gpt2_124m_equals_a_loop_over_merged_models_in_every_spa
         return jax.vmap(lambda adapter: likelihood(adapter, batch, KEY))(population)
 
     found = score(fitness.Likelihood(factored, model), population)
-    merge = jax.jit(lambda adapter: adapters.merge_params(method, factored, adapter, sites))
+    merge = jax.jit(lambda params, adapter: adapters.merge_params(method, params, adapter, sites))
     one = jax.jit(lambda params: fitness.Likelihood(params, base)({}, batch, KEY))
-    expected = [float(one(merge(adapter))) for adapter in candidates]
+    expected = [float(one(merge(factored, adapter))) for adapter in candidates]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.ptp(expected) > 1e-2
 

@@ -123,7 +123,7 @@ def adapt(chunk):
     return gj.adapt(run, text, key=jax.random.key(0), settings=settings)
 
 expected = adapt(8)
-with limited(300):
+with limited(400):
     found = adapt(256)
 print(json.dumps([found.search.population_chunk, found.fitness_after, expected.fitness_after]))
 """
