@@ -169,7 +169,8 @@ def sample(
       temperature: above 0; a traced value, so that annealing it does not compile again.
       model: the model record.
       num_samples: ``G``, completions of each prompt.
-      max_new_tokens: ``N``.
+      max_new_tokens: ``N``. With the tokens of the longest prompt at most ``model.context_length``;
+        lengths are no static values and are not looked at here.
       top_p: nucleus mass in (0, 1].
       repetition_penalty: at least 1, over the prompt and the completion.
       greedy: take the most probable token instead of drawing one.

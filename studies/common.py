@@ -71,7 +71,7 @@ def run(
     *,
     results: Path,
     seeds: int = 5,
-    arguments: Mapping[str, Mapping[str, Any]] | None = None,
+    needed: Sequence[str] = (),
 ) -> None:
     """The command of a study.
 
@@ -82,20 +82,24 @@ def run(
       load: makes the study from the flags, where a part is run.
       results: file in which the figures are kept.
       seeds: draws or runs by default.
-      arguments: further flags.
+      needed: further flags, of files and folders, without which no part can be run.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--parts", default=",".join(parts), help="which parts to run")
     parser.add_argument("--seeds", type=int, default=seeds, help="draws or runs, at least 2")
     parser.add_argument("--results", type=Path, default=results, help="file of the figures")
     parser.add_argument("--doc", type=Path, help="document to write the tables into")
-    for name, options in (arguments or {}).items():
-        parser.add_argument(name, **options)
+    for name in needed:
+        parser.add_argument(name, type=Path, help="needed to run a part")
     args = parser.parse_args()
+    names = list(filter(None, args.parts.split(",")))
+    missing = [name for name in needed if getattr(args, name.removeprefix("--")) is None]
+    if names and missing:
+        parser.error(f"{', '.join(missing)}: needed to run {args.parts}; give a path.")
     commands.keep_compiled_programs()
     found = json.loads(args.results.read_text()) if args.results.exists() else {}
     study = functools.cache(lambda: load(args))
-    for name in filter(None, args.parts.split(",")):
+    for name in names:
         found[name] = parts[name](study())
         args.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.doc:

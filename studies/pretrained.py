@@ -336,14 +336,13 @@ PARTS = {f.__name__: f for f in (prompts, settings, support, spent)}
 
 def main() -> None:
     """Reads the flags, runs the parts and writes the tables."""
-    required = {"type": Path, "required": True}
     common.run(
         "Adaptation of a real pretrained model, behind docs/adaptation.md.",
         PARTS,
         tables,
         lambda args: Study(args.model, args.texts, args.seeds),
         results=RESULTS,
-        arguments={"--model": required, "--texts": required},
+        needed=("--model", "--texts"),
     )
 
 

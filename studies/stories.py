@@ -117,7 +117,6 @@ PARTS = {"seeds": seeds}
 
 def main() -> None:
     """Reads the flags, trains and writes the tables."""
-    required = {"type": Path, "required": True}
     common.run(
         "GRPO on a real pretrained model.",
         PARTS,
@@ -125,7 +124,7 @@ def main() -> None:
         lambda args: Study(args.model, args.texts, args.seeds),
         results=RESULTS,
         seeds=3,
-        arguments={"--model": required, "--texts": required},
+        needed=("--model", "--texts"),
     )
 
 

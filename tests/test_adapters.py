@@ -149,6 +149,11 @@ def test_a_site_that_does_not_exist_is_an_error_that_lists_those_there_are(tiny,
         adapters.select_sites(tiny.base.sites, ["attn.c_proj", pattern])
 
 
+def test_one_name_in_the_place_of_a_list_is_an_error(tiny):
+    with refused("adapter.sites='attn.c_proj'", r"use \['attn.c_proj'\]"):
+        adapters.select_sites(tiny.base.sites, "attn.c_proj")
+
+
 def test_no_sites_at_all_is_an_error(tiny):
     with refused("adapter.sites is empty"):
         adapters.select_sites(tiny.base.sites, [])

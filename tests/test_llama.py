@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +294,14 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("qwen2", {"rope_parameters": YARN}, ["rope_parameters=", "yarn", "rope scaling"]),
         ("llama", {"rope_parameters": {"full_attention": {}}}, ["rope_parameters=", "full_att"]),
         ("llama", {"rope_scaling": "linear"}, ["rope_scaling='linear'"]),
+        (
+            "llama",
+            {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 7.0}},
+            ["rope_parameters={'rope_theta': 7.0}", "rope_scaling={'type': 'default'}", "differ"],
+        ),
+        ("mistral", {"is_causal": False}, ["is_causal=False", "only True is"]),
+        ("llama", {"use_cache": None}, ["config.json", "'use_cache'", "correct that field"]),
+        ("qwen2", {"layer_types": ["full_attention"]}, ["config.json", "layer_types", "correct"]),
         ("llama", {"rope_theta": 0}, ["rope_theta=0", "positive number"]),
         ("llama", {"rms_norm_eps": "1e-6"}, ["rms_norm_eps='1e-6'", "positive number"]),
         ("mistral", {"sliding_window": 4096}, ["sliding_window=4096", "not implemented"]),
@@ -311,9 +320,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("llama", {"vocab_size": 62}, [EMBEDDING, "(61, 36)", "(62, 36)"]),
         ("llama", {"num_hidden_layers": 3}, ["model.layers.2.", "is missing", "Llama"]),
         ("llama", {"num_hidden_layers": 1}, ["model.layers.1.", "belongs to no Llama weight"]),
-        ("llama", {"mlp_bias": False}, ["mlp.down_proj.bias", "belongs to no Llama weight"]),
+        ("llama", {"mlp_bias": False}, ["mlp.down_proj.bias", "correct mlp_bias in"]),
+        ("llama", {"attention_bias": False}, ["self_attn.", "correct attention_bias in"]),
         ("llama", {"tie_word_embeddings": True}, ["lm_head.weight differs", "tie_word_embeddings"]),
-        ("qwen2", {"tie_word_embeddings": False}, [HEAD, "is missing", "Qwen2"]),
+        ("qwen2", {"tie_word_embeddings": False}, [HEAD, "is missing", "tie_word_embeddings"]),
         ("llama", {"vocab_size": 60}, [EMBEDDING, "(61, 36)"]),
     ],
 )
@@ -372,6 +382,29 @@ def test_a_missing_shard_and_a_tensor_missing_from_the_shards_are_named(folder):
     assert_refused(folder, "model.safetensors.index.json", "model.norm.weight", "is missing")
     second.unlink()
     assert_refused(folder, second, "shard is missing")
+
+
+@pytest.mark.parametrize("shards", [{}, {"a": 1}, {"a": None}, ["model.safetensors"], None])
+def test_an_index_without_shards_is_named(folder, shards):
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert_refused(folder, index, "has no weight_map")
+
+
+def test_numbers_that_numpy_does_not_have_are_named(folder):
+    """The header of a safetensors file: its length, then JSON; the numbers are bytes here."""
+    path = folder / "model.safetensors"
+    header = json.dumps({HEAD: {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    assert_refused(folder, path, HEAD, "F8_E4M3 numbers", "not quantised")
+
+
+def test_numbers_beyond_float32_are_named_and_nothing_else_is_said(folder):
+    edit_state(folder, lambda s: s.update({HEAD: np.full((61, 36), 1e300)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_refused(folder, folder / "model.safetensors", HEAD, "not finite")
 
 
 def test_rotary_frequencies_of_old_checkpoints_are_passed_over(folder):

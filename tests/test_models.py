@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpocem_jax.errors import InputError
 from grpocem_jax.models import base, hub
 from tests.conftest import make_tiny
 from tests.parity import weights
@@ -125,6 +126,18 @@ def test_order_matters(tiny):
     """Positions are used: without them the last token would see a mere set."""
     swapped = TEXT[[1, 0, *range(2, LENGTH)]]
     assert np.abs(whole(tiny, TEXT)[-1] - whole(tiny, swapped)[-1]).max() > 1e-3
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tiny):
+    name, *_ = offsets = tiny.adapted()
+    tokens, mask = jnp.asarray(TEXT), jnp.ones(LENGTH, bool)
+    for model, params, adapter, fragment in (
+        (tiny.model, tiny.factored, {**offsets, "h.0.other": offsets[name]}, "'h.0.other' is no"),
+        (tiny.model, tiny.factored, {}, "has no entry for"),
+        (tiny.base, tiny.params, offsets, "without one"),
+    ):
+        with pytest.raises(InputError, match=fragment):
+            model.forward(params, adapter, tokens, mask)
 
 
 def test_vmaps_over_texts_and_candidates_equal_loops(tiny):

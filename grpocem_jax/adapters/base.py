@@ -44,8 +44,10 @@ def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, 
     """The sites whose name ends in one of ``patterns`` (``attn.c_proj``: that map of every layer).
 
     Raises:
-      InputError: a pattern that fits no site; the message lists those there are.
+      InputError: a pattern that fits no site, with those there are; one string for a list.
     """
+    if isinstance(patterns, str):
+        raise InputError(f"adapter.sites={patterns!r}: must be a list; use [{patterns!r}].")
     selected: dict[str, tuple[str, ...]] = {}
     kinds = ", ".join(sorted({name.split(".", 2)[-1] for name in sites}))
     for pattern in patterns:

@@ -18,7 +18,7 @@ Params = Any
 """A nested dict of arrays; at an adapted site the kernel is replaced by the adapter's factors."""
 
 AdapterParams = Mapping[str, Any]
-"""Trainable arrays of an adapter by site name; the empty mapping is the base model."""
+"""Trainable arrays of an adapter by site name, for each site with factors; empty where none has."""
 
 SiteFunction = Callable[[Any, Any, jax.Array], jax.Array]
 """``(factors, adapter_at_site, x [..., in]) -> y [..., out]``, the adapted linear map, no bias."""
@@ -54,9 +54,13 @@ class Model:
     Records compare and hash by identity, so one record may be a static argument of a jitted
     function; build it once and keep it.
 
+    All of them raise `InputError` where ``adapter`` and ``params`` do not fit: an entry that is no
+    site, a site with factors but without an entry, entries for a model built without an adapter.
+
     Attributes:
-      vocab_size: rows of the embedding.
-      context_length: the largest number of positions.
+      vocab_size: rows of the embedding; tokens are below it.
+      context_length: the largest number of positions; the functions do not look, and what lies
+        beyond has no meaning.
       sites: names of the linear maps that an adapter may take over, each with its path in the
         parameters, e.g. ``"h.0.attn.c_proj" -> ("h_0", "attn_c_proj", "kernel")``.
       forward: ``(params, adapter, tokens [T], mask [T], context=None) -> hidden [T, D]``, tokens

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ class Layout(NamedTuple):
       tensors: by the name that transformers writes.
       tied: name of the embedding that is the head as well; None where ``tensors`` has the head.
       passed_over: pattern of names, without the prefix, of what is in checkpoints and no weight.
+      switches: fields of config.json that say whether some tensors are there, by a pattern of
+        their names, for messages.
     """
 
     name: str
@@ -44,6 +47,12 @@ class Layout(NamedTuple):
     tensors: Mapping[str, Tensor]
     tied: str | None
     passed_over: str
+    switches: Mapping[str, str] = MappingProxyType({})
+
+    def switch(self, name: str) -> str | None:
+        """The field of config.json that says whether a tensor is there, if there is one."""
+        fields = (field for pattern, field in self.switches.items() if re.search(pattern, name))
+        return next(fields, None)
 
     def sites(self) -> dict[str, tuple[str, ...]]:
         """The linear maps by checkpoint name, without prefix, and the paths of their kernels."""
@@ -83,8 +92,10 @@ def params_from_state(
         if bare not in left and name == layout.tied and HEAD in left:
             bare = HEAD
         if bare not in left:
+            field = layout.switch(name)
+            doubt = f", or {field} in config.json is wrong" if field else ""
             raise InputError(
-                f"{where}: the tensor {name} is missing; this is no complete {layout.name}."
+                f"{where}: the tensor {name} is missing; this is no complete {layout.name}{doubt}."
             )
         stored = state[left.pop(bare)]
         if stored.shape != tensor.shape:
@@ -97,7 +108,8 @@ def params_from_state(
                 f"{where}: the tensor {name} holds {stored.dtype} numbers; use a checkpoint that "
                 "is not quantised."
             )
-        array = np.asarray(stored, np.float32)
+        with np.errstate(over="ignore"):
+            array = np.asarray(stored, np.float32)
         if not np.isfinite(array).all():
             raise InputError(
                 f"{where}: the tensor {name} has numbers that are not finite; fetch it again."
@@ -115,7 +127,11 @@ def params_from_state(
             )
     for bare, name in left.items():
         if not re.fullmatch(layout.passed_over, bare):
-            raise InputError(f"{where}: the tensor {name} belongs to no {layout.name} weight.")
+            field = layout.switch(name)
+            fix = f"correct {field} in" if field else "use the file's own"
+            raise InputError(
+                f"{where}: the tensor {name} belongs to no {layout.name} weight; {fix} config.json."
+            )
     return params
 
 

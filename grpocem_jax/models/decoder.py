@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from grpocem_jax.errors import InputError
 from grpocem_jax.models.base import (
     AdapterParams,
     Context,
@@ -40,9 +41,19 @@ class Linear(nn.Module):
         bias: Any = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))[None]
-        if self.site in adapter and self.site_fn is not None:
-            factors: Any = self.get_variable("params", "kernel")
+        factors: Any = self.get_variable("params", "kernel")
+        if self.site in adapter:
+            if self.site_fn is None:
+                raise InputError(
+                    "adapter: given to a model built without one; build it with "
+                    "site_fn=adapter.apply."
+                )
             y = self.site_fn(factors, adapter[self.site], x)
+        elif factors is not None and not jax.tree_util.all_leaves([factors]):
+            raise InputError(
+                f"adapter: has no entry for {self.site}, whose kernel is factored; give one for "
+                "each adapted site, as init_adapter does (zeros are the base model)."
+            )
         else:
             shape = (x.shape[-1], self.features)
             y = dense(self.param("kernel", nn.initializers.normal(0.02), shape), x)
@@ -157,6 +168,12 @@ def make_model(
     network = functools.cache(network)
 
     def run(params, adapter, tokens, positions, allowed, context=None, cache=None, index=None):
+        unknown = sorted(set(adapter) - set(sites))
+        if unknown:
+            raise InputError(
+                f"adapter: {unknown[0]!r} is no site of this model; names are those of "
+                f"Model.sites, such as {next(iter(sites))!r}."
+            )
         return network(head(params).dtype).apply(
             {"params": params}, tokens, positions, allowed, adapter, context, cache, index
         )

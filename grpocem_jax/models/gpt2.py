@@ -197,9 +197,11 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> GPT2Config:
     implemented = {
         "activation_function": "gelu_new",
         "add_cross_attention": False,
+        "is_causal": True,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
+        "quantization_config": None,
     }
     conversion.check_implemented(fields, implemented, where)
     sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")

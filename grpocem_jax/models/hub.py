@@ -32,6 +32,8 @@ SHAPES: Mapping[str, tuple[Architecture, Any]] = {
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "model"
 AGAIN = "fetch the file again"
+NUMBERS = frozenset("BF16 F16 F32 F64 BOOL I8 I16 I32 I64 U8 U16 U32 U64".split())
+"""The dtypes of safetensors that NumPy has, or JAX adds to it."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
 
 
@@ -191,7 +193,7 @@ def _read_config(folder: Path) -> tuple[Architecture, Any, dict[str, Any]]:
 
 
 def _end_ids(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The end tokens that ``generate`` of transformers stops at.
+    """The end tokens that a folder states, as transformers reads them where it states any.
 
     Those of generation_config.json, else of config.json (null: none); None where neither has the
     field, and they are the tokenizer's.
@@ -225,12 +227,13 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif index.is_file():
-        try:
-            files = sorted(set(read_object(index, fix=AGAIN)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
+        shards = read_object(index, fix=AGAIN).get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise InputError(
                 f"{index}: has no weight_map from tensors to shards; fetch the file again."
-            ) from None
+            )
+        files = sorted(set(names))
     else:
         pickle = next((name for name in PICKLES if (folder / name).is_file()), None)
         if pickle is not None:
@@ -249,11 +252,17 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
         if not is_file(path):
             raise InputError(f"{path}: this shard is missing; fetch the checkpoint again.")
         try:
-            with safe_open(path, framework="flax") as tensors:
+            with safe_open(path, framework="numpy") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)
                     if key in state:
                         raise InputError(f"{path}: the tensor {key} is in two shards.")
-                    state[key] = np.asarray(tensors.get_tensor(key))
+                    kind = tensors.get_slice(key).get_dtype()
+                    if kind not in NUMBERS:
+                        raise InputError(
+                            f"{path}: the tensor {key} holds {kind} numbers; use a checkpoint that "
+                            "is not quantised."
+                        )
+                    state[key] = tensors.get_tensor(key)
         except SafetensorError as error:
             raise InputError(
                 f"{path}: not a whole safetensors file ({error}); fetch it again."
@@ -265,7 +274,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer through transformers, refusing one that came out empty."""
     # Without this, transformers announces on every start that PyTorch is absent.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -288,6 +297,14 @@ def load_tokenizer(folder: Path) -> Any:
         # The libraries underneath raise many kinds of errors; a panic in Rust is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        try:
+            if (folder / "config.json").is_file():
+                AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception as refused:  # its classes check their fields, each in its own way
+            raise InputError(
+                f"{folder / 'config.json'}: transformers refuses it, and with it the tokenizer: "
+                f"{' '.join(str(refused).split())}; correct that field."
+            ) from error
         raise InputError(
             f"{folder}: no tokenizer could be loaded ({type(error).__name__}); put tokenizer.json, "
             "or vocab.json and merges.txt, beside config.json."

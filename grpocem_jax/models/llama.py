@@ -231,6 +231,12 @@ def _layout(config: LlamaConfig) -> conversion.Layout:
         tied="model.embed_tokens.weight" if config.tied else None,
         # The rotary frequencies of old checkpoints.
         passed_over=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        switches={conversion.HEAD: "tie_word_embeddings"}
+        | (
+            {r"self_attn.*\.bias": "attention_bias", r"mlp.*\.bias": "mlp_bias"}
+            if config.model_type == "llama"
+            else {}
+        ),
     )
 
 
@@ -314,7 +320,12 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> LlamaConfig:
 
 def _check_features(fields: Mapping[str, Any], where: str) -> None:
     """Refuses what the network does not do."""
-    implemented = {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
+    implemented = {
+        "hidden_act": "silu",
+        "is_causal": True,
+        "use_sliding_window": False,
+        "quantization_config": None,
+    }
     conversion.check_implemented(fields, implemented, where)
     kind, field = fields["model_type"], "sliding_window"
     # Qwen2 has the field whether it is used or not.
@@ -346,9 +357,14 @@ def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
     Raises:
       InputError: anything but plain rotary positions.
     """
-    theta = fields.get("rope_theta", 1e4)
-    for field in ("rope_parameters", "rope_scaling"):
-        value = fields.get(field)
+    theta, names = fields.get("rope_theta", 1e4), ("rope_parameters", "rope_scaling")
+    new, old = (fields.get(name) for name in names)
+    if new and old and new != old:
+        raise InputError(
+            f"{where}: {names[0]}={new!r} and {names[1]}={old!r} differ; keep the one that the "
+            "checkpoint was trained with."
+        )
+    for field, value in zip(names, (new, old), strict=True):
         if value is None:
             continue
         plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
