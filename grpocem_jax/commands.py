@@ -1,7 +1,9 @@
 """What the commands share: flags in; one sentence and an exit status out for a mistake."""
 
+import atexit
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -78,12 +80,17 @@ def run(main: Callable[[list[str]], Any]) -> None:
                 f"out of device memory ({str(error).splitlines()[0]}); take a smaller model, or a "
                 "device with more memory."
             )
+        except BrokenPipeError:
+            _fail("what reads the output has closed it (head does); write it to a file instead.")
         except OSError as error:  # such as a full disk in the middle of a run
             place = f"{error.filename}: " if error.filename else ""
             _fail(f"{place}{error.strerror or _one_line(error)}; mend that and run it again.")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+
+    # JAX clears its caches at exit, where an interrupt would be a traceback.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
     def parse(argv: list[str]) -> list[str]:
         try:

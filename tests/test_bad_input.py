@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -306,3 +307,22 @@ def test_scripts_end_bad_input_with_a_sentence_and_status_2(tmp_path):
         (line,) = result.stderr.splitlines()
         assert line.startswith("error: ")
         assert_sentence(line)
+
+
+def test_a_closed_pipe_and_a_late_interrupt_end_without_a_traceback():
+    broken = "def main(argv): raise BrokenPipeError(32, 'Broken pipe')\n"
+    late = "def main(argv): pass\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    for main, status, sentence in (
+        (broken, 2, "what reads the output"),
+        (late, -signal.SIGINT, ""),
+    ):
+        # What is registered first is called last, as JAX's own.
+        code = (
+            f"import atexit, os, signal\n{main}from grpocem_jax import commands\ncommands.run(main)"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == status, result.stderr
+        assert sentence in result.stderr
+        assert "Traceback" not in result.stderr
