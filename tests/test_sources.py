@@ -190,6 +190,10 @@ def test_prompts_of_the_other_split_are_left_out(tmp_path):
     assert len(train.examples) == 8
     assert not exclude & {example.prompt for example in train.examples}
     assert "2 in the other split and left out" in train.description
+    heldout = load("sentiment", sentiment(write(tmp_path, test__jsonl=REVIEWS)), "heldout")
+    exclude = {example.prompt for example in heldout.examples}
+    with pytest.raises(InputError, match=r"not in the other split too \(10 are\): give the splits"):
+        load("sentiment", sentiment(folder), exclude=exclude)
 
 
 def test_a_long_passage_is_dropped_because_the_answer_may_go_with_it(tmp_path):

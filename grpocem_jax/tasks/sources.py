@@ -150,14 +150,19 @@ def load_examples(
             f"{len(rows) + read.bad_count} rows cannot be used, and none is left; the first: {bad}"
         )
     if not examples:
-        raise InputError(
-            f"{field}.source is {source.source!r}, in which no {split} prompt of the task "
-            f"{task.name} fits into data.max_prompt_tokens={max_prompt_tokens} ({dropped} are "
-            "longer): raise it."
-            if dropped
-            else f"{field}.source is {source.source!r}, whose {split} split has nothing to draw: "
-            "give other data."
-        )
+        where = f"{field}.source is {source.source!r}, "
+        if dropped:
+            raise InputError(
+                f"{where}in which no {split} prompt of the task {task.name} fits into "
+                f"data.max_prompt_tokens={max_prompt_tokens} ({dropped} are longer): raise it."
+            )
+        if excluded:
+            raise InputError(
+                f"{where}whose {split} split has no prompt that is not in the other split too "
+                f"({excluded} are): give the splits different prompts, or lower "
+                "data.heldout_samples."
+            )
+        raise InputError(f"{where}whose {split} split has nothing to draw: give other data.")
     counts = (
         (shortened, "shortened"),
         (dropped, "too long and dropped"),
