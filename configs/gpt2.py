@@ -109,7 +109,8 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     # "Adaptive learning rate" is not defined: we scale it by the measured KL against a target.
     config.train.target_kl = 0.01
     config.train.lr_scale_range = (0.1, 10.0)
-    config.train.checkpoint_every_steps = 0  # "save every epoch"
+    config.train.save_interval = 1  # "save every epoch"
+    config.train.checkpoint_every_steps = 0
     config.train.checkpoint_every_minutes = 0.0
     config.train.keep_checkpoints = 3
     config.train.evaluate_every_steps = 0

@@ -70,6 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.max_grad_norm = 0.5
     config.train.target_kl = 0.0
     config.train.lr_scale_range = (0.1, 10.0)
+    config.train.save_interval = 1
     config.train.checkpoint_every_steps = 0
     config.train.checkpoint_every_minutes = 0.0
     config.train.keep_checkpoints = 3

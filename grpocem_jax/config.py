@@ -213,6 +213,7 @@ class TrainConfig:
         "Smallest and largest factor of the adaptive learning rate.",
         _Range("two numbers above 0, ascending", lambda x: len(x) == 2 and 0 < x[0] <= 1 <= x[1]),
     )
+    save_interval: int = _field("Epochs between checkpoints; the last step has one.", _at_least(1))
     checkpoint_every_steps: int = _field(
         "Checkpoints between the ends of epochs; 0 for none.", _at_least(0)
     )

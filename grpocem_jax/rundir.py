@@ -26,6 +26,7 @@ NEUTRAL = (
     "train.eval_samples",
     "train.fit_memory",
     "train.keep_checkpoints",
+    "train.save_interval",
 )
 """Settings that may change while a run continues: they do not alter what is trained."""
 

@@ -259,7 +259,7 @@ class Run:
         settings = self.config.train
         every, minutes = settings.checkpoint_every_steps, settings.checkpoint_every_minutes
         return (
-            done % self.steps_per_epoch == 0
+            done % (settings.save_interval * self.steps_per_epoch) == 0
             or done == self.total_steps
             or self.evaluation_due(done)
             or bool(every and done % every == 0)

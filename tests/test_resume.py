@@ -302,6 +302,19 @@ def test_the_last_checkpoints_are_kept(whole, tmp_path):
         assert {p.name for p in (tmp_path / folder / "checkpoints").iterdir()} == left
 
 
+def test_checkpoints_come_every_few_epochs_and_at_the_last_step(tmp_path):
+    changes = {
+        "data.max_samples": 8,  # two steps an epoch
+        "train.checkpoint_every_steps": 0,
+        "train.epochs": 3,
+        "train.keep_checkpoints": 0,
+        "train.save_interval": 2,
+    }
+    training.train(settings(**changes), tmp_path / "run")
+    found = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert found == {4, 6}  # 2 as well, if every epoch had one
+
+
 # The best checkpoint
 
 JUDGED = {
