@@ -435,7 +435,7 @@ def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray
             f"{error.object[error.start]!r}); convert it."
         ) from None
     prompt = policy.encode(text.prompt)
-    completion = policy.tokenizer.encode(text.completion, add_special_tokens=False)
+    completion = policy.encode_completion(text.completion)
     tokens = np.asarray(prompt + completion, np.int32)
     limit = min(settings.buckets[-1], policy.model.context_length)
     if len(tokens) > limit:

@@ -1,11 +1,12 @@
 """A policy: a frozen model, the adapter it carries, its tokenizer and its stop tokens."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpocem_jax import user_code
 from grpocem_jax.adapters import base as adapters
@@ -14,6 +15,7 @@ from grpocem_jax.config import AdapterConfig, ModelConfig
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
+from grpocem_jax.models import tokenizer as tokenizers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +28,8 @@ class Policy:
       method: the adapter's pure functions.
       sites: the adapted sites.
       zero: offsets of the base model.
-      tokenizer: a transformers tokenizer.
+      tokenizer: a transformers tokenizer, of whole texts.
+      continuing: the same of what follows other text, see `models.tokenizer.continuing`.
       start_ids: tokens that it puts before every text, such as Llama's; none for GPT-2.
       end_ids: int32 ``[E]``, tokens that end a completion.
       pretrained: where the model came from.
@@ -38,6 +41,7 @@ class Policy:
     sites: adapters.Sites
     zero: adapters.Offsets
     tokenizer: Any
+    continuing: Any
     start_ids: tuple[int, ...]
     end_ids: jax.Array
     pretrained: hub.Pretrained
@@ -46,6 +50,14 @@ class Policy:
         """Tokens of a text from its beginning, with `start_ids` before it; none of no text."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return [*self.start_ids, *tokens] if tokens else []
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Tokens of a text that follows another."""
+        return self.continuing.encode(text, add_special_tokens=False)
+
+    def decode_completions(self, ids: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
+        """Texts of completions without special tokens, each to stand behind its prompt as it is."""
+        return self.continuing.batch_decode(ids, skip_special_tokens=True)
 
     def adapter_config(self, settings: AdapterConfig) -> dict[str, Any]:
         """What ``adapter_config.json`` says of an adapter of this policy."""
@@ -88,11 +100,13 @@ def load_policy(
             "random:FOLDER with a folder that holds config.json and the tokenizer's files."
         )
     pretrained = hub.load_model(model.source, seed=seed)
-    end_ids = [*pretrained.end_ids, *(_single_token(pretrained.tokenizer, s) for s in stop)]
+    continuing = tokenizers.continuing(pretrained.tokenizer)
+    end_ids = [*pretrained.end_ids, *(_single_token(continuing, s) for s in stop)]
     carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed)
     return Policy(
         **carrier._asdict(),
         tokenizer=pretrained.tokenizer,
+        continuing=continuing,
         start_ids=_start_ids(pretrained.tokenizer),
         end_ids=jnp.array(end_ids, jnp.int32),
         pretrained=pretrained,

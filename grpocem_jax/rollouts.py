@@ -101,7 +101,7 @@ def decode(policy: Policy, tokens: np.ndarray, mask: np.ndarray) -> list[list[st
     for group_tokens, group_mask in zip(tokens, mask, strict=True):
         ids = [row[keep] for row, keep in zip(group_tokens, group_mask, strict=True)]
         ids = [row[:-1] if len(row) and row[-1] in end_ids else row for row in ids]
-        groups.append(policy.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        groups.append(policy.decode_completions(ids))
     return groups
 
 
@@ -373,9 +373,7 @@ def _step_tokens(policy: Policy, ids: np.ndarray, ends: Sequence[int]) -> list[i
     """The index of the token that completes each of the first ``ends`` characters."""
     if not ends:
         return []
-    reach = [
-        len(policy.tokenizer.decode(ids[: t + 1], skip_special_tokens=True))
-        for t in range(len(ids))
-    ]
+    parts = policy.decode_completions([ids[: t + 1] for t in range(len(ids))])
+    reach = [len(part) for part in parts]
     indices = [int(np.searchsorted(reach, end)) for end in ends]
     return [*indices[:-1], len(ids) - 1]

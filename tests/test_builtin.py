@@ -20,6 +20,7 @@ from grpocem_jax.builtin import (
     summarization,
 )
 from grpocem_jax.models import gpt2, hub
+from grpocem_jax.models.tokenizer import load_tokenizer
 from grpocem_jax.tasks import TASKS
 
 COLUMNS = {
@@ -45,7 +46,7 @@ def prompts(task, split):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return hub.load_tokenizer(hub.BUILTIN)
+    return load_tokenizer(hub.BUILTIN)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import gpt2, hub
+from grpocem_jax.models.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.parity import weights
 
@@ -292,7 +293,7 @@ def test_an_index_without_a_map_is_named(folder):
 
 @pytest.mark.parametrize("prefix", ["", "random:"])
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder, prefix):
-    tokens = hub.load_tokenizer(folder)
+    tokens = load_tokenizer(folder)
     tokens.add_tokens(["one more"])
     tokens.save_pretrained(folder)
     assert_refused(f"{prefix}{folder}", folder, "62 tokens", "vocab_size=61")
@@ -302,6 +303,10 @@ def test_a_folder_without_a_tokenizer_says_what_is_wanted(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert_refused(folder, folder, "tokenizer.json", "vocab.json", "merges.txt")
+    # Of the special tokens alone transformers makes a tokenizer that knows nothing else.
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "GPT2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    assert_refused(folder, folder, "the tokenizer is empty", "tokenizer.json")
 
 
 def test_random_weights_take_the_shape_of_a_folder_and_follow_the_seed(folder):
@@ -324,7 +329,7 @@ def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(source):
 
 
 def test_the_real_tokenizer_loads(shared):
-    tokens = hub.load_tokenizer(shared / "gpt2")
+    tokens = load_tokenizer(shared / "gpt2")
     assert len(tokens) == 50257
     assert tokens.encode("Hello world") == [15496, 995]
     assert tokens.decode([15496, 995]) == "Hello world"

@@ -18,6 +18,7 @@ from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import ModelConfig, parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.models import base, hub, llama
+from grpocem_jax.models.tokenizer import load_tokenizer
 from grpocem_jax.policy import load_policy
 from grpocem_jax.tasks.base import Example, Task
 from tests.conftest import make_tiny
@@ -170,7 +171,7 @@ def tokenizer(tmp_path_factory):
     (folder / "tokenizer.json").write_text(json.dumps(text | {"model": model}))
     special = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<end>", "bos_token": "<start>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    return hub.load_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 def test_the_tokenizers_file_counts_and_not_the_class_that_its_config_names(tokenizer):
@@ -414,7 +415,7 @@ def test_rotary_frequencies_of_old_checkpoints_are_passed_over(folder):
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder):
-    tokens = hub.load_tokenizer(folder)
+    tokens = load_tokenizer(folder)
     tokens.add_tokens(["one more"])
     tokens.save_pretrained(folder)
     assert_refused(folder, folder, "62 tokens", "vocab_size=61")
@@ -425,7 +426,7 @@ def test_the_start_token_of_a_tokenizer_stands_before_every_text(
     template, count, tmp_path, saved, monkeypatch
 ):
     folder = shutil.copytree(saved["llama"], tmp_path / "llama")
-    tokenizer = hub.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     vocabulary = tokenizer.get_vocab()
     (start, end), words = list(vocabulary)[-2:], " ".join(list(vocabulary)[1:4])
     template = template.replace("<s>", start).replace("</s>", end)
@@ -457,7 +458,7 @@ def test_the_start_token_of_a_tokenizer_stands_before_every_text(
 
 def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path, monkeypatch):
     monkeypatch.setattr(training.report, "write", lambda *_: None)  # seconds of drawing
-    tokenizer = hub.load_tokenizer(hub.BUILTIN)
+    tokenizer = load_tokenizer(hub.BUILTIN)
     shape = llama.Config(
         vocab_size=2048, context_length=256, width=32, inner=48, num_layers=1, head_dim=8,
         num_heads=4, num_kv_heads=2, tied=False,

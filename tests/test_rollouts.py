@@ -12,20 +12,11 @@ from grpocem_jax import rollouts
 from grpocem_jax.errors import InputError
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
 
-
-class Letters:
-    """A tokenizer of one token a letter; token 0 ends a text."""
-
-    def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
-        return "".join(chr(i) for i in ids if i)
-
-    def batch_decode(self, rows, skip_special_tokens):
-        return [self.decode(row, skip_special_tokens) for row in rows]
-
-
+# One token a letter; token 0 ends a text.
 POLICY = types.SimpleNamespace(
-    tokenizer=Letters(), end_ids=np.array([0]), encode=lambda text: [ord(c) for c in text]
+    end_ids=np.array([0]),
+    encode=lambda text: [ord(c) for c in text],
+    decode_completions=lambda rows: ["".join(chr(i) for i in row if i) for row in rows],
 )
 
 

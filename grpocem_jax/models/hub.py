@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, is_folder, read_object, write_json, write_safetensors
 from grpocem_jax.models import gpt2, llama
 from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
+from grpocem_jax.models.tokenizer import fitting_tokenizer
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt2": gpt2,
@@ -98,7 +98,7 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
     state, path = _read_state(folder)
     params = architecture.params_from_state(state, config, str(path))
     stated = _end_ids(folder, fields)
-    tokenizer = _fitting_tokenizer(folder, config.vocab_size)
+    tokenizer = fitting_tokenizer(folder, config.vocab_size)
     end_ids = _own_end(tokenizer) if stated is None else stated
     return Pretrained(source, kind, architecture, config, params, tokenizer, end_ids)
 
@@ -119,7 +119,7 @@ def load_outline(source: str) -> Pretrained:
         architecture, config, fields = _read_config(folder)
         stated = _end_ids(folder, fields)
         if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")):
-            tokenizer = _fitting_tokenizer(folder, config.vocab_size)
+            tokenizer = fitting_tokenizer(folder, config.vocab_size)
         end_ids = _own_end(tokenizer) if stated is None else stated
     else:
         raise InputError(
@@ -268,66 +268,6 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
                 f"{path}: not a whole safetensors file ({error}); fetch it again."
             ) from None
     return state, index if len(files) > 1 else folder / files[0]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer through transformers, refusing one that came out empty."""
-    # Without this, transformers announces on every start that PyTorch is absent.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        if (folder / "tokenizer.json").is_file() and type(tokenizer) is not PreTrainedTokenizerFast:
-            # Classes of single models put parts of their own in the place of the file's, which is
-            # what the model was trained with; Llama's drops characters outside the vocabulary.
-            # Their special tokens are of use where the folder does not say.
-            defaults = tokenizer.special_tokens_map
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-            known = tokenizer.get_vocab()
-            tokenizer.add_special_tokens(
-                {
-                    name: defaults[name]
-                    for name in ("bos_token", "eos_token", "pad_token")
-                    if getattr(tokenizer, name) is None and defaults.get(name) in known
-                }
-            )
-        tokenizer.decode(tokenizer.encode("A trial."))
-    except BaseException as error:
-        # The libraries underneath raise many kinds of errors; a panic in Rust is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        try:
-            if (folder / "config.json").is_file():
-                AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        except Exception as refused:  # its classes check their fields, each in its own way
-            raise InputError(
-                f"{folder / 'config.json'}: transformers refuses it, and with it the tokenizer: "
-                f"{' '.join(str(refused).split())}; correct that field."
-            ) from error
-        raise InputError(
-            f"{folder}: no tokenizer could be loaded ({type(error).__name__}); put tokenizer.json, "
-            "or vocab.json and merges.txt, beside config.json."
-        ) from error
-    # Lengths are checked where they matter; transformers would warn of the first long text.
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    if len(tokenizer) < 2:
-        raise InputError(
-            f"{folder}: the tokenizer is empty; put tokenizer.json, or vocab.json and merges.txt, "
-            "beside config.json."
-        )
-    return tokenizer
-
-
-def _fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
-    tokenizer = load_tokenizer(folder)
-    size = max(len(tokenizer), *(1 + token for token in tokenizer.get_vocab().values()))
-    if size > vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {size} tokens but config.json says "
-            f"vocab_size={vocab_size}; use the tokenizer that belongs to the checkpoint."
-        )
-    return tokenizer
 
 
 def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) -> None:
