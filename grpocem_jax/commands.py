@@ -38,7 +38,9 @@ def define_config(default: str | None = None) -> Any:
       absl's holder of the flag, its ``value`` a locked ConfigDict.
     """
     holder = config_flags.DEFINE_config_file(
-        "config", None, "Config: a file, or one of those in the package (tiny, gpt2, gpt2:tuned)."
+        "config",
+        None,
+        "Config: a file, or one of those in the package (tiny, gpt2, gpt2:tuned, llama).",
     )
     # ml_collections knows files only.
     flags.FLAGS["config"].parser = _ConfigParser()

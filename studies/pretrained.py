@@ -28,6 +28,7 @@ from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.config import CEMConfig, parse_config
 from grpocem_jax.config_files import load_config
+from grpocem_jax.models.tokenizer import continuing, load_tokenizer
 from grpocem_jax.policy import load_policy
 from studies import common
 from studies.common import interval, mean_ci, prompt_table, say, table
@@ -144,13 +145,7 @@ def _without_a_leading_space(model: Path) -> Path:
     tokens 11 nats each: adaptation would mostly learn this.
     """
     folder = shutil.copytree(model, Path(tempfile.mkdtemp()) / model.name)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    normalizer = tokenizer.get("normalizer") or {}
-    if normalizer.get("type") == "Sequence":
-        parts = [x for x in normalizer["normalizers"] if x["type"] != "Prepend"]
-        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": parts}
-        path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    continuing(load_tokenizer(model)).save_pretrained(folder)
     return folder
 
 
@@ -169,7 +164,7 @@ def prompts(study: Study) -> dict[str, Any]:
         "gradient": GRADIENT,
     }
     rows = []
-    for name, kinds, count in (("familiar", ("stories",), 16), ("foreign", FOREIGN, 4)):
+    for name, kinds, count in (("familiar", ("stories",), 48), ("foreign", FOREIGN, 10)):
         texts = [pair for kind in kinds for pair in study.prompts(kind, count)]
         for (method, changes), gate in itertools.product(methods.items(), (False, True)):
             gains, fits, adapted = [], [], 0

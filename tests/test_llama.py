@@ -227,6 +227,11 @@ def test_a_tied_checkpoint_may_have_the_embedding_the_head_or_both(tied):
     np.testing.assert_array_equal(embedding(tied), expected)
     edit_state(tied, lambda s: s.pop(EMBEDDING))
     np.testing.assert_array_equal(embedding(tied), expected)
+    # What is wrong with the head is said of it, not of an embedding that the file does not have.
+    edit_state(tied, lambda s: s.update({HEAD: s[HEAD][:-1].copy()}))
+    assert_refused(tied, tied, f"the tensor {HEAD} has shape")
+    edit_config(tied, tie_word_embeddings=False)
+    assert_refused(tied, tied, f"{EMBEDDING} is missing", "tie_word_embeddings in config.json")
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -343,7 +348,7 @@ def test_a_mistral_that_does_not_say_whether_it_has_a_window_is_refused(tmp_path
     assert_refused(folder, folder / "config.json", "'sliding_window' is missing", "4096", "null")
 
 
-@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "max_position_embeddings"])
+@pytest.mark.parametrize("field", ["hidden_size", "max_position_embeddings", "model_type"])
 def test_a_field_that_is_missing_is_named(folder, field):
     drop_field(folder, field)
     assert_refused(folder, folder / "config.json", f"'{field}' is missing")
@@ -379,8 +384,14 @@ def test_tensors_that_do_not_fit_are_named(folder, edit, fragments):
 
 def test_a_missing_shard_and_a_tensor_missing_from_the_shards_are_named(folder):
     edit_state(folder, lambda s: s.pop("model.norm.weight"))
-    _, second = shard(folder)
-    assert_refused(folder, "model.safetensors.index.json", "model.norm.weight", "is missing")
+    first, second = shard(folder)
+    index = folder / "model.safetensors.index.json"
+    assert_refused(folder, index, "model.norm.weight", "is missing")
+    names = json.loads(index.read_text())["weight_map"]
+    part = {"weight_map": {name: file for name, file in names.items() if file == first.name}}
+    index.write_text(json.dumps(part))  # of one shard of two
+    assert_refused(folder, index, "is missing")
+    index.write_text(json.dumps({"weight_map": names}))
     second.unlink()
     assert_refused(folder, second, "shard is missing")
 

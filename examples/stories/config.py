@@ -4,8 +4,9 @@
 
 FOLDER holds a model trained on stories, such as raincandy-u/TinyStories-656K. Reward and prompts
 are one's own: rewards.py, train.jsonl and test.jsonl. The prompts stop in the middle of a sentence,
-since after a full stop that model likes to end its story. A few minutes on 2 CPU cores; held-out
-reward rises by 1.0 to 1.2, sampled (docs/reproduction.md).
+since after a full stop that model likes to end its story, and end with a space, as its tokens do
+("was " is one, and after "was" it goes on with "n't"). A few minutes on 2 CPU cores; held-out
+reward rises by about 1, sampled (docs/reproduction.md).
 """
 
 from pathlib import Path

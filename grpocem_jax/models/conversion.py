@@ -90,7 +90,7 @@ def params_from_state(
     for name, tensor in layout.tensors.items():
         bare = name.removeprefix(layout.prefix)
         if bare not in left and name == layout.tied and HEAD in left:
-            bare = HEAD
+            name = bare = HEAD
         if bare not in left:
             field = layout.switch(name)
             doubt = f", or {field} in config.json is wrong" if field else ""

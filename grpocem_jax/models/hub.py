@@ -182,7 +182,11 @@ def _read_config(folder: Path) -> tuple[Architecture, Any, dict[str, Any]]:
             "model.safetensors and tokenizer files."
         )
     fields = read_object(path, fix=AGAIN)
-    kind = str(fields.get("model_type"))
+    if "model_type" not in fields:
+        raise InputError(
+            f"{path}: the field 'model_type' is missing; use the checkpoint's own config.json."
+        )
+    kind = str(fields["model_type"])
     if kind not in ARCHITECTURES:
         raise InputError(
             f"{path}: model_type={kind!r} is not implemented; use a checkpoint of one of: "
@@ -224,8 +228,9 @@ def _own_end(tokenizer: Any) -> tuple[int, ...]:
 def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
     """All tensors of a folder, and the file that has or names them."""
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        files = [whole.name]
     elif index.is_file():
         shards = read_object(index, fix=AGAIN).get("weight_map")
         names = list(shards.values()) if isinstance(shards, dict) else []
@@ -267,7 +272,7 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
             raise InputError(
                 f"{path}: not a whole safetensors file ({error}); fetch it again."
             ) from None
-    return state, index if len(files) > 1 else folder / files[0]
+    return state, whole if files == [whole.name] else index
 
 
 def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) -> None:

@@ -231,7 +231,7 @@ def _layout(config: LlamaConfig) -> conversion.Layout:
         tied="model.embed_tokens.weight" if config.tied else None,
         # The rotary frequencies of old checkpoints.
         passed_over=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-        switches={conversion.HEAD: "tie_word_embeddings"}
+        switches=dict.fromkeys((conversion.HEAD, "embed_tokens.*"), "tie_word_embeddings")
         | (
             {r"self_attn.*\.bias": "attention_bias", r"mlp.*\.bias": "mlp_bias"}
             if config.model_type == "llama"
