@@ -33,7 +33,7 @@ class Data(NamedTuple):
     def sha256(self) -> str:
         """Hash of what a run is made of and must find again: prompts, order and columns."""
         digest = hashlib.sha256()
-        for item in self.train + self.validation:
+        for item in self.train + self.heldout + self.validation:
             digest.update(repr((item.task.name, *item.example)).encode())
         return digest.hexdigest()
 
@@ -42,7 +42,8 @@ def load_data(config: Config, policy: Policy) -> Data:
     """Training, held-out and validation prompts of all tasks; no prompt is in two of them.
 
     Raises:
-      InputError: as `grpocem_jax.tasks.load_examples`; too few rows for validation prompts.
+      InputError: as `grpocem_jax.tasks.load_examples`; too few rows for held-out or validation
+        prompts.
     """
     tasks = {name: config.task(name) for name in config.data.tasks}
 
@@ -72,6 +73,11 @@ def load_data(config: Config, policy: Policy) -> Data:
     for name in config.data.tasks:
         judges = draw(name, "heldout", most + more, ())
         judged = judges.examples[:most]
+        if len(judged) < 2:
+            raise InputError(
+                f"data.{name}: its held-out split gives {len(judged)} prompt, and an interval "
+                "needs at least 2; add rows."
+            )
         prompts = {example.prompt for example in judged}
         compared = [example for example in judges.examples[most:] if example.prompt not in prompts]
         if more and not compared:

@@ -171,6 +171,9 @@ def compare(
 ) -> dict[str, Gain]:
     """Gains by task, and ``overall``: the mean over tasks, each weighing the same.
 
+    A task with fewer than two prompts whose rewards did not abstain has no interval and is left
+    out.
+
     Args:
       names: the tasks to report, in order.
       tasks: the task of each of ``n`` prompts.
@@ -181,11 +184,11 @@ def compare(
     labels = np.asarray(tasks)
     for name in names:
         rows = (labels == name) & ~np.isnan(before) & ~np.isnan(after)
-        if not rows.any():
-            continue
         difference = after[rows] - before[rows]
         n = len(difference)
-        variance = float(difference.var(ddof=1)) / n if n > 1 else math.inf
+        if n < 2:
+            continue
+        variance = float(difference.var(ddof=1)) / n
         variances.append(variance)
         gains[name] = _gain(float(before[rows].mean()), float(after[rows].mean()), variance, n)
     if gains:

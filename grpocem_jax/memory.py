@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.terminal import say
 
 T = TypeVar("T")
 
@@ -84,11 +85,10 @@ class Chunk:
                 if smaller is None or not self._lower:
                     advice = self._advice(self.size, smaller)
                     raise InputError(f"out of device memory in {self.where}: {advice}.") from error
-                print(
+                say(
                     f"out of device memory in {self.where}: {self.setting} is lowered from "
                     f"{self.size} to {smaller}; the results are the same up to rounding",
-                    file=sys.stderr,
-                    flush=True,
+                    sys.stderr,
                 )
                 self.size = smaller
 

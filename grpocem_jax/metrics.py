@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -17,7 +17,7 @@ class JsonLines:
     """Appends one JSON object a line, each flushed when written.
 
     Args:
-      path: of the file, made where it is not there.
+      path: of the file, made with the first record where it is not there.
       size: bytes of it to keep, what a checkpoint knows of; None keeps all.
 
     Raises:
@@ -30,26 +30,38 @@ class JsonLines:
             if present < size:
                 raise InputError(
                     f"{path}: has {present} bytes, but the checkpoint was made at {size}; put the "
-                    "file back, or start anew in another folder."
+                    "file back, or delete that checkpoint to continue from the one before."
                 )
             if present:
                 os.truncate(path, size)
-        self._file = path.open("a", encoding="utf-8")
-        self._file.seek(0, os.SEEK_END)
+        self._path = path
+        self._file: TextIO | None = None
 
     @property
     def size(self) -> int:
         """Bytes written."""
+        if self._file is None:
+            return self._path.stat().st_size if self._path.exists() else 0
         return self._file.tell()
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes a record; NaN and infinity, which JSON lacks, are refused (ValueError)."""
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
+            self._file.seek(0, os.SEEK_END)
+        self._file.write(line + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk, where a loss of power leaves it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class CompileClock:

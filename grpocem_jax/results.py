@@ -16,6 +16,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config
 from grpocem_jax.files import write_json, write_safetensors
 from grpocem_jax.policy import Policy
+from grpocem_jax.terminal import say
 
 Gains = dict[str, evaluation.Gain]
 
@@ -52,9 +53,9 @@ def judge(
     The base model is measured here too and not at first: it does not change, and one who starts a
     run sees its first steps at once.
     """
-    print("held-out reward before training", file=sys.stderr, flush=True)
+    say("held-out reward before training", sys.stderr)
     before = evaluation.judge(policy, policy.zero, items, key, config)
-    print("held-out reward after training", file=sys.stderr, flush=True)
+    say("held-out reward after training", sys.stderr)
     return Heldout(items, before, evaluation.judge(policy, adapter, items, key, config))
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, read_object, write_json
-from grpocem_jax.terminal import visible
+from grpocem_jax.files import is_file, is_folder, read_object, write_json
+from grpocem_jax.terminal import say
 
 NEUTRAL = (
     "cem",
@@ -32,6 +32,9 @@ NEUTRAL = (
 
 ANOTHER = "give another --workdir"
 
+OF_A_RUN = ("metrics.jsonl", "completions.jsonl", "summary.json", "checkpoints", "adapter")
+"""What a run would write over."""
+
 
 class Interrupted(SystemExit):
     """A signal ended a run whose work is on disk; the exit status is 128 + signal."""
@@ -45,19 +48,24 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
       settings: all settings, as config.json has them.
 
     Raises:
-      InputError: a run of other settings, with the differences, or a config.json that cannot be
-        read.
+      InputError: a run of other settings, with the differences; a config.json that cannot be
+        read, or is not there beside other files of a run.
     """
     path = workdir / "config.json"
     if not is_file(path):
+        others = [name for name in OF_A_RUN if (workdir / name).exists()]
+        if is_folder(workdir) and others:
+            raise InputError(
+                f"--workdir={workdir}: holds {others[0]} but no config.json to say what of; "
+                "give another folder."
+            )
         return False
-    stored = _flat(read_object(path, fix=ANOTHER))
-    given = _flat(json.loads(json.dumps(settings)))
+    stored = trained_settings(read_object(path, fix=ANOTHER))
+    given = trained_settings(json.loads(json.dumps(settings)))
     changed = [
         f"{name} is {stored.get(name)!r} there and {given.get(name)!r} here"
         for name in sorted(stored.keys() | given)
         if stored.get(name) != given.get(name)
-        and not any(name == own or name.startswith(f"{own}.") for own in NEUTRAL)
     ]
     if changed:
         raise InputError(
@@ -65,6 +73,35 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
             "another folder, or the settings of that run to continue it."
         )
     return True
+
+
+def trained_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that alter what is trained, by their names with dots."""
+    return {
+        name: value
+        for name, value in _flat(settings).items()
+        if not any(name == own or name.startswith(f"{own}.") for own in NEUTRAL)
+    }
+
+
+def check_identity(workdir: Path, identity: Mapping[str, str]) -> dict[str, Any]:
+    """The contents of a run's run.json.
+
+    Args:
+      workdir: a run directory.
+      identity: hashes of what the run is trained on, by name.
+
+    Raises:
+      InputError: another identity than the run was started on, or a run.json that cannot be read.
+    """
+    stored = read_object(workdir / "run.json", fix=ANOTHER)
+    for name, value in identity.items():
+        if stored.get(name) != value:
+            raise InputError(
+                f"--workdir={workdir}: the run there was started on another {name}; give another "
+                "folder, or what it was started on to continue it."
+            )
+    return stored
 
 
 @contextlib.contextmanager
@@ -102,19 +139,12 @@ def claim(
             ) from None
         except OSError as error:
             warning = f"no lock on {workdir} ({error.strerror}): start no second run there"
-            print(visible(warning), flush=True)
-        path = workdir / "run.json"
-        if check_settings(workdir, settings) and path.exists():
-            stored = read_object(path, fix=ANOTHER)
-            for name, value in identity.items():
-                if stored.get(name) != value:
-                    raise InputError(
-                        f"--workdir={workdir}: the run there was started on another {name}; give "
-                        "another folder, or what it was started on to continue it."
-                    )
+            say(warning)
+        if check_settings(workdir, settings):
+            stored = check_identity(workdir, identity)
         else:
             stored = {**identity, "id": uuid.uuid4().hex[:8]}
-            write_json(path, stored)
+            write_json(workdir / "run.json", stored)
         write_json(workdir / "config.json", settings)
         yield stored
 
@@ -161,6 +191,7 @@ class Signals:
         what = "the same command continues the run"
         if not self.at_once:
             what = "the step under way and a checkpoint are finished first"
-        print(f"\n{name}: {what}", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            say(f"\n{name}: {what}", sys.stderr)
         if self.at_once:
             raise Interrupted(128 + number)

@@ -16,7 +16,7 @@ from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
-from grpocem_jax.terminal import one_line
+from grpocem_jax.terminal import one_line, say, unread
 
 
 class Progress:
@@ -34,8 +34,9 @@ class Progress:
 
     def update(self, done: int, **values: str) -> None:
         """Shows that ``done`` steps are done, with some values by name."""
-        self._bar.set_postfix(values, refresh=False)
-        self._bar.update(done - self._bar.n)
+        with unread(sys.stderr):
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update(done - self._bar.n)
         now = time.monotonic()
         # The time of the first update is mostly compilation, and says nothing of those to come.
         first, started = self._first = self._first or (done, now)
@@ -45,17 +46,18 @@ class Progress:
             if first < done < self._total:
                 left = (now - started) / (done - first) * (self._total - done)
                 pairs.append(f"about {left:.0f} s left")
-            line = "  ".join([f"step {done}/{self._total}", *pairs])
-            print(line, file=sys.stderr, flush=True)
+            say("  ".join([f"step {done}/{self._total}", *pairs]), sys.stderr)
 
     @staticmethod
     def write(text: str) -> None:
         """Writes text above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        with unread(sys.stderr):
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Ends the line of the bar."""
-        self._bar.close()
+        with unread(sys.stderr):
+            self._bar.close()
 
 
 def first(

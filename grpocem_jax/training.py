@@ -33,9 +33,9 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import read_object, writing
+from grpocem_jax.files import is_file, read_object, writing
 from grpocem_jax.policy import Policy, load_policy
-from grpocem_jax.terminal import visible
+from grpocem_jax.terminal import say
 
 
 def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -59,11 +59,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     config, workdir = parse_config(settings), Path(workdir)
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
-    if rundir.check_settings(workdir, settings.to_dict()) and (workdir / "summary.json").exists():
-        summary = read_object(workdir / "summary.json", fix="delete it to have it made again")
-        page = workdir / "report/index.html"
-        print(visible(f"the run in {workdir} is complete; its page is {page}"))
-        return summary
+    continued = rundir.check_settings(workdir, settings.to_dict())
     trackers.check(config.logging)
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
@@ -78,12 +74,15 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             "grpo.group_size); give more data or a smaller step."
         )
     identity = {"model": policy.pretrained.sha256, "data": data.sha256}
+    if continued and _is_complete(workdir):
+        rundir.check_identity(workdir, identity)
+        return _leave_alone(workdir)
     with (
         writing(f"--workdir={workdir}", "make room; the same command continues the run"),
         rundir.claim(workdir, settings.to_dict(), identity) as claimed,
         rundir.Signals() as signals,
     ):
-        config_hash = checkpoints.config_hash(settings.to_dict())
+        config_hash = checkpoints.config_hash(rundir.trained_settings(settings.to_dict()))
         key, eval_key = jax.random.split(jax.random.key(config.seed))
         run = Run(config, policy, train_items, key, workdir, config_hash, signals)
         run.validation_items = data.validation
@@ -97,9 +96,9 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             first_step=run.first_step + 1,
         )
         first = screens.first(config, policy, data.lines, workdir, [x.where for x in run.logs])
-        print(visible(first), flush=True)
+        say(first)
         if run.first_step:
-            print(f"resumed   after step {run.first_step}", flush=True)
+            say(f"resumed   after step {run.first_step}")
         return _finish(run, data, eval_key, started)
 
 
@@ -141,8 +140,24 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
     for log in run.logs:
         log.log(named, int(state.step))
         log.close()
-    print(visible(screens.closing(sampled, greedy, summary, config, workdir)), flush=True)
-    print(visible(f"report    {report.write(workdir)}"), flush=True)
+    say(screens.closing(sampled, greedy, summary, config, workdir))
+    say(f"report    {report.write(workdir)}")
+    return summary
+
+
+def _is_complete(workdir: Path) -> bool:
+    return all(
+        is_file(workdir / name) for name in ("summary.json", "adapter/adapter_model.safetensors")
+    )
+
+
+def _leave_alone(workdir: Path) -> dict[str, Any]:
+    """The summary of a complete run; its page is drawn where it was cut off before that."""
+    summary = read_object(workdir / "summary.json", fix="delete it to have it made again")
+    page = workdir / "report" / "index.html"
+    if not is_file(page):
+        page = report.write(workdir)
+    say(f"the run in {workdir} is complete; its page is {page}")
     return summary
 
 
@@ -193,10 +208,15 @@ class Run:
         self.state = grpo.init_state(policy.zero, config.hyperparameters)
         found, damaged = self.checkpoints.restore_latest(self.state)
         for sentence in damaged:
-            print(visible(f"passed over: {sentence}"), file=sys.stderr, flush=True)
+            say(f"passed over: {sentence}", sys.stderr)
         position: dict[str, Any] = {}
         if found is not None:
             self.state, self.key, position = found
+            if position.get("config_hash") != config_hash:
+                raise InputError(
+                    f"--workdir={workdir}: its checkpoints are of other settings than its "
+                    "config.json; give another folder."
+                )
         self.first_step = int(self.state.step)
         self.num_tokens = position.get("num_tokens", 0)
         self.skipped = position.get("skipped", 0)
@@ -209,6 +229,9 @@ class Run:
         )
         self.completions = metrics.JsonLines(
             workdir / "completions.jsonl", position.get("completions_bytes", 0)
+        )
+        self.nonfinite = metrics.JsonLines(
+            workdir / "nonfinite.jsonl", position.get("nonfinite_bytes", 0)
         )
 
     def train(self) -> grpo.TrainState:
@@ -224,7 +247,8 @@ class Run:
         signals.at_once = False
         with contextlib.ExitStack() as last:
             # All of them, also where one fails because the disk is full.
-            for close in (self.checkpoints, self.completions, self.metrics, progress):
+            logs = (self.completions, self.metrics, self.nonfinite)
+            for close in (self.checkpoints, *logs, progress):
                 last.callback(close.close)
             last.callback(setattr, signals, "at_once", True)
             for step in range(self.first_step, self.total_steps):
@@ -234,6 +258,7 @@ class Run:
                 if self.evaluation_due(step + 1):
                     record["eval_reward"] = self.evaluate(state)
                 self.log(record)
+                self.check_finite(step, bool(record["skipped"]))
                 progress.update(
                     step + 1,
                     reward=f"{record['reward']:.3f}",
@@ -241,15 +266,17 @@ class Run:
                     tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
                 )
                 if signals.received or self.checkpoint_due(step + 1, saved):
+                    for log in logs:
+                        log.sync()
                     self.checkpoints.save(state, self.key, self.position(step + 1))
                     saved = time.monotonic()
                 if signals.received:
                     break
         if signals.received:
-            print(
+            say(
                 f"stopped after step {int(state.step)} of {self.total_steps}; the same command "
                 "continues the run",
-                file=sys.stderr,
+                sys.stderr,
             )
             raise rundir.Interrupted(128 + signals.received)
         return state
@@ -290,7 +317,7 @@ class Run:
         try:
             return stored.restore(self.state, self.best["step"])[0].adapter
         except InputError as error:
-            print(visible(f"no best adapter: {error}"), file=sys.stderr, flush=True)
+            say(f"no best adapter: {error}", sys.stderr)
             return None
         finally:
             stored.close()
@@ -307,6 +334,7 @@ class Run:
             "micro_batch": self.micro_batch.size,
             "metrics_bytes": self.metrics.size,
             "completions_bytes": self.completions.size,
+            "nonfinite_bytes": self.nonfinite.size,
         }
 
     def log(self, record: dict[str, Any]) -> None:
@@ -389,7 +417,6 @@ class Run:
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
-        self.check_finite(step + 1, bool(record["skipped"]), items)
         if step % config.logging.interval == 0 or step + 1 == self.total_steps:
             self.show(step + 1, items, texts, rewards, np.asarray(advantages))
         return state, record
@@ -401,24 +428,22 @@ class Run:
             return f"lower train.accumulation_steps={count} to {count // 2}"
         return f"lower generation.max_new_tokens={length} to {length // 2}"
 
-    def check_finite(self, step: int, skipped: bool, items: Sequence[rollouts.Item]) -> None:
+    def check_finite(self, step: int, skipped: bool) -> None:
         """Counts a skipped update; stops after too many in a row, with the prompts on disk."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             return
         self.skipped += 1
-        print(f"step {step}: loss or gradient is not finite; update skipped", file=sys.stderr)
-        file = self.workdir / "nonfinite.jsonl"
-        prompts = metrics.JsonLines(file)
-        for item in items:
-            prompts.write({"step": step, "task": item.task.name, "prompt": item.example.prompt})
-        prompts.close()
+        say(f"step {step + 1}: loss or gradient is not finite; update skipped", sys.stderr)
+        for item in self.batch(step):
+            prompt = {"step": step + 1, "task": item.task.name, "prompt": item.example.prompt}
+            self.nonfinite.write(prompt)
         if self.skipped_in_a_row > self.config.train.max_skipped_updates:
             raise InputError(
                 f"train.max_skipped_updates={self.config.train.max_skipped_updates}: loss or "
                 f"gradient was not finite {self.skipped_in_a_row} times in a row, at last in step "
-                f"{step}; lower train.learning_rate={self.config.train.learning_rate}, or look at "
-                f"the prompts in {file}."
+                f"{step + 1}; lower train.learning_rate={self.config.train.learning_rate} in a new "
+                f"run, or look at the prompts in {self.workdir / 'nonfinite.jsonl'}."
             )
 
     def advantages(

@@ -38,6 +38,9 @@ def test_prompts_that_abstained_are_left_out():
     )
     assert (gains["qa"].n, gains["qa"].gain) == (2, 0.5)
     assert evaluation.compare(["qa"], ["qa"], np.array([np.nan]), np.array([0.0])) == {}
+    # Nor is there an interval of one: an infinite one is not JSON.
+    one = np.array([0.0, np.nan])
+    assert evaluation.compare(["qa"], ["qa"] * 2, one, np.ones(2)) == {}
 
 
 def test_the_mean_reward_weighs_tasks_alike_and_leaves_out_what_abstained():

@@ -252,6 +252,63 @@ def test_another_model_or_other_data_under_the_same_name_are_refused(whole, what
         pass
 
 
+def test_a_complete_run_is_refused_on_other_data_and_without_its_identity(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    stored = json.loads((workdir / "run.json").read_text())
+    (workdir / "run.json").write_text(json.dumps({**stored, "data": "another hash"}))
+    with pytest.raises(InputError, match="started on another data"):
+        training.train(settings(), workdir)
+    (workdir / "run.json").unlink()
+    with pytest.raises(InputError, match=r"run\.json: cannot be read"):
+        training.train(settings(), workdir)
+
+
+def test_the_page_of_a_complete_run_that_lacks_it_is_drawn(whole, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    page = workdir / "report" / "index.html"
+    drawn = []
+
+    def draw(folder):
+        drawn.append(folder)
+        page.parent.mkdir()
+        page.touch()
+        return page
+
+    monkeypatch.setattr(training.report, "write", draw)
+    for _ in range(2):
+        training.train(settings(), workdir)
+        assert f"its page is {page}" in capsys.readouterr().out
+    assert drawn == [workdir]
+
+
+def test_a_run_whose_adapter_is_gone_is_finished_again(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(workdir / "adapter")
+    assert training.train(settings(), workdir)["resumed_after_step"] == STEPS
+    same_runs(whole, workdir)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "checkpoints"])
+def test_files_of_a_run_without_its_settings_are_not_written_over(name, whole, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    copy = shutil.copytree if (whole / name).is_dir() else shutil.copyfile
+    copy(whole / name, workdir / name)
+    with pytest.raises(InputError, match=rf"holds {name} but no config\.json"):
+        training.train(settings(), workdir)
+    assert [path.name for path in workdir.iterdir()] == [name]
+
+
+def test_checkpoints_of_other_settings_than_config_json_are_refused(tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    cut_off(workdir, monkeypatch, after=3)
+    stored = json.loads((workdir / "config.json").read_text())
+    stored["train"]["learning_rate"] = 0.5
+    (workdir / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="checkpoints are of other settings"):
+        training.train(settings(**{"train.learning_rate": 0.5}), workdir)
+
+
 def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -385,6 +442,19 @@ def test_too_few_rows_to_compare_checkpoints_are_an_error(tmp_path):
         training.train(settings(**JUDGED, **{"data.heldout_samples": 120}), tmp_path / "run")
 
 
+def test_a_held_out_split_without_an_interval_is_refused_before_training(tmp_path):
+    for split, count in (("train", 40), ("test", 1)):
+        rows = [{"text": f"The {split} soup was good {i}", "label": i % 2} for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {
+        "data.sentiment.source": str(tmp_path),
+        "data.sentiment.label_names": ("negative", "positive"),
+    }
+    with pytest.raises(InputError, match=r"data.sentiment: .* gives 1 prompt, .* at least 2"):
+        training.train(settings(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_best_checkpoint_that_is_damaged_is_named(stored, tmp_path, capsys):
     run = object.__new__(training.Run)
     run.workdir, run.state, run.best = tmp_path, STATE, {"step": 2, "eval_reward": 0.5}
@@ -405,8 +475,46 @@ def test_a_run_of_updates_that_are_not_finite_stops_with_the_prompts(tmp_path, m
     prompts = lines(tmp_path / "run" / "nonfinite.jsonl")
     assert {line["step"] for line in prompts} == {1, 2, 3}
     records = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [record["loss"] for record in records] == [None, None]
-    assert [record["skipped"] for record in records] == [1.0, 1.0]
+    assert [record["loss"] for record in records] == [None] * 3
+    assert [record["skipped"] for record in records] == [1.0] * 3
+
+
+def test_prompts_of_skipped_updates_are_not_repeated(tmp_path, monkeypatch):
+    broken = jnp.full((8, 4, 4), jnp.nan)
+    monkeypatch.setattr(training.Run, "advantages", lambda *args: broken[: len(args[1])])
+    changes = {"train.max_skipped_updates": 9}
+    cut_off(tmp_path / "run", monkeypatch, after=3, **changes)
+    training.train(settings(**changes), tmp_path / "run")
+    prompts = lines(tmp_path / "run" / "nonfinite.jsonl")
+    assert [line["step"] for line in prompts] == [step for step in range(1, 7) for _ in range(4)]
+
+
+# Nobody reads what is printed
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """A standard error that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        yield
+        monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_run_goes_on_unseen(whole, tmp_path):
+    training.train(settings(), tmp_path / "run")
+    same_runs(whole, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_signal_is_heard_where_what_it_prints_is_not():
+    with rundir.Signals() as signals:
+        signals.at_once = False
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
 
 
 # Processes
@@ -510,6 +618,8 @@ def test_a_disk_that_is_full_is_said_and_the_run_continues_after(
         if what == "log":
             # Every line written to this device fails as on a full disk.
             workdir.mkdir()
+            for name in ("config.json", "run.json"):
+                shutil.copyfile(whole / name, workdir / name)
             (workdir / "metrics.jsonl").symlink_to("/dev/full")
         else:
             patch.setattr(files, "save_file", full_disk)
