@@ -152,7 +152,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
         config.cem.budget_s = 1.0  # "adaptation time 1.0000 s", whatever the task
     config.cem.population_chunk = 0
     config.cem.fit_memory = False
-    config.cem.buckets = (16, 32, 64, 128, 256)
+    config.cem.buckets = (16, 32, 64, 128, 256, 512, 1024)
 
     config.logging = ml_collections.ConfigDict()
     config.logging.report_to = ()

@@ -9,6 +9,7 @@ The model's parameters and the trained adapter are never changed; the result is 
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class Adaptation:
 
     Attributes:
       adapter: the adapter found; the one adapted from where the gate let nothing pass.
-      fitness_before: fitness of the adapter started from, on all that was given.
+      fitness_before: fitness of the adapter started from, on all that was given; NaN of one token.
       fitness_after: fitness of the result.
       search: the search itself; None where there was too little text for one.
       note: why there was no search; "" where there was one.
@@ -110,10 +111,26 @@ def load_run(
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
     )
-    offsets = checkpoints.load_adapter(
-        workdir / adapter, policy.zero, base_sha256=policy.pretrained.sha256
-    )
-    return TrainedRun(config, policy, offsets)
+    return TrainedRun(config, policy, load_fitting_adapter(config, policy, workdir / adapter))
+
+
+def load_fitting_adapter(config: Config, policy: Policy, folder: Path) -> Offsets:
+    """An adapter made with the config's settings: equal shapes do not mean that it fits.
+
+    Raises:
+      InputError: as `checkpoints.load_adapter`; an adapter made with other settings.
+    """
+    offsets = checkpoints.load_adapter(folder, policy.zero, base_sha256=policy.pretrained.sha256)
+    path = folder / "adapter_config.json"
+    stored = read_object(path, fix="train the adapter again")
+    wanted = json.loads(json.dumps(policy.adapter_config(config.adapter)))
+    for name in wanted.keys() - {"base_model"}:
+        if stored.get(name) != wanted[name]:
+            raise InputError(
+                f"{path}: {name}={stored.get(name)!r}, but config.adapter has {wanted[name]!r}; "
+                "give the settings, or the run, that the adapter was made with."
+            )
+    return offsets
 
 
 def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Space:
@@ -145,7 +162,7 @@ def adapt(
     """Adapts to the likelihood of one text, or of several that stand for their kind.
 
     With the gate, one text is adapted to in its first part and judged on its last; of several, some
-    are held back.
+    are held back. A text of one token is left alone: nothing of it can be scored.
 
     Args:
       run: what to adapt.
@@ -164,6 +181,9 @@ def adapt(
     listed = [texts] if isinstance(texts, str | Text) else texts
     if not isinstance(listed, Sequence) or not listed:
         raise InputError("there is no text to adapt to; give at least one.")
+    if len(listed) == 1 and len(_encode(run.policy, _as_text(listed[0]), settings)[0]) == 1:
+        note = "a single token has no likelihood given what comes before it"
+        return Adaptation(run.adapter, math.nan, math.nan, None, note)
     encoded = [encode(run.policy, text, settings) for text in listed]
     everything = batch(encoded, settings)
     score = make_fitness(run.policy, settings, everything)
@@ -363,24 +383,33 @@ def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[
     return texts
 
 
+def room(run: TrainedRun) -> int:
+    """Tokens of the longest prompt that leaves room for ``generation.max_new_tokens``."""
+    new, context = run.config.generation.max_new_tokens, run.policy.model.context_length
+    return min(context - new, run.config.cem.buckets[-1])
+
+
 def check_room(run: TrainedRun, length: int) -> None:
     """Refuses a prompt of ``length`` tokens that is too long to be completed.
 
     Raises:
       InputError: it leaves no room for ``generation.max_new_tokens``, or is beyond ``cem.buckets``.
     """
-    new, context = run.config.generation.max_new_tokens, run.policy.model.context_length
-    room = min(context - new, run.config.cem.buckets[-1])
-    if length > room:
+    if length > room(run):
         raise InputError(
             f"a prompt has {length} tokens, but cem.buckets={run.config.cem.buckets} and "
-            f"generation.max_new_tokens={new} of a context of {context} allow {room}; shorten it."
+            f"generation.max_new_tokens={run.config.generation.max_new_tokens} of a context of "
+            f"{run.policy.model.context_length} allow {room(run)}; shorten it."
         )
 
 
-def check_prompt(run: TrainedRun, prompt: str) -> None:
-    """Refuses a prompt that `complete` would refuse, before any work."""
-    check_room(run, len(_encode(run.policy, Text(prompt), run.config.cem)[0]))
+def count_tokens(run: TrainedRun, prompt: str) -> int:
+    """Tokens of a prompt.
+
+    Raises:
+      InputError: it is empty, not UTF-8 text, or longer than the last of ``cem.buckets``.
+    """
+    return len(_encode(run.policy, Text(prompt), run.config.cem)[0])
 
 
 def log_likelihoods(
@@ -421,6 +450,10 @@ def _values(score, adapters, batches, *, own_adapters):
     return jax.vmap(lambda adapter, batch: score(adapter, batch, key), axes)(adapters, batches)
 
 
+def _as_text(text: str | Text) -> Text:
+    return text if isinstance(text, Text) else Text(text)
+
+
 def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray, int]:
     """Tokens of a text, int32 ``[n]``, and the number of the first that counts."""
     if not isinstance(text.prompt, str) or not isinstance(text.completion, str):
@@ -453,7 +486,7 @@ def encode(policy: Policy, text: str | Text, settings: CEMConfig) -> tuple[np.nd
     Raises:
       InputError: an empty prompt, a single token (there is nothing to predict), or too many.
     """
-    text = text if isinstance(text, Text) else Text(text)
+    text = _as_text(text)
     tokens, first = _encode(policy, text, settings)
     if len(tokens) < 2:
         raise InputError(
@@ -518,8 +551,8 @@ def summary(result: Adaptation) -> dict[str, Any]:
     """The result as plain values, with the names of ``adapt.py --json``."""
     found = result.search
     return {
-        "fitness_before": result.fitness_before,
-        "fitness_after": result.fitness_after,
+        "fitness_before": None if math.isnan(result.fitness_before) else result.fitness_before,
+        "fitness_after": None if math.isnan(result.fitness_after) else result.fitness_after,
         "adapted": result.returned != "start",
         "returned": result.returned,
         "held_back_gain": None

@@ -31,6 +31,9 @@ from grpocem_jax.files import (
 )
 
 TRAJECTORY = "trajectory.safetensors"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+"""What `save_adapter` writes."""
+
 MAX_EXPERTS = 8
 """The report's number of experts."""
 
@@ -293,7 +296,7 @@ def _read_arrays(path: Path, template: Offsets) -> Offsets:
 def copy_adapter(source: Path, target: Path) -> None:
     """Copies the files of an adapter folder; makes ``target`` and the folders above it."""
     target.mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+    for name in ADAPTER_FILES:
         shutil.copyfile(source / name, target / name)
 
 

@@ -21,7 +21,7 @@ from absl import flags
 from safetensors import SafetensorError
 
 from grpocem_jax import checkpoints, commands, files, screens
-from grpocem_jax.adaptation import TrainedRun, load_run
+from grpocem_jax.adaptation import TrainedRun, load_fitting_adapter, load_run
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
@@ -73,7 +73,7 @@ def export_model(
     source = workdir / "adapter" if adapter is None else Path(adapter)
     run = load_run(workdir)
     if adapter is not None:
-        run = run._replace(adapter=_load_other(run, source))
+        run = run._replace(adapter=load_fitting_adapter(run.config, run.policy, source))
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None)
     print(visible(screens.exporting(run, source)), file=sys.stderr, flush=True)
     # The run's own parameters may be in bfloat16.
@@ -125,22 +125,6 @@ def _card(run: TrainedRun, path: Path, *, own_adapter: bool) -> str:
         raise InputError(
             f"{path}: the model card cannot be filled from it ({error!r}); give a run that ended."
         ) from None
-
-
-def _load_other(run: TrainedRun, folder: Path) -> adapters.Offsets:
-    """Another adapter, made with the run's settings: equal shapes do not mean that it fits."""
-    policy = run.policy
-    offsets = checkpoints.load_adapter(folder, policy.zero, base_sha256=policy.pretrained.sha256)
-    path = folder / "adapter_config.json"
-    stored = files.read_object(path, fix="give another --adapter")
-    wanted = json.loads(json.dumps(policy.adapter_config(run.config.adapter)))
-    for name in wanted.keys() - {"base_model"}:
-        if stored.get(name) != wanted[name]:
-            raise InputError(
-                f"{path}: {name}={stored.get(name)!r}, but the run has {wanted[name]!r}; give the "
-                "run that the adapter was made with."
-            )
-    return offsets
 
 
 def _save(run: TrainedRun, carrier: Carrier, folder: Path) -> None:

@@ -77,9 +77,7 @@ def run(
             )
     # What cannot be used is refused before the first search.
     for text in texts:
-        adaptation.check_prompt(trained, text)
-        if examples is None:
-            adaptation.encode(trained.policy, text, trained.config.cem)
+        adaptation.count_tokens(trained, text)
     judged = [] if heldout is None else _texts(Path(heldout))
     for judge in judged:
         adaptation.encode(trained.policy, judge, trained.config.cem)
@@ -154,8 +152,10 @@ def _record(
         for when, adapter in (("before", run.adapter), ("after", found.adapter)):
             values = adaptation.log_likelihoods(run, adapter, judged)
             record[f"heldout_{when}"] = float(np.mean(values))
+    # A prompt may fill the context and still be adapted to.
+    fits = prompt != "" and adaptation.count_tokens(run, prompt) <= adaptation.room(run)
     for when, adapter in (("before", run.adapter), ("after", found.adapter)):
-        record[f"text_{when}"] = adaptation.complete(run, adapter, [prompt])[0] if prompt else None
+        record[f"text_{when}"] = adaptation.complete(run, adapter, [prompt])[0] if fits else None
     return record
 
 
@@ -218,8 +218,9 @@ def _texts(file: Path) -> list[Text]:
 
 def _make_folder(folder: Path) -> None:
     """Makes the folder of ``--save``, so that it cannot fail after the search."""
-    if is_file(folder / "adapter_model.safetensors"):
-        raise InputError(f"--save={folder}: holds an adapter already; give another folder.")
+    there = [name for name in checkpoints.ADAPTER_FILES if is_file(folder / name)]
+    if there:
+        raise InputError(f"--save={folder}: holds {there[0]} already; give another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

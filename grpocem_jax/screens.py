@@ -126,7 +126,9 @@ def adapted(record: dict[str, Any]) -> str:
     gain = record["held_back_gain"]
     held = f", held-back {gain:+.3f}" if gain else ""
     before, after = record["fitness_before"], record["fitness_after"]
-    lines = ["", f"fitness   {before:.3f} before, {after:.3f} after{held}"]
+    lines = [""]
+    if before is not None:
+        lines.append(f"fitness   {before:.3f} before, {after:.3f} after{held}")
     if "heldout_before" in record:
         lines.append(
             f"held out  {record['heldout_before']:.3f} before, {record['heldout_after']:.3f} after"
@@ -138,24 +140,28 @@ def adapted(record: dict[str, Any]) -> str:
         f"result    {verdict}",
     ]
     if record["prompt"]:
+        lines.append(f"prompt    {one_line(record['prompt'])}")
+    if record["text_before"] is not None:
         lines += [
-            f"prompt    {one_line(record['prompt'])}",
             f"before   >{one_line(record['text_before'])}",
             f"after    >{one_line(record['text_after'])}",
         ]
+    elif record["prompt"]:
+        lines.append("          fills the context, so there is no room for a completion")
     return "\n".join(lines)
 
 
 def adapted_card(run: TrainedRun, record: dict[str, Any]) -> str:
     """README.md of a folder that holds an adapted adapter."""
+    before, after = record["fitness_before"], record["fitness_after"]
+    change = f"; fitness {before:.3f} before, {after:.3f} after" if before is not None else ""
     return "\n".join(
         [
             f"# Adapter of {run.policy.pretrained.source}, adapted further",
             "",
             f"{adapters.num_params(run.policy.zero):,} {_trained(run.config.adapter)}, found at "
             f"inference by grpocem_jax: {record['candidates']} candidates in "
-            f"{record['generations']} generations; fitness {record['fitness_before']:.3f} before, "
-            f"{record['fitness_after']:.3f} after.",
+            f"{record['generations']} generations{change}.",
             "",
         ]
     )

@@ -161,7 +161,10 @@ def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "fitness_before", "fitness_after", "generations", "candidates", "seconds", "converged",
         "adapted",
     )  # fmt: skip
-    means = {name: float(np.mean([record[name] for record in records])) for name in numbers}
+    means = {}
+    for name in numbers:
+        present = [record[name] for record in records if record[name] is not None]
+        means[name] = float(np.mean(present)) if present else None
     return {**means, "searches": len(records)}
 
 
@@ -188,8 +191,12 @@ def show(tables: dict[str, Any], config: Any) -> str:
             if "heldout_before" in row
             else "no reference"
         )
+        fitness = [
+            "none" if row[key] is None else f"{row[key]:.3f}"
+            for key in ("fitness_before", "fitness_after")
+        ]
         lines.append(
-            f"  {name:<18}{row['fitness_before']:9.3f}{row['fitness_after']:9.3f}"
+            f"  {name:<18}{fitness[0]:>9}{fitness[1]:>9}"
             f"{row['adapted']:9.0%}{row['converged']:10.0%}{row['generations']:12.1f}"
             f"{row['seconds']:9.2f}{judged:>25}"
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from configs import gpt2 as gpt2_recipe
 from grpocem_jax import checkpoints
@@ -404,6 +404,19 @@ def test_a_damaged_entry_is_computed_anew(tmp_path, calls, damage):
     assert_factors(lookup(kernel()), kernel())
     assert len(calls) == 2
     lookup(kernel())  # the entry is whole again
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", [{"s": 1.5}, {"u": 0.0}, {"vt": None}])
+def test_an_entry_whose_product_is_another_kernel_is_computed_anew(tmp_path, calls, change):
+    lookup = svf.cached_svd(tmp_path)
+    lookup(kernel())
+    (path,) = tmp_path.iterdir()
+    arrays = load_file(path)
+    for name, factor in change.items():
+        arrays[name] = arrays[name][:, :-1].copy() if factor is None else factor * arrays[name]
+    save_file(arrays, path)
+    assert_factors(lookup(kernel()), kernel())
     assert len(calls) == 2
 
 

@@ -358,9 +358,31 @@ def test_a_prompt_beside_examples_is_refused_before_the_search(refused, tmp_path
     assert refused({"cem.gate": False}, examples=examples, prompt=prompt)
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_before_the_search(refused):
-    changes = {"generation.max_new_tokens": 120}
-    assert "allow" in refused(changes, prompt=PROMPT)
+def test_a_prompt_that_leaves_no_room_is_adapted_to_and_not_completed(adapt):
+    # The context is 128.
+    result, out, _ = adapt({"generation.max_new_tokens": 120}, prompt=PROMPT)
+    assert (result["text_before"], result["text_after"]) == (None, None)
+    assert result["generations"] == 2
+    assert "no room for a completion" in out
+
+
+def test_a_prompt_of_one_token_is_completed_and_left_alone(adapt, tmp_path):
+    result, out, _ = adapt(prompt="Review", save=str(tmp_path / "saved"))
+    assert (result["fitness_before"], result["returned"]) == (None, "start")
+    assert result["text_before"] == result["text_after"] != ""
+    assert "not adapted: a single token has no likelihood" in out
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    assert "0 candidates in 0 generations." in card
+
+
+def test_files_that_are_there_are_not_saved_over(refused, tmp_path):
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    assert "holds README.md already" in refused(prompt=PROMPT, save=str(tmp_path))
+
+
+def test_an_adapter_made_with_other_settings_is_refused(refused):
+    changes = {"adapter.tail": "drop"}
+    assert "tail='keep', but config.adapter has 'drop'" in refused(changes, prompt=PROMPT)
 
 
 def test_a_heldout_text_that_cannot_judge_is_refused_before_the_search(refused, tmp_path):

@@ -52,8 +52,8 @@ def cached_svd(folder: Path | None = None) -> SVD:
       folder: of the cache; by default ``svd`` in `grpocem_jax.files.cache_folder`.
 
     Returns:
-      a function like `svd`. A damaged file is computed anew; a cache that cannot be written to is
-      only a cache that does not help.
+      a function like `svd`. A file that is damaged, or whose product is not the kernel, is computed
+      anew; a cache that cannot be written to is only a cache that does not help.
     """
     folder = folder or cache_folder() / "svd"
 
@@ -63,9 +63,13 @@ def cached_svd(folder: Path | None = None) -> SVD:
         path = folder / f"{digest}.safetensors"
         try:
             stored = load_file(path)
-            return stored["u"], stored["s"], stored["vt"]
-        except (OSError, SafetensorError, KeyError):
-            u, s, vt = svd(kernel)
+            u, s, vt = stored["u"], stored["s"], stored["vt"]
+            # ValueError: shapes that do not fit each other, or the kernel.
+            if np.linalg.norm((u * s) @ vt - kernel) <= 1e-4 * np.linalg.norm(kernel):
+                return u, s, vt
+        except (OSError, SafetensorError, KeyError, ValueError):
+            pass
+        u, s, vt = svd(kernel)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_safetensors(path, {"u": u, "s": s, "vt": vt})
