@@ -256,7 +256,8 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
     Raises:
       InputError: a reward function raised, exited or took too long, returned something else than a
         number that is finite in float32 or None, or another number of values; it names the
-        function, and where one can be found the prompt and the completion.
+        function, and where one can be found the prompt and the completion.  A weighted sum that
+        is not finite in float32.
     """
     shape = (len(items), len(texts[0]))
     total = np.full(shape, np.nan, np.float32)
@@ -269,12 +270,18 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
             for row, item, group, completions in zip(rows, chosen, found, parts, strict=True):
                 for sample, (value, text) in enumerate(zip(group, completions, strict=True)):
                     values[row, sample] = _reward(value, reward.name, item, text)
-            own = reward.weight * values[rows]
             before = total[rows]
-            # The sum of those that did not abstain.
-            total[rows] = np.where(
-                np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own)
-            )
+            with np.errstate(over="ignore"):
+                own = reward.weight * values[rows]
+                # The sum of those that did not abstain.
+                sums = np.where(np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own))
+            if np.isinf(sums).any():
+                raise InputError(
+                    f"The rewards of the task {chosen[0].task.name} with the weight "
+                    f"{reward.weight:g} of {reward.name} add up to more than float32 holds; lower "
+                    "the rewards, or their weights."
+                )
+            total[rows] = sums
     return Scores(total, functions)
 
 

@@ -116,6 +116,21 @@ def test_what_is_no_finite_number_is_no_reward_whatever_it_looks_like(value):
     assert "for the completion 'bad' of the prompt 'x'" in str(error.value)
 
 
+@pytest.mark.parametrize("weights", [(10.0, 1.0), (1.0, 1.0), (1.0, -10.0), (10.0, -10.0)])
+def test_a_weighted_sum_that_float32_does_not_hold_is_refused(weights):
+    def one(prompts, completions, **columns):
+        return [3e38] * len(completions)
+
+    def two(prompts, completions, **columns):
+        return [3e38] * len(completions)
+
+    rewards = tuple(Reward(f, w) for f, w in zip((one, two), weights, strict=True))
+    task = dataclasses.replace(make_task(None), rewards=rewards)
+    # In float32 the sums are infinite, and the last is NaN, as if both had abstained.
+    with pytest.raises(InputError, match=r"the task echo .* more than float32 holds"):
+        rollouts.score(items(task, "x"), [["a", "b"]])
+
+
 def test_numbers_of_any_library_are_rewards():
     def mixed(prompts, completions, **columns):
         return np.array([0.5, -1.0])
