@@ -12,10 +12,12 @@ reasons and what came of it.
 import ml_collections
 from ml_collections import config_dict
 
+from grpocem_jax.errors import InputError
+
 
 def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     if recipe not in ("report", "tuned"):
-        raise ValueError(f"there is no recipe {recipe!r}; the recipes are report and tuned.")
+        raise InputError(f"gpt2: there is no recipe {recipe!r}; the recipes are report and tuned.")
     config = ml_collections.ConfigDict()
     config.seed = 0
 

@@ -174,7 +174,7 @@ def adapt(
 
     Raises:
       InputError: a text that is empty, has nothing to score or is too long; settings that cannot be
-        used.
+        used; a fitness that is not finite for the run's adapter (before any search) or the result.
     """
     settings = settings or run.config.cem
     key = jax.random.key(run.config.seed) if key is None else key
@@ -192,7 +192,10 @@ def adapt(
         with memory.advise("the fitness of one adapter", "give shorter texts or fewer"):
             return float(_value(score, adapter, batch=everything, key=key))
 
-    before = value(run.adapter)
+    own = user_code.is_reference(settings.fitness)
+    name = settings.fitness if own else "likelihood"
+    fix = "return a finite number for it" if own else "give other texts, or another adapter"
+    before = _finite(value(run.adapter), name, "to start from", fix)
     fitted, held_back = everything, None
     if settings.gate:
         parts = hold_back(encoded, settings)
@@ -216,7 +219,23 @@ def adapt(
         budget_s=settings.budget_s,
         on_chunk=on_chunk,
     )
-    return Adaptation(found.adapter, before, value(found.adapter), found)
+    fix += "" if settings.gate else ", or set cem.gate=True"
+    after = _finite(value(found.adapter), name, "found", fix)
+    return Adaptation(found.adapter, before, after, found)
+
+
+def _finite(value: float, name: str, which: str, fix: str) -> float:
+    """A fitness that others can be compared with.
+
+    Raises:
+      InputError: it is not finite.
+    """
+    if not math.isfinite(value):
+        raise InputError(
+            f"config.cem.fitness={name!r} is {value} for the adapter {which}, and there is nothing "
+            f"to compare with that; {fix}."
+        )
+    return value
 
 
 def make_fitness(
@@ -234,11 +253,11 @@ def make_fitness(
     own = fitness.Own(policy.params, policy.model, function)
     try:
         value = jax.eval_shape(own, policy.zero, texts, jax.random.key(0))
-    except Exception as error:  # whatever the function's own code may raise
+    except (Exception, SystemExit) as error:  # whatever the function's own code may raise
+        kind, message = user_code.failure(error)
         raise InputError(
-            f"{field}={settings.fitness!r} raised {type(error).__name__} "
-            f"({str(error).splitlines()[0] if str(error) else 'no message'}); it is called as "
-            "(model, params, adapter, texts, key) and must be traceable by JAX."
+            f"{field}={settings.fitness!r} raised {kind} ({message.splitlines()[0]}); it is called "
+            "as (model, params, adapter, texts, key) and must be traceable by JAX."
         ) from error
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(
@@ -270,7 +289,8 @@ def adapt_to_reward(
 
     Raises:
       InputError: settings that cannot be used, no prompt, a single one with the gate, or one that
-        leaves no room for a completion.
+        leaves no room for a completion; rewards that all abstain from completions by the run's
+        adapter (before any search) or by the result.
     """
     settings = settings or run.config.cem
     key = jax.random.key(run.config.seed) if key is None else key
@@ -285,12 +305,6 @@ def adapt_to_reward(
     for item in items:
         check_room(run, len(item.tokens))
     space = space or make_space(run.policy, run.adapter, settings)
-    warm = None
-    if settings.warm_start:
-        texts = [Text(i.example.prompt, i.task.completion(i.example) or "") for i in items]
-        first = dataclasses.replace(settings, method="gradient", gate=True)
-        warm = adapt(run, texts, key=key, settings=first, space=full_space(run.adapter))
-        space = space._replace(start=warm.adapter)
     held = min(max(1, round(settings.held_back * len(items))), len(items) - 1)
     held = held if settings.gate else 0
     size = min(settings.population_chunk or method.population_size, method.population_size)
@@ -301,8 +315,26 @@ def adapt_to_reward(
         settings, common_random_numbers=True, samples=HELD_BACK_SAMPLES * settings.samples
     )
     few = memory.population_chunk(min(chunk.size, len(searching.SCALES)), lower=settings.fit_memory)
-    paired = functools.partial(_rewards, run, settings=paired_settings, chunk=few)
-    evaluate_held_back = functools.partial(paired, items=items[:held]) if held else None
+    paired = functools.partial(_rewards, run, settings=paired_settings)
+    evaluate_held_back = functools.partial(paired, items=items[:held], chunk=few) if held else None
+    single = memory.population_chunk(1, lower=settings.fit_memory)
+
+    fix = "correct the reward function, or give other examples"
+
+    def value(adapter: Offsets, which: str, fix: str) -> float:
+        one = jax.tree.map(lambda x: x[None], adapter)
+        rewards = paired(one, key, items=items, chunk=single)
+        present = rewards[~np.isnan(rewards)]
+        mean = float(present.mean()) if len(present) else math.nan
+        return _finite(mean, "reward", f"{which} (every reward abstained)", fix)
+
+    before = value(run.adapter, "to start from", fix)
+    warm = None
+    if settings.warm_start:
+        texts = [Text(i.example.prompt, i.task.completion(i.example) or "") for i in items]
+        first = dataclasses.replace(settings, method="gradient", gate=True)
+        warm = adapt(run, texts, key=key, settings=first, space=full_space(run.adapter))
+        space = space._replace(start=warm.adapter)
     clock = metrics.CompileClock.start()
     try:
         found = searching.search_on_host(
@@ -326,9 +358,9 @@ def adapt_to_reward(
     )
     if warm is not None and found.returned == "start":
         found = found._replace(returned=warm.returned)
-    both = jax.tree.map(lambda *x: jnp.stack(x), run.adapter, found.adapter)
-    before, after = np.nanmean(paired(both, key, items=items), -1)
-    return Adaptation(found.adapter, float(before), float(after), found)
+    fix += "" if settings.gate else ", or set cem.gate=True"
+    after = value(found.adapter, "found", fix)
+    return Adaptation(found.adapter, before, after, found)
 
 
 def _rewards(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ml_collections
 
+from grpocem_jax import user_code
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file
 
@@ -28,7 +29,8 @@ def load_config(name: str) -> ml_collections.ConfigDict:
         ``gpt2``); behind a colon the argument of its ``get_config`` (``gpt2:tuned``).
 
     Raises:
-      InputError: no such file, or one that fails or returns no config.
+      InputError: no such file, or one that fails, exits or returns no config; an InputError of the
+        file's own as it is.
     """
     file, *argument = name.split(":", 1)
     path = _find(file)
@@ -42,11 +44,12 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*argument)
-    except ValueError as error:
-        raise InputError(str(error) or f"{file}: its get_config raised ValueError.") from error
-    except Exception as error:  # whatever the file's own code may raise
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the file's own code may raise
+        kind, message = user_code.failure(error)
         raise InputError(
-            f"{file} cannot be used as a config ({type(error).__name__}: {error}); correct it."
+            f"{file} cannot be used as a config ({kind}: {message}); correct it."
         ) from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(

@@ -159,10 +159,9 @@ def make_adapter(settings: AdapterConfig) -> adapters.Adapter:
     field = f"config.adapter.type={settings.type!r} with options {dict(settings.options)}"
     try:
         method = function(**settings.options)
-    except Exception as error:  # whatever the function's own code may raise
-        raise InputError(
-            f"{field}: the function raised {type(error).__name__} ({error}); correct it."
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever the function's own code may raise
+        kind, message = user_code.failure(error)
+        raise InputError(f"{field}: the function raised {kind} ({message}); correct it.") from error
     if not isinstance(method, adapters.Adapter):
         raise InputError(
             f"{field}: the function returned {type(method).__name__}; return a grpocem_jax.Adapter."

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import sampling
+from grpocem_jax import sampling, user_code
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config import GenerationConfig
+from grpocem_jax.config import HUGEST, GenerationConfig
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import Policy
 from grpocem_jax.tasks import Example, Reward, Task
@@ -130,40 +130,51 @@ def _call(
         names.pop("prompt")
 
     def call(rows: Sequence[int]) -> Any:
-        return function(
+        values = function(
             prompts=[examples[row].prompt for row in rows],
             completions=[completions[row] for row in rows],
             **{name: [examples[row].columns.get(name) for row in rows] for name in names},
         )
+        try:
+            iterator = iter(values)
+        except TypeError:
+            return values
+        # The code of a generator runs here.
+        return list(iterator)
 
-    everything = range(len(examples))
+    everything, limit = range(len(examples)), items[0].task.reward_timeout_s
     try:
-        values = _within(items[0].task.reward_timeout_s, lambda: call(everything))
+        values = _within(limit, lambda: call(everything))
     except _TimeLimitError:
         raise InputError(
-            f"The reward function {name} took more than data.reward_timeout_s="
-            f"{items[0].task.reward_timeout_s:g} for {len(examples)} completions of the task "
-            f"{items[0].task.name}; make it faster, or raise the limit."
+            f"The reward function {name} took more than data.reward_timeout_s={limit:g} for "
+            f"{len(examples)} completions of the task {items[0].task.name}; make it faster, or "
+            "raise the limit."
         ) from None
-    except Exception as error:  # whatever the function's own code may raise
-        where = _first_failure(call, everything)
-        place = (
-            "on the whole batch, though on no completion by itself"
-            if where is None
-            else f"on the completion {completions[where]!r} of the prompt "
-            f"{examples[where].prompt!r}"
-        )
+    except (Exception, SystemExit) as error:  # whatever the function's own code may raise
+        kind, message = user_code.failure(error)
+        try:
+            where = _within(limit, lambda: _first_failure(call, everything))
+            place = (
+                "on the whole batch, though on no completion by itself"
+                if where is None
+                else f"on the completion {completions[where]!r} of the prompt "
+                f"{examples[where].prompt!r}"
+            )
+        except _TimeLimitError:
+            place = (
+                "on the whole batch, and looking for the completion took more than "
+                f"data.reward_timeout_s={limit:g}"
+            )
         raise InputError(
-            f"The reward function {name} raised {type(error).__name__} ({error}) {place}; it gets "
-            f"prompts, completions and the columns {', '.join(names) or '(none)'} as keywords."
+            f"The reward function {name} raised {kind} ({message}) {place}; it gets prompts, "
+            f"completions and the columns {', '.join(names) or '(none)'} as keywords."
         ) from error
-    try:
-        values = list(values)
-    except TypeError:
+    if not isinstance(values, list):
         raise InputError(
             f"The reward function {name} returned {type(values).__name__}; it must return a list "
             "with a number or None for each completion."
-        ) from None
+        )
     if len(values) != len(examples):
         raise InputError(
             f"The reward function {name} returned {len(values)} values for "
@@ -193,7 +204,7 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        good, value = results.get(timeout=seconds)
+        good, value = results.get(timeout=min(seconds, threading.TIMEOUT_MAX))
     except queue.Empty:
         raise _TimeLimitError from None
     if not good:
@@ -205,7 +216,8 @@ def _first_failure(call: Any, rows: Sequence[int]) -> int | None:
     for row in rows:
         try:
             call([row])
-        except Exception:
+        except (Exception, SystemExit) as error:
+            user_code.failure(error)  # a signal is none of the row's
             return row
     return None
 
@@ -216,11 +228,16 @@ def _reward(value: Any, name: str, item: Item, completion: str) -> float:
         return math.nan
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
+    except Exception:  # whatever the value's own code may raise
         number = math.nan
-    if not math.isfinite(number):
+    # Larger ones are infinite in float32.
+    if not abs(number) <= HUGEST:
+        try:
+            shown = repr(value)
+        except Exception:  # Python prints no integer of thousands of digits
+            shown = f"a value of type {type(value).__name__}"
         raise InputError(
-            f"The reward function {name} returned {value!r} for the completion {completion!r} of "
+            f"The reward function {name} returned {shown} for the completion {completion!r} of "
             f"the prompt {item.example.prompt!r}; rewards are finite numbers, or None."
         )
     return number
@@ -237,8 +254,10 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
     """Outcome rewards of ``P`` prompts' ``G`` completions.
 
     Raises:
-      InputError: a reward function raised, returned something else than a finite number or None, or
-        another number of values; it names the function, the prompt and the completion.
+      InputError: a reward function raised, exited or took too long, returned something else than a
+        number that is finite in float32 or None, or another number of values; it names the
+        function, and where one can be found the prompt and the completion.  A weighted sum that
+        is not finite in float32.
     """
     shape = (len(items), len(texts[0]))
     total = np.full(shape, np.nan, np.float32)
@@ -251,12 +270,18 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
             for row, item, group, completions in zip(rows, chosen, found, parts, strict=True):
                 for sample, (value, text) in enumerate(zip(group, completions, strict=True)):
                     values[row, sample] = _reward(value, reward.name, item, text)
-            own = reward.weight * values[rows]
             before = total[rows]
-            # The sum of those that did not abstain.
-            total[rows] = np.where(
-                np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own)
-            )
+            with np.errstate(over="ignore"):
+                own = reward.weight * values[rows]
+                # The sum of those that did not abstain.
+                sums = np.where(np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own))
+            if np.isinf(sums).any():
+                raise InputError(
+                    f"The rewards of the task {chosen[0].task.name} with the weight "
+                    f"{reward.weight:g} of {reward.name} add up to more than float32 holds; lower "
+                    "the rewards, or their weights."
+                )
+            total[rows] = sums
     return Scores(total, functions)
 
 

@@ -14,6 +14,25 @@ def is_reference(name: str) -> bool:
     return ":" in name
 
 
+def failure(error: BaseException) -> tuple[str, str]:
+    """The type and the message of an error that the user's own code raised.
+
+    Args:
+      error: an exception, or the SystemExit of ``sys.exit``.
+
+    Raises:
+      SystemExit: the error itself where it is of a class of its own, as that of a signal is
+        (`grpocem_jax.rundir.Interrupted`): it ends the run.
+    """
+    if isinstance(error, SystemExit) and type(error) is not SystemExit:
+        raise error
+    try:
+        message = str(error)
+    except Exception:  # a __str__ of the user's own
+        message = ""
+    return type(error).__name__, message or "no message"
+
+
 def load_function(name: str, *, field: str) -> Callable[..., Any]:
     """Imports a function.
 
@@ -36,11 +55,11 @@ def load_function(name: str, *, field: str) -> Callable[..., Any]:
     sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module's own code may raise
+    except (Exception, SystemExit) as error:  # whatever the module's own code may raise
+        kind, message = failure(error)
         raise InputError(
-            f"{field}={name!r}: the module {module_name} cannot be imported "
-            f"({type(error).__name__}: {error}); correct the name, start where it lies, or put it "
-            "beside the config file."
+            f"{field}={name!r}: the module {module_name} cannot be imported ({kind}: {message}); "
+            "correct the name, start where it lies, or put it beside the config file."
         ) from error
     finally:
         sys.path.remove(here)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -39,7 +40,7 @@ SMALL = {
     "cem.elite_ratio": 0.5,
     "generation.max_new_tokens": 4,
 }
-# With these and four prompts, the reward's programs are those of 8, 6 and 2 prompts.
+# With these and four prompts, the reward's programs are those of 8, 6, 4 and 2 prompts.
 REWARD = {
     "cem.fitness": "reward",
     "cem.task": "qa",
@@ -605,8 +606,8 @@ def test_where_memory_runs_out_fewer_candidates_answer_at_a_time(
     found = search(settings=settings)
     assert_equal(found.adapter, expected.adapter)
     assert found.search.population_chunk == adaptation.summary(found)["population_chunk"] == 2
-    # Four candidates did not fit once, nor three points of the gate.
-    assert sizes[:3] == [4, 2, 2]
+    # After the start by itself, four candidates did not fit once.
+    assert sizes[:4] == [1, 4, 2, 2]
     assert "is lowered from 4 to 2" in capsys.readouterr().err
 
 
@@ -617,6 +618,34 @@ def test_a_gate_on_rewards_that_lets_nothing_pass_returns_the_start(run, questio
     assert result.returned == "start"
     assert_equal(result.adapter, run.adapter)
     assert result.fitness_after == result.fitness_before
+
+
+def abstains(prompts, completions, **columns):
+    return [None] * len(completions)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_rewards_that_all_abstain_are_named_before_the_search(run, questions, gate, monkeypatch):
+    monkeypatch.setattr(searching, "search_on_host", no_search)
+    task = dataclasses.replace(questions[0].task, rewards=(Reward(abstains),))
+    items = [item._replace(task=task) for item in questions]
+    with pytest.raises(InputError) as error:
+        adaptation.adapt_to_reward(run, items, settings=reward_settings(run, gate=gate))
+    for part in ("config.cem.fitness='reward' is nan", "to start from", "every reward abstained"):
+        assert part in str(error.value)
+
+
+def test_a_result_whose_rewards_all_abstain_is_named(run, questions):
+    calls = []
+
+    def once(prompts, completions, **columns):
+        calls.append(completions)
+        return [0.5 if len(calls) == 1 else None] * len(completions)
+
+    task = dataclasses.replace(questions[0].task, rewards=(Reward(once),))
+    items = [item._replace(task=task) for item in questions]
+    with pytest.raises(InputError, match="is nan for the adapter found"):
+        adaptation.adapt_to_reward(run, items, settings=reward_settings(run, gate=False))
 
 
 @pytest.fixture(scope="module")
@@ -662,6 +691,40 @@ def test_the_gate_needs_two_prompts(run, questions):
 
 def no_search(*args, **kwargs):
     raise AssertionError("searched")
+
+
+def constant(value, model, params, adapter, texts, key):
+    return sum(jnp.sum(x) for x in jax.tree.leaves(adapter)) * 0 + value
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_fitness_that_is_not_finite_at_the_start_is_named_before_the_search(
+    run, value, gate, monkeypatch
+):
+    monkeypatch.setattr(searching, "search", no_search)
+    function = functools.partial(constant, value)
+    monkeypatch.setattr(adaptation.user_code, "load_function", lambda *args, **kwargs: function)
+    settings = cem(run, fitness="mine:constant", gate=gate)
+    with pytest.raises(InputError) as error:
+        adaptation.adapt(run, PROMPT, settings=settings)
+    assert f"config.cem.fitness='mine:constant' is {value} for the adapter to start" in str(
+        error.value
+    )
+
+
+def test_a_fitness_that_is_not_finite_for_the_result_is_named(run, monkeypatch):
+    def off_the_start(model, params, adapter, texts, key):
+        moved = sum(jnp.sum(jnp.abs(adapter[name] - run.adapter[name])) for name in adapter)
+        return jnp.where(moved > 0, jnp.nan, 1.0)
+
+    monkeypatch.setattr(
+        adaptation.user_code, "load_function", lambda *args, **kwargs: off_the_start
+    )
+    found = types.SimpleNamespace(adapter=jax.tree.map(lambda x: x + 1, run.adapter))
+    monkeypatch.setattr(searching, "search", lambda *args, **kwargs: found)
+    with pytest.raises(InputError, match=r"is nan for the adapter found.*cem.gate=True"):
+        adaptation.adapt(run, PROMPT, settings=cem(run, fitness="mine:f", gate=False))
 
 
 def test_a_prompt_of_a_task_that_leaves_no_room_is_refused(run, questions, monkeypatch):

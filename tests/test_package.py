@@ -175,7 +175,11 @@ def test_a_file_goes_before_a_name(monkeypatch, tmp_path):
         ("x = 1", "no attribute 'get_config'"),
         ("def get_config(:", "SyntaxError"),
         ("def get_config(): return {}", "returns dict, not a ConfigDict"),
-        ("def get_config(): raise ValueError('choose a or b.')", "choose a or b."),
+        ("def get_config(): raise ValueError('choose a or b.')", "ValueError: choose a or b."),
+        ("def get_config(): raise ValueError", "ValueError: no message"),
+        ("def get_config(): exit(0)", "SystemExit: 0"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("class E(Exception):\n  def __str__(self): raise self\nraise E", "E: no message"),
         ("def get_config(): return missing", "NameError"),
     ],
 )
@@ -185,6 +189,7 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, text, fragment):
         path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as error:
         load_config(str(path))
+    assert str(error.value).startswith((str(path), repr(str(path))))
     assert fragment in str(error.value)
     assert "\n" not in str(error.value)
 

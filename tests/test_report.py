@@ -450,6 +450,25 @@ def test_a_page_without_plots_has_none_and_says_that_training_has_not_finished(b
     assert "Training has not finished" in page.source
 
 
+def test_a_run_whose_rewards_all_abstained_is_not_called_unfinished(tmp_path):
+    folder = write_run(tmp_path / "run")
+    none = np.full(4, np.nan)
+    gains = evaluation.compare(["qa"], ["qa"] * 4, none, none)
+    for name in ("summary.json", "evaluation.json"):
+        stored = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**stored, "heldout": gains}))
+    page = Page(report.write(folder))
+    assert "not finished" not in page.source
+    assert "no summary.json" not in page.source
+    said = "all reward functions abstained"
+    for panel in ("heldout", "adapted_heldout"):
+        assert said in page.text(panel)
+    found = page_module.conclusions(record.read(folder))
+    # Greedy completions had rewards.
+    assert [said in sentence for sentence in found] == [True, False]
+    assert "held-out reward of sampled completions" in found[0]
+
+
 def test_the_command_makes_the_page_again(bare):
     _, folder = bare
     page = folder / "report" / "index.html"

@@ -532,13 +532,19 @@ def test_a_killed_process_continues_to_the_same_bits(whole, tmp_path):
     process = subprocess.Popen(
         [*COMMAND, str(workdir)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    path = workdir / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and path.read_bytes()):
+    first = workdir / "checkpoints" / "2"
+    while process.poll() is None and not first.exists():
         time.sleep(0.01)
     time.sleep(random.Random(time.time_ns()).random() * 0.3)
     process.kill()
     process.communicate()
-    training.train(settings(), workdir)
+    assert first.exists()
+    last = max(int(p.name) for p in first.parent.iterdir() if p.name.isdigit())
+    finished = (workdir / "summary.json").exists()
+    # A child that fails ends with another status.
+    assert process.returncode in ((0, -signal.SIGKILL) if finished else (-signal.SIGKILL,))
+    resumed = training.train(settings(), workdir)["resumed_after_step"]
+    assert resumed == (0 if finished else last)
     same_runs(whole, workdir)
 
 

@@ -1,14 +1,16 @@
 """Between text and arrays: padding, buckets, decoding, scoring, step rewards."""
 
 import dataclasses
+import sys
 import threading
+import time
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import rollouts
+from grpocem_jax import rollouts, rundir
 from grpocem_jax.errors import InputError
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
 
@@ -87,7 +89,23 @@ def test_a_total_is_the_weighted_sum_of_the_functions_that_do_not_abstain():
     np.testing.assert_array_equal(scores.functions["vowels"], [[2.0, np.nan]])
 
 
-@pytest.mark.parametrize("value", ["0.5", b"1", "high", float("nan"), float("-inf"), [1.0, 2.0]])
+class HostileError(Exception):
+    """An error and a value of which nothing can be had."""
+
+    def __str__(self):
+        raise self
+
+    __repr__ = __float__ = __str__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("0.5", b"1", "high", float("nan"), float("-inf"), [1.0, 2.0]),
+        *(1e39, -1e39, 10**400, 10**5000, HostileError()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_finite_number_is_no_reward_whatever_it_looks_like(value):
     def odd(prompts, completions, **columns):
         return [1.0, value]
@@ -96,6 +114,21 @@ def test_what_is_no_finite_number_is_no_reward_whatever_it_looks_like(value):
         rollouts.score(items(make_task(odd), "x"), [["good", "bad"]])
     assert "odd returned" in str(error.value)
     assert "for the completion 'bad' of the prompt 'x'" in str(error.value)
+
+
+@pytest.mark.parametrize("weights", [(10.0, 1.0), (1.0, 1.0), (1.0, -10.0), (10.0, -10.0)])
+def test_a_weighted_sum_that_float32_does_not_hold_is_refused(weights):
+    def one(prompts, completions, **columns):
+        return [3e38] * len(completions)
+
+    def two(prompts, completions, **columns):
+        return [3e38] * len(completions)
+
+    rewards = tuple(Reward(f, w) for f, w in zip((one, two), weights, strict=True))
+    task = dataclasses.replace(make_task(None), rewards=rewards)
+    # In float32 the sums are infinite, and the last is NaN, as if both had abstained.
+    with pytest.raises(InputError, match=r"the task echo .* more than float32 holds"):
+        rollouts.score(items(task, "x"), [["a", "b"]])
 
 
 def test_numbers_of_any_library_are_rewards():
@@ -118,6 +151,55 @@ def test_a_reward_that_raises_is_named_with_the_sample_it_raises_on():
         rollouts.score(items(make_task(divides), "x", "y"), [["a", "b"], ["c", " "]])
     assert "divides raised ZeroDivisionError" in str(error.value)
     assert "on the completion ' ' of the prompt 'y'" in str(error.value)
+
+
+def late(prompts, completions, **columns):
+    for completion in completions:
+        yield 1 / len(completion.strip())
+
+
+def leaves(prompts, completions, **columns):
+    if any(not c.strip() for c in completions):
+        sys.exit(0)
+    return [1.0] * len(completions)
+
+
+def hostile(prompts, completions, **columns):
+    if any(not c.strip() for c in completions):
+        raise HostileError
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("limit", [0.0, 60.0, 1e30])
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (late, "late raised ZeroDivisionError"),
+        (leaves, "leaves raised SystemExit (0)"),
+        (hostile, "hostile raised HostileError (no message)"),
+    ],
+)
+def test_generators_exits_and_errors_without_words_are_named_with_the_sample(function, said, limit):
+    task = dataclasses.replace(make_task(function), reward_timeout_s=limit)
+    scores = rollouts.score(items(task, "x"), [["a", "b"]])
+    np.testing.assert_array_equal(scores.total, [[1.0, 1.0]])
+    with pytest.raises(InputError) as error:
+        rollouts.score(items(task, "x", "y"), [["a", "b"], ["c", " "]])
+    assert f"The reward function {said}" in str(error.value)
+    assert "on the completion ' ' of the prompt 'y'" in str(error.value)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), rundir.Interrupted(143)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_signal_ends_the_run_where_it_comes_inside_a_reward(end, rows):
+    def interrupted(prompts, completions, **columns):
+        if len(completions) != rows:
+            raise ValueError
+        raise end
+
+    with pytest.raises(type(end)) as error:
+        rollouts.score(items(make_task(interrupted), "x"), [["a", "b"]])
+    assert error.value is end
 
 
 def test_a_reward_that_raises_on_the_batch_alone_says_so():
@@ -190,6 +272,26 @@ def test_a_reward_that_hangs_is_named_after_its_time():
     with pytest.raises(InputError, match=r"hangs took more than data.reward_timeout_s=0.05 for 2"):
         rollouts.score(items(task, "x"), [["a", "b"]])
     forever.set()
+
+
+def test_the_time_limit_bounds_the_search_for_the_sample_a_reward_raises_on():
+    forever = threading.Event()
+
+    def hangs(prompts, completions, **columns):
+        if len(completions) > 1:
+            raise RuntimeError("too many")
+        forever.wait(60)
+        return [0.0]
+
+    task = dataclasses.replace(make_task(hangs), reward_timeout_s=0.05)
+    started = time.monotonic()
+    with pytest.raises(
+        InputError, match=r"hangs raised RuntimeError \(too many\) on the whole"
+    ) as e:
+        rollouts.score(items(task, "x"), [["a", "b"]])
+    forever.set()
+    assert "took more than data.reward_timeout_s=0.05" in str(e.value)
+    assert time.monotonic() - started < 30
 
 
 def test_a_time_limit_changes_neither_values_nor_errors():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpocem_jax import training, user_code
+from grpocem_jax import rundir, training, user_code
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
@@ -16,6 +16,9 @@ class Rewards:
 def adapter(**options):
     raise KeyError("rank")
 
+def exits():
+    raise SystemExit(0)
+
 def no_adapter():
     return {"rank": 1}
 
@@ -28,6 +31,10 @@ def module(tmp_path, monkeypatch):
     """A module in the working directory."""
     (tmp_path / "mine_for_tests.py").write_text(MODULE)
     (tmp_path / "broken_for_tests.py").write_text("import nowhere_to_be_found\n")
+    (tmp_path / "leaves_for_tests.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "stopped_for_tests.py").write_text(
+        "from grpocem_jax.rundir import Interrupted\nraise Interrupted(143)\n"
+    )
     monkeypatch.chdir(tmp_path)
 
 
@@ -47,6 +54,7 @@ def test_the_working_directory_is_looked_in_and_dots_reach_into_classes():
         ("mine_for_tests:number", ["has no function number"]),
         ("no_such_module:f", ["no_such_module cannot be imported", "start where it lies"]),
         ("broken_for_tests:f", ["ModuleNotFoundError", "nowhere_to_be_found"]),
+        ("leaves_for_tests:f", ["cannot be imported (SystemExit: 0)"]),
     ],
 )
 def test_what_cannot_be_imported_is_named(name, fragments):
@@ -54,6 +62,11 @@ def test_what_cannot_be_imported_is_named(name, fragments):
         user_code.load_function(name, field="config.some.field")
     for fragment in ["config.some.field", repr(name), *fragments]:
         assert fragment in str(error.value)
+
+
+def test_a_signal_during_an_import_ends_the_run():
+    with pytest.raises(rundir.Interrupted):
+        user_code.load_function("stopped_for_tests:f", field="f")
 
 
 def parse(**changes):
@@ -130,6 +143,7 @@ def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes
     ("name", "fragments"),
     [
         ("adapter", ["raised KeyError", "rank"]),
+        ("exits", ["raised SystemExit (0)"]),
         ("no_adapter", ["returned dict", "grpocem_jax.Adapter"]),
     ],
 )

@@ -18,6 +18,9 @@ SAMPLES = 3
 LONGEST = 600
 """Characters of a text that are shown."""
 
+ABSTAINED = "No held-out prompt has a reward both before and after: all reward functions abstained."
+"""Of a table of gains without a row."""
+
 
 class Section(NamedTuple):
     """A heading with panels under it."""
@@ -113,11 +116,9 @@ def sections(record: Record) -> list[Section]:
             "Held-out reward",
             [
                 panels.before_after(
-                    "heldout", f"Sampled{at}", summary.get("heldout", {}), words, unfinished
-                ),
-                panels.before_after(
-                    "heldout_greedy", "Greedy", summary.get("heldout_greedy", {}), words, unfinished
-                ),
+                    key, title, summary.get(key), words, ABSTAINED if key in summary else unfinished
+                )
+                for key, title in (("heldout", f"Sampled{at}"), ("heldout_greedy", "Greedy"))
             ],
         ),
         Section("training", "Training", training),
@@ -147,7 +148,7 @@ def _adaptation(record: Record) -> Section:
     to = "task" if found.get("cem", {}).get("support") else "prompt"
     for key, own in (("heldout", "sampled"), ("heldout_greedy", "greedy")):
         gains = found.get(key, {})
-        missing = f"evaluation.json has no {key}."
+        missing = ABSTAINED if key in found else f"evaluation.json has no {key}."
         shown.append(
             panels.before_after(
                 f"adapted_{key}", f"Adapted to each {to}, {own}", gains, words, missing
@@ -175,7 +176,7 @@ def _adaptation(record: Record) -> Section:
 
 def conclusions(record: Record) -> list[str]:
     """What came of the run, in sentences: first the sampled reward, then the greedy one."""
-    if not record.summary.get("heldout"):
+    if not record.summary:
         return [
             "Training has not finished: there is no summary.json, so nothing is known about "
             "held-out reward."
@@ -188,8 +189,10 @@ def conclusions(record: Record) -> list[str]:
     }
     return [
         _conclusion(record.summary[key], what)
-        for key, what in kinds.items()
         if record.summary.get(key)
+        else f"Nothing is known about held-out reward {what}. {ABSTAINED}"
+        for key, what in kinds.items()
+        if key in record.summary
     ]
 
 

@@ -60,7 +60,7 @@ def sentence(text: str) -> str:
 def before_after(
     name: str,
     title: str,
-    gains: Mapping[str, Mapping[str, Any]],
+    gains: Mapping[str, Mapping[str, Any]] | None,
     words: tuple[str, str],
     missing: str,
 ) -> Panel:
