@@ -5,12 +5,13 @@ import dataclasses
 import jax
 import pytest
 
-from grpocem_jax import training, user_code
+from grpocem_jax import export, training, user_code
+from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import hub
-from grpocem_jax.policy import make_adapter, own_code, put_adapter
+from grpocem_jax.policy import load_policy, make_adapter, own_code, put_adapter
 from tests.conftest import OUT_OF_MEMORY
 
 MODULE = """
@@ -198,6 +199,14 @@ def test_an_adapter_that_does_not_keep_to_the_interface_is_named_before_it_is_us
 def test_an_adapter_that_keeps_to_the_interface_is_put_on_its_sites():
     carrier = put_adapter(hub.load_model("builtin"), broken_adapter("good"), dtype="bfloat16")
     assert {x.shape for x in carrier.zero.values()} == {(3 * 128,)}
+
+
+def test_an_adapter_that_cannot_be_merged_is_named(tmp_path):
+    config = dataclasses.replace(parse(), adapter=broken_adapter("merge"))
+    policy = load_policy(config.model, config.adapter)
+    run = TrainedRun(config, policy, policy.zero)
+    with pytest.raises(InputError, match=r"the adapter's merge raised ZeroDivisionError \(by zero"):
+        export._save(run, put_adapter(policy.pretrained, config.adapter), tmp_path)
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_mistake_of_an_adapter():
