@@ -21,6 +21,7 @@ import grpocem_jax as gj
 from benchmarks import cem, common, decode, grpo, ppo
 from grpocem_jax import commands, fitness, sampling
 from grpocem_jax.adapters import spaces
+from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import optimizer
 
 COMPILER = (
@@ -99,6 +100,11 @@ def measure(
     prompt_length = prompt_length or config.data.max_prompt_tokens
     length = length or config.generation.max_new_tokens
     decode.check_length(subject, prompt_length, length)
+    context = subject.carrier.model.context_length
+    if text_length > context:
+        raise InputError(
+            f"--text_tokens={text_length}: the model's context is {context}; lower it."
+        )
     step = grpo.compile_step(subject, prompt_length, length)
     programs = {"rollouts": program_bytes(step.sample), "update": program_bytes(step.update)}
     peak = max(programs.values())

@@ -7,7 +7,9 @@ GPT-2; fits ``seconds = c * work^exponent`` by least squares on logarithms.
 """
 
 import gc
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -16,6 +18,8 @@ from absl import flags
 
 from benchmarks import cem, common
 from grpocem_jax import commands
+from grpocem_jax.errors import InputError
+from grpocem_jax.files import is_folder
 from grpocem_jax.models import gpt2
 
 POPULATIONS = (10, 30, 100, 300, 1000)
@@ -92,6 +96,22 @@ def measure(settings: Any, *, repetitions: int) -> list[Series]:
     return series
 
 
+def check_plot(path: str) -> None:
+    """Refuses, before any work, a file that a plot cannot be drawn to.
+
+    Raises:
+      InputError: the name of a folder, a file in a folder that is not there or must not be written,
+        or a format that Matplotlib does not write.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise InputError(f"--plot={path}: its name must end in .png, .svg or .pdf; give another.")
+    if is_folder(path) or not os.access(Path(path).parent, os.W_OK):
+        raise InputError(f"--plot={path}: cannot be written; give a file in a folder of yours.")
+
+
 def plot(series: Sequence[Series], path: str) -> None:
     """Draws the series beside each other on logarithmic axes."""
     import matplotlib
@@ -122,6 +142,8 @@ def main(argv: list[str]) -> None:
     """Measures, prints and plots."""
     del argv
     values = flags.FLAGS
+    if values.plot is not None:
+        check_plot(values.plot)
     series = measure(values.config, repetitions=values.repetitions)
     rows = [("", "work", "seconds")]
     for part in series:

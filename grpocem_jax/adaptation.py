@@ -185,6 +185,7 @@ def adapt(
         note = "a single token has no likelihood given what comes before it"
         return Adaptation(run.adapter, math.nan, math.nan, None, note)
     encoded = [encode(run.policy, text, settings) for text in listed]
+    settings = _within_context(settings, run.policy)
     everything = batch(encoded, settings)
     score = make_fitness(run.policy, settings, everything)
 
@@ -396,11 +397,12 @@ def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[
     """
     if isinstance(prompts, str):
         raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
+    settings = _within_context(run.config.cem, run.policy)
     texts = []
     for prompt in prompts:
         tokens, _ = _encode(run.policy, Text(prompt), run.config.cem)
         check_room(run, len(tokens))
-        padded = rollouts.pad([tokens], _bucket(len(tokens), run.config.cem))
+        padded = rollouts.pad([tokens], _bucket(len(tokens), settings))
         out = rollouts.generate(
             run.policy,
             adapter,
@@ -457,6 +459,7 @@ def log_likelihoods(
     """
     settings = run.config.cem
     encoded = [encode(run.policy, text, settings) for text in texts]
+    settings = _within_context(settings, run.policy)
     length = max(_bucket(len(tokens), settings) for tokens, _ in encoded)
     arrays = [_arrays([(tokens, scored)], length) for tokens, scored in encoded]
     score = fitness.Likelihood(run.policy.params, run.policy.model)
@@ -562,6 +565,14 @@ def hold_back(
     if min(int(part.scored[:, 1:].sum()) for part in parts) < 2:
         return None
     return parts[0], parts[1]
+
+
+def _within_context(settings: CEMConfig, policy: Policy) -> CEMConfig:
+    """The settings with the model's context in place of the buckets beyond it."""
+    limit = policy.model.context_length
+    return dataclasses.replace(
+        settings, buckets=tuple(sorted({min(length, limit) for length in settings.buckets}))
+    )
 
 
 def _bucket(length: int, settings: CEMConfig) -> int:

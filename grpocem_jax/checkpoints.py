@@ -294,10 +294,14 @@ def _read_arrays(path: Path, template: Offsets) -> Offsets:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copies the files of an adapter folder; makes ``target`` and the folders above it."""
+    """Copies the files of an adapter folder; makes ``target`` and the folders above it.
+
+    The model card is copied where there is one.
+    """
     target.mkdir(parents=True)
     for name in ADAPTER_FILES:
-        shutil.copyfile(source / name, target / name)
+        if name != "README.md" or is_file(source / name):
+            shutil.copyfile(source / name, target / name)
 
 
 def save_trajectory(library: Path, snapshots: Offsets) -> None:

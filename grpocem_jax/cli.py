@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpocem_jax import commands, inference
+from grpocem_jax.errors import InputError
 from grpocem_jax.training import train as train_run
 
 
@@ -17,6 +18,8 @@ def train() -> None:
 
     def main(argv: list[str]) -> None:
         del argv
+        if workdir.value == "":
+            raise InputError("--workdir='': is no folder; give one, or leave the flag out.")
         name = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
         default = f"runs/{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         train_run(config.value, workdir.value or default)

@@ -3,6 +3,7 @@
 import atexit
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -66,9 +67,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
         try:
             jax.devices()
         except Exception as error:  # JAX has several for it, one of them a bare AssertionError
-            asked, reason = os.environ.get("JAX_PLATFORMS", ""), _one_line(error)
+            variables = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+            asked = [f"{x}={os.environ[x]!r}" for x in variables if os.environ.get(x)]
+            reason = _one_line(error) or "without a reason"
             _fail(
-                f"JAX_PLATFORMS={asked!r}: JAX finds no such device ({reason or 'without a reason'}"
+                f"{' and '.join(asked) or variables[0]}: JAX finds no such device ({reason}"
                 "); install JAX for it (docs/faq.md), or leave the variable unset."
             )
         try:
@@ -147,10 +150,21 @@ def parse_flags(argv: list[str]) -> list[str]:
         hint = f"did you mean --{nearest[0]}?" if nearest else "see --help."
         raise InputError(f"--{error.flagname}: there is no such flag; {hint}") from None
     except (
-        flags.Error, MemoryError, OSError, RecursionError, SyntaxError, TypeError, ValueError
+        flags.Error, IndexError, MemoryError, OSError, RecursionError, SyntaxError, TypeError,
+        ValueError,
     ) as error:  # fmt: skip
+        given = [x.split("=")[0] for x in argv if _OVERRIDE.match(x)]
+        odd = next((x for x in given if not _FIELD.fullmatch(_OVERRIDE.sub("", x, count=1))), None)
+        if odd is not None:
+            raise InputError(
+                f"{odd}: is no name of a field; give names with dots between them, and a tuple as "
+                "a whole (docs/config.md)."
+            ) from None
         raise InputError(f"{_one_line(error)}; see --help and docs/config.md.") from None
 
+
+_OVERRIDE = re.compile(r"--?(?:no)?config\.")
+_FIELD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 _KINDS = {
     "int()": "a whole number",

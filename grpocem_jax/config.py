@@ -25,6 +25,9 @@ from grpocem_jax.tasks import TASKS, SourceConfig, Task, make_task
 LARGEST = 2**31 - 1
 """Of whole numbers: what 32 bits hold."""
 
+MOST = 100_000
+"""Of candidates, completions and generations, for which memory is taken all at once."""
+
 TINIEST, HUGEST = 1.2e-38, 3.4e38
 """Of other numbers but zero, without their sign: what float32 holds."""
 
@@ -47,6 +50,10 @@ def _at_least(low: float) -> _Range:
 
 def _within(low: float, high: float) -> _Range:
     return _Range(f"from {low} to {high}", lambda x: low <= x <= high)
+
+
+def _count(low: int) -> _Range:
+    return _Range(f"at least {low} and at most {MOST}", lambda x: low <= x <= MOST)
 
 
 def _share() -> _Range:
@@ -236,7 +243,7 @@ class TrainConfig:
         _at_least(0),
     )
     eval_batch_size: int = _field("Prompts evaluated at once.", _at_least(1))
-    eval_samples: int = _field("Completions drawn per held-out prompt.", _at_least(1))
+    eval_samples: int = _field("Completions drawn per held-out prompt.", _count(1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +269,7 @@ class CEMConfig:
     )
     samples: int = _field(
         "Completions of each prompt by each candidate; the gate draws 8 times as many.",
-        _at_least(1),
+        _count(1),
     )
     warm_start: bool = _field(
         "With `reward`: start at the result of a gradient search on the likelihood of the "
@@ -276,10 +283,10 @@ class CEMConfig:
     experts: str = _field("Folder of the expert library, or `builtin`; empty where none is needed.")
     rank: int = _field("Dimensions of `subspace`.", _at_least(1))
     per_site: bool = _field("Experts have a weight at every site, not one for all.")
-    population_size: int = _field("Candidates of a generation.", _at_least(2))
+    population_size: int = _field("Candidates of a generation.", _count(2))
     elite_ratio: float = _field("Share of the candidates that are elites.", _share())
     noise_std: float = _field("Standard deviation of the first generation.", _above(0))
-    generations: int = _field("Generations, or steps of the gradient, at most.", _at_least(1))
+    generations: int = _field("Generations, or steps of the gradient, at most.", _count(1))
     threshold: float = _field("Converged when the mean moves by less.", _at_least(0))
     momentum: float = _field("Weight of the old mean.", _within(0, 1))
     std_momentum: float = _field("Weight of the old standard deviation.", _within(0, 1))

@@ -110,9 +110,9 @@ def evaluate(
     Raises:
       InputError: out of device memory, or what `rollouts.score` raises.
     """
-    size = config.train.eval_batch_size
+    size = min(config.train.eval_batch_size, max(len(items), 1))
     advice = (
-        f"lower train.eval_batch_size={size} to {size // 2}"
+        f"lower train.eval_batch_size={config.train.eval_batch_size} to {size // 2}"
         if size > 1
         else f"lower generation.max_new_tokens={config.generation.max_new_tokens}"
     )

@@ -17,11 +17,11 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grpocem_jax import checkpoints, commands, grpo
+from grpocem_jax import checkpoints, commands, files, grpo
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import load_policy
-from grpocem_jax.tasks import TASKS
+from grpocem_jax.tasks import Task
 from grpocem_jax.terminal import visible
 from grpocem_jax.training import train
 
@@ -29,22 +29,33 @@ SNAPSHOTS = 5
 """Points of each training trajectory that the library keeps, for `spaces.principal_space`."""
 
 
-def mixtures(tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The experts' names and what each is trained on: single tasks, then mixtures of several."""
-    experts: dict[str, tuple[str, ...]] = {name: (name,) for name in tasks}
+def mixtures(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:
+    """The experts' names and what each is trained on: single tasks, then mixtures of several.
+
+    Raises:
+      InputError: a task of the user's own that has the name of a mixture.
+    """
+    experts: dict[str, tuple[str, ...]] = {task.name: (task.name,) for task in tasks}
     kinds = {
-        "labels": tuple(name for name in tasks if "label" in TASKS[name].columns),
-        "texts": tuple(name for name in tasks if "label" not in TASKS[name].columns),
-        "all": tuple(tasks),
+        "labels": tuple(task.name for task in tasks if "label" in task.columns),
+        "texts": tuple(task.name for task in tasks if "label" not in task.columns),
+        "all": tuple(task.name for task in tasks),
     }
     for name, chosen in kinds.items():
         if len(chosen) > 1 and chosen not in experts.values():
+            if name in experts:
+                raise InputError(
+                    f"config.data.tasks names {name!r}, as one of the experts on several tasks is "
+                    "called; give the task another name."
+                )
             experts[name] = chosen
     return experts
 
 
 def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> Path:
     """Trains the experts of a config one after the other.
+
+    Where it was interrupted, the same call continues it. The library is made when all are trained.
 
     Args:
       settings: a config as for `train`.
@@ -55,18 +66,20 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
       snapshots of all trainings, float32 ``[S, ...]`` a site.
 
     Raises:
-      InputError: as `train`; the work directory holds a library already.
+      InputError: as `train`; the work directory holds a library already; a task of the
+        user's own has the name of a mixture.
+      Interrupted: as `train`.
     """
     config, workdir = parse_config(settings), Path(workdir)
     library = workdir / "library"
     if library.exists():
         raise InputError(f"--workdir={workdir}: holds a library already; give another folder.")
+    experts = mixtures([config.task(name) for name in config.data.tasks])
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
     )
     template = grpo.init_state(policy.zero, config.hyperparameters)
     snapshots = []
-    experts = mixtures(config.data.tasks)
     for number, (name, tasks) in enumerate(experts.items(), start=1):
         print(f"\nexpert {number} of {len(experts)}: {name} ({', '.join(tasks)})", flush=True)
         own = settings.copy_and_resolve_references()
@@ -74,22 +87,32 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         steps = len(tasks) * config.data.max_samples // config.prompts_per_step
         steps = min(steps * config.train.epochs, config.train.max_steps or sys.maxsize)
         own.train.keep_checkpoints = 0
-        own.train.checkpoint_every_steps = max(1, -(-steps // SNAPSHOTS))
+        every = max(1, -(-steps // SNAPSHOTS))
+        own.train.checkpoint_every_steps = every
         run = workdir / "runs" / name
         train(own, run)
         stored = checkpoints.Checkpoints(run)
-        for step in stored.steps():
+        *before, last = stored.steps()
+        # An interruption leaves a checkpoint too, at any step.
+        for step in (*(step for step in before if step % every == 0), last):
             snapshots.append(stored.restore(template, step)[0].adapter)
         stored.close()
-        checkpoints.copy_adapter(run / "adapter", library / name)
     trajectory = jax.tree.map(lambda *x: np.stack(x), *snapshots)
-    checkpoints.save_trajectory(library, trajectory)
+    with (
+        files.writing(f"--workdir={workdir}", "make room; the same command continues the run"),
+        files.new_folder(library) as folder,
+    ):
+        for name in experts:
+            checkpoints.copy_adapter(workdir / "runs" / name / "adapter", folder / name)
+        checkpoints.save_trajectory(folder, trajectory)
     print(visible(f"\nlibrary of {len(experts)} experts in {library}"), flush=True)
     return library
 
 
 def _main(argv: list[str]) -> None:
     del argv
+    if not flags.FLAGS.workdir:
+        raise InputError("--workdir='': is no folder; give one, or leave the flag out.")
     train_experts(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

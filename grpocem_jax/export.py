@@ -26,7 +26,7 @@ from grpocem_jax.adapters import base as adapters
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
-from grpocem_jax.policy import Carrier, put_adapter
+from grpocem_jax.policy import Carrier, own_code, put_adapter
 from grpocem_jax.terminal import visible
 
 TOLERANCE = 1e-3
@@ -132,7 +132,8 @@ def _save(run: TrainedRun, carrier: Carrier, folder: Path) -> None:
     from transformers import GenerationConfig
 
     pretrained, tokenizer = run.policy.pretrained, run.policy.tokenizer
-    merged = adapters.merge_params(carrier.method, carrier.params, run.adapter, carrier.sites)
+    with own_code(run.config.adapter, "merge"):
+        merged = adapters.merge_params(carrier.method, carrier.params, run.adapter, carrier.sites)
     hub.save_model(folder, pretrained.config, merged, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     GenerationConfig(

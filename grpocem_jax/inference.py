@@ -45,6 +45,8 @@ def run(
     """
     if not workdir:
         raise InputError("--workdir is missing; give a run directory with a trained adapter.")
+    if save == "":
+        raise InputError("--save='': is no folder; give one, or leave the flag out.")
     given = [f"--{n}" for n, v in (("prompt", prompt), ("prompts", prompts)) if v is not None]
     if evaluate and (given or examples or heldout or save):
         extra = given or [n for n, v in (("--examples", examples), ("--heldout", heldout)) if v]

@@ -12,9 +12,9 @@ from grpocem_jax.terminal import say
 
 T = TypeVar("T")
 
-EXHAUSTED = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
-"""What JAX says where device memory runs out; the CPU's matrix products say no more than the
-second."""
+EXHAUSTED = ("RESOURCE_EXHAUSTED", "Out of memory", "YNNPACK operation failed")
+"""What JAX says where device memory runs out: as a rule the first, of a single array on the CPU
+the second; the CPU's matrix products say no more than the third."""
 
 
 def ran_out(error: Exception) -> bool:

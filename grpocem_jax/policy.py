@@ -1,14 +1,15 @@
 """A policy: a frozen model, the adapter it carries, its tokenizer and its stop tokens."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import user_code
+from grpocem_jax import memory, user_code
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
 from grpocem_jax.config import AdapterConfig, ModelConfig
@@ -126,20 +127,85 @@ def put_adapter(
 
     Raises:
       InputError: a site that the model lacks, settings that leave nothing to train, or an adapter
-        of the user's own that cannot be made.
+        of the user's own that cannot be made or does not keep to `adapters.base.Adapter`.
     """
     method = make_adapter(adapter)
     model = pretrained.build(method.apply)
     sites = adapters.select_sites(model.sites, adapter.sites)
-    params = adapters.factor_params(method, pretrained.params, sites)
-    zero = adapters.init_adapter(method, jax.random.key(seed), params, sites)
-    return Carrier(
-        model=model,
-        params=models.cast_params(params, jnp.dtype(dtype)),
-        method=method,
-        sites=sites,
-        zero=zero,
-    )
+    with own_code(adapter, "factor"):
+        params = adapters.factor_params(method, pretrained.params, sites)
+    factors = {name: adapters.get(params, path) for name, path in sites.items()}
+    _check_arrays(adapter, "factor", factors)
+    with own_code(adapter, "init"):
+        zero = adapters.init_adapter(method, jax.random.key(seed), params, sites)
+    _check_arrays(adapter, "init", zero)
+    params = models.cast_params(params, jnp.dtype(dtype))
+    if user_code.is_reference(adapter.type):
+        _check_apply(adapter, method, pretrained.params, params, zero, sites)
+    return Carrier(model=model, params=params, method=method, sites=sites, zero=zero)
+
+
+@contextlib.contextmanager
+def own_code(settings: AdapterConfig, part: str) -> Iterator[None]:
+    """Says in one sentence that a part of an adapter of the user's own fails inside the block.
+
+    Raises:
+      InputError: it does. Where memory runs out, that error passes through.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever the function's own code may raise
+        if not user_code.is_reference(settings.type) or memory.ran_out(error):
+            raise
+        reason = (str(error).splitlines() or ["no message"])[0]
+        raise InputError(
+            f"{_own_field(settings)}: the adapter's {part} raised {type(error).__name__} "
+            f"({reason}); correct it."
+        ) from error
+
+
+def _own_field(settings: AdapterConfig) -> str:
+    return f"config.adapter.type={settings.type!r} with options {dict(settings.options)}"
+
+
+def _check_arrays(settings: AdapterConfig, part: str, made: Mapping[str, Any]) -> None:
+    """Refuses what ``factor`` or ``init`` made where it is no arrays, or offsets of integers."""
+    for name, tree in made.items() if user_code.is_reference(settings.type) else ():
+        for leaf in jax.tree.leaves(tree):
+            kind = getattr(leaf, "dtype", None)
+            if kind is None or (part == "init" and not jnp.issubdtype(kind, jnp.floating)):
+                raise InputError(
+                    f"{_own_field(settings)}: the adapter's {part} returned "
+                    f"{kind or type(leaf).__name__} at {name}; return arrays of float32."
+                )
+
+
+def _check_apply(
+    settings: AdapterConfig,
+    method: adapters.Adapter,
+    plain: models.Params,
+    params: models.Params,
+    zero: adapters.Offsets,
+    sites: adapters.Sites,
+) -> None:
+    """Refuses an ``apply`` that cannot be traced, or whose result has another shape."""
+    checked = set()
+    for name, path in sites.items():
+        rows, columns = np.shape(adapters.get(plain, path))
+        if (rows, columns) in checked:
+            continue
+        checked.add((rows, columns))
+        x = jax.ShapeDtypeStruct((2, rows), jnp.float32)
+        with own_code(settings, "apply"):
+            y = jax.eval_shape(method.apply, adapters.get(params, path), zero[name], x)
+        if getattr(y, "shape", None) != (2, columns):
+            found = getattr(y, "shape", type(y).__name__)
+            raise InputError(
+                f"{_own_field(settings)}: the adapter's apply returned {found} at {name} for x of "
+                f"shape (2, {rows}); it must return an array of shape (2, {columns})."
+            )
 
 
 def make_adapter(settings: AdapterConfig) -> adapters.Adapter:
@@ -156,7 +222,7 @@ def make_adapter(settings: AdapterConfig) -> adapters.Adapter:
             svd=svf.cached_svd(),
         )
     function = user_code.load_function(settings.type, field="config.adapter.type")
-    field = f"config.adapter.type={settings.type!r} with options {dict(settings.options)}"
+    field = _own_field(settings)
     try:
         method = function(**settings.options)
     except (Exception, SystemExit) as error:  # whatever the function's own code may raise

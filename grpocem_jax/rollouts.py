@@ -316,7 +316,9 @@ def population_rewards(
     count = len(jax.tree.leaves(adapters)[0])
     chunk = min(chunk or count, count)
     longest = max(len(item.tokens) for item in items)
-    length = bucket_length(longest, buckets, max(longest, buckets[-1]))
+    # What lies beyond the model's context is never needed.
+    limit = min(buckets[-1], policy.model.context_length)
+    length = bucket_length(longest, buckets, max(longest, limit))
     prompts = pad([item.tokens for item in items], length)
     rewards = np.full((count, len(items)), np.nan)
     for start in range(0, count, chunk):

@@ -30,10 +30,14 @@ COMMANDS = {
     "adapt": cli.adapt,
     "export": export.main,
     "report": lambda: runpy.run_module("grpocem_jax.report", run_name="__main__"),
+    "experts": lambda: runpy.run_path(
+        str(ROOT / "grpocem_jax" / "experts.py"), run_name="__main__"
+    ),
     "cem": lambda: benchmark("cem"),
     "decode": lambda: benchmark("decode"),
     "grpo": lambda: benchmark("grpo"),
     "memory": lambda: benchmark("memory"),
+    "scaling": lambda: benchmark("scaling"),
 }
 
 

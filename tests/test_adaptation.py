@@ -467,6 +467,24 @@ def test_prompts_of_a_population_are_padded_to_a_bucket(run, questions, monkeypa
     assert shape == (2, 64)
 
 
+def test_nothing_is_padded_beyond_the_context(run, questions, monkeypatch):
+    beyond = (16, 2**31 - 1)
+    wide = run._replace(config=dataclasses.replace(run.config, cem=cem(run, buckets=beyond)))
+    long, context = " the" * 40, run.policy.model.context_length
+    for call in (
+        lambda: adaptation.complete(wide, run.adapter, [long]),
+        lambda: rewards_of(run, stacked(run.adapter), questions[:1], buckets=beyond),
+    ):
+        with monkeypatch.context() as patch:
+            assert captured_shape(patch, call) == (1, context)
+    capped = run._replace(config=dataclasses.replace(run.config, cem=cem(run, buckets=(context,))))
+    for function in (
+        lambda run: adaptation.log_likelihoods(run, run.adapter, [adaptation.Text(long)])[0],
+        lambda run: adaptation.adapt(run, long, settings=run.config.cem).fitness_before,
+    ):
+        assert function(wide) == function(capped)
+
+
 # Rewards
 
 

@@ -50,6 +50,22 @@ def test_the_mean_reward_weighs_tasks_alike_and_leaves_out_what_abstained():
     assert math.isnan(evaluation.mean_reward(["a"], np.array([np.nan])))
 
 
+def test_no_more_prompts_are_evaluated_at_once_than_there_are(monkeypatch):
+    class Generated(Exception):  # noqa: N818
+        pass
+
+    def generate(policy, adapter, prompts, *args, **options):
+        raise Generated(len(prompts.tokens))
+
+    monkeypatch.setattr(evaluation.rollouts, "generate", generate)
+    settings = load_config("tiny")
+    settings.train.eval_batch_size = 2**31 - 1
+    item = evaluation.rollouts.Item(None, None, np.ones(3, np.int32))
+    arguments = ([item] * 3, jax.random.key(0), parse_config(settings))
+    with pytest.raises(Generated, match="3"):
+        evaluation.evaluate(None, {}, *arguments, greedy=True)
+
+
 @pytest.mark.parametrize(
     ("size", "advice"),
     [(16, "lower train.eval_batch_size=16 to 8"), (1, "lower generation.max_new_tokens=24")],
@@ -64,5 +80,5 @@ def test_what_to_lower_is_said_where_memory_runs_out(size, advice, monkeypatch):
     item = evaluation.rollouts.Item(None, None, np.ones(3, np.int32))
     with pytest.raises(InputError, match=f"out of device memory in the evaluation: {advice}"):
         evaluation.evaluate(
-            None, {}, [item], jax.random.key(0), parse_config(settings), greedy=True
+            None, {}, [item] * size, jax.random.key(0), parse_config(settings), greedy=True
         )

@@ -1,7 +1,9 @@
 """The expert library: which experts there are, the one that ships, and training a small one."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from grpocem_jax import checkpoints
+from grpocem_jax import checkpoints, rundir, tasks, training
 from grpocem_jax.adaptation import LIBRARY
 from grpocem_jax.adapters import spaces
+from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.experts import mixtures, train_experts
+from tests.conftest import ROOT
 from tests.test_adaptation import cheap_programs, get_config, random_offsets, tiny_policy
 
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
@@ -46,8 +50,18 @@ def shipped(policy):
     return checkpoints.load_library(LIBRARY, policy.zero, base_sha256=policy.pretrained.sha256)
 
 
+def tasks_of(names):
+    return [tasks.TASKS[name] for name in names]
+
+
+def own_task(name):
+    """A task of the user's own, which has no labels."""
+    columns = {"prompt": "the prompt"}
+    return tasks.Task(name, columns, "{prompt}", (), reference="completion", own=True)
+
+
 def test_five_tasks_make_eight_experts():
-    experts = mixtures(TASKS)
+    experts = mixtures(tasks_of(TASKS))
     assert experts == {
         **{name: (name,) for name in TASKS},
         "labels": ("sentiment", "classification"),
@@ -67,9 +81,20 @@ def test_five_tasks_make_eight_experts():
     ],
 )
 def test_a_mixture_has_several_tasks_and_occurs_once(tasks, names):
-    experts = mixtures(tasks)
+    experts = mixtures(tasks_of(tasks))
     assert list(experts) == names
     assert len(set(experts.values())) == len(experts)
+
+
+def test_tasks_of_the_users_own_are_mixed_too_and_keep_their_names_apart():
+    assert mixtures([*tasks_of(["sentiment"]), own_task("mine"), own_task("yours")]) == {
+        **{name: (name,) for name in ("sentiment", "mine", "yours")},
+        "texts": ("mine", "yours"),
+        "all": ("sentiment", "mine", "yours"),
+    }
+    assert mixtures([own_task("all")]) == {"all": ("all",)}
+    with pytest.raises(InputError, match="names 'all', as one of the experts on several tasks"):
+        mixtures([*tasks_of(["sentiment"]), own_task("all")])
 
 
 # The library that ships
@@ -77,7 +102,7 @@ def test_a_mixture_has_several_tasks_and_occurs_once(tasks, names):
 
 def test_the_shipped_library_holds_the_eight_experts_of_the_builtin_model(policy, shipped):
     experts, vectors = shipped
-    assert list(experts) == sorted(mixtures(TASKS))
+    assert list(experts) == sorted(mixtures(tasks_of(TASKS)))
     for adapter in experts.values():
         assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(adapter)) > 0.01
     # The experts come first, then snapshots of their training.
@@ -194,7 +219,7 @@ def test_training_writes_a_library_and_ordinary_runs(trained):
         run = workdir / "runs" / name
         assert files == {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
         config = json.loads((run / "config.json").read_text())
-        assert tuple(config["data"]["tasks"]) == mixtures(("qa", "sentiment"))[name]
+        assert tuple(config["data"]["tasks"]) == mixtures(tasks_of(("qa", "sentiment")))[name]
 
 
 def test_a_trained_library_can_be_read_and_ends_where_its_trainings_ended(policy, trained):
@@ -211,6 +236,65 @@ def test_a_trained_library_can_be_read_and_ends_where_its_trainings_ended(policy
         for last, name in ((1, "qa"), (3, "sentiment"), (5, "all")):
             np.testing.assert_array_equal(snapshots[site][last], experts[name][site])
         assert np.abs(snapshots[site][0] - snapshots[site][1]).max() > 0
+
+
+def interrupt(patch, task, at):
+    """A signal in step ``at`` of the training on one task."""
+    step = training.Run.step
+
+    def interrupted(self, state, done):
+        if self.config.data.tasks == (task,) and done == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, state, done)
+
+    patch.setattr(training.Run, "step", interrupted)
+
+
+def test_an_interrupted_command_leaves_no_library_and_is_continued_by_the_same(
+    trained, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def call(error):
+        with pytest.raises(error):
+            train_experts(get_config(**SMALL), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, "sentiment", 0)
+        call(rundir.Interrupted)
+    assert not (tmp_path / "runs" / "all").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_trajectory", full)
+        call(InputError)
+    assert "resumed   after step 1" in capsys.readouterr().out
+    library = train_experts(get_config(**SMALL), tmp_path)
+    assert library == tmp_path / "library"
+    for path in trained[1].rglob("*.safetensors"):
+        assert (library / path.relative_to(trained[1])).read_bytes() == path.read_bytes()
+
+
+def test_the_checkpoint_of_an_interruption_is_no_snapshot(tmp_path, monkeypatch):
+    settings = get_config(
+        **{**SMALL, "data.tasks": ("qa",), "data.max_samples": 24, "train.max_steps": 0}
+    )
+    with monkeypatch.context() as patch:
+        interrupt(patch, "qa", 2)
+        with pytest.raises(rundir.Interrupted):
+            train_experts(settings, tmp_path)
+    library = train_experts(settings, tmp_path)
+    # Of six steps every second; the interruption has left a checkpoint of the third.
+    assert (tmp_path / "runs" / "qa" / "checkpoints" / "3").is_dir()
+    assert {len(x) for x in load_file(library / checkpoints.TRAJECTORY).values()} == {3}
+
+
+def test_a_task_of_the_users_own_has_an_expert(tmp_path):
+    settings = load_config(str(ROOT / "examples" / "own_task" / "config.py"))
+    small = {**SMALL, "data.tasks": ("reviews",), "train.max_steps": 1}
+    settings.update_from_flattened_dict(small)
+    library = train_experts(settings, tmp_path)
+    assert {path.name for path in library.iterdir()} == {"reviews", checkpoints.TRAJECTORY}
 
 
 def test_a_library_is_not_overwritten(trained):

@@ -177,6 +177,14 @@ def test_another_adapter_of_the_same_model_is_merged_instead(workdir, exported, 
     assert (found.folder / "adapter" / "README.md").read_text() == "An adapter for tests."
 
 
+def test_an_adapter_without_a_model_card_is_copied_without_one(workdir, tmp_path):
+    bare = shutil.copytree(workdir / "adapter", tmp_path / "bare")
+    (bare / "README.md").unlink()
+    checkpoints.copy_adapter(bare, tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json"}
+
+
 # The model card
 
 

@@ -52,6 +52,20 @@ def test_a_single_candidate_that_does_not_fit_is_an_error_too():
     assert tried == [3, 1]
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (OUT_OF_MEMORY, True),
+        ("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes.", True),
+        ("YNNPACK operation failed", True),
+        ("INTERNAL: something else", False),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_what_jax_says(message, expected):
+    assert memory.ran_out(jax.errors.JaxRuntimeError(message)) == expected
+    assert not memory.ran_out(ValueError(message))
+
+
 def test_other_errors_of_the_device_pass_through():
     def fails(size):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -716,16 +716,24 @@ def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_roun
         np.testing.assert_allclose(adapters[1][name], values, atol=1e-4)
 
 
-def test_a_device_that_is_not_there_is_said_in_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS='cuda'"),
+        ({"JAX_PLATFORM_NAME": "gpu"}, "JAX_PLATFORM_NAME='gpu'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_said_in_one_sentence(variables, said, tmp_path):
+    inherited = {x: y for x, y in os.environ.items() if not x.startswith("JAX_PLATFORM")}
     result = subprocess.run(
         [*COMMAND, str(tmp_path / "run")],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        env={**inherited, **variables},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 2
-    assert "error: JAX_PLATFORMS='cuda': JAX finds no such device" in result.stderr
+    assert f"error: {said}: JAX finds no such device" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()

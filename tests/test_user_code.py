@@ -1,11 +1,18 @@
 """Functions of the user's own: named in a config, imported, and refused in one sentence."""
 
+import dataclasses
+
+import jax
 import pytest
 
-from grpocem_jax import rundir, training, user_code
+from grpocem_jax import export, rundir, training, user_code
+from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.models import hub
+from grpocem_jax.policy import load_policy, make_adapter, own_code, put_adapter
+from tests.conftest import OUT_OF_MEMORY
 
 MODULE = """
 class Rewards:
@@ -23,6 +30,32 @@ def no_adapter():
     return {"rank": 1}
 
 number = 3
+
+def broken(part):
+    import jax.numpy as jnp
+    import grpocem_jax as gj
+
+    def fail(*_):
+        raise ZeroDivisionError("by zero\\nand more")
+
+    def scaled(kernel, offsets, x):
+        return (x @ kernel) * (1 + offsets)[None]
+
+    parts = {
+        "factor": jnp.asarray,
+        "init": lambda key, kernel: jnp.zeros(kernel.shape[1:]),
+        "apply": scaled,
+        "merge": lambda kernel, offsets: kernel * (1 + offsets)[None],
+    }
+    others = {
+        "shape": {"apply": lambda kernel, offsets, x: x},
+        "pair": {"apply": lambda *x: (scaled(*x), x)},
+        "untraceable": {"apply": lambda *x: scaled(*x) if x[1][0] > 0 else x[2]},
+        "none": {"factor": lambda kernel: ["kernel"]},
+        "whole": {"init": lambda key, kernel: jnp.zeros(3, int)},
+        "good": {},
+    }
+    return gj.Adapter(**parts | others.get(part, {part: fail}))
 """
 
 
@@ -148,10 +181,58 @@ def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes
     ],
 )
 def test_a_function_that_makes_no_adapter_is_named(name, fragments):
-    from grpocem_jax.policy import make_adapter
-
     config = parse(**{"adapter.type": f"mine_for_tests:{name}"})
     with pytest.raises(InputError) as error:
         make_adapter(config.adapter)
     for fragment in [f"mine_for_tests:{name}", *fragments]:
         assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "fragment"),
+    [
+        ("factor", "the adapter's factor raised ZeroDivisionError (by zero); correct it."),
+        ("init", "the adapter's init raised ZeroDivisionError (by zero); correct it."),
+        ("apply", "the adapter's apply raised ZeroDivisionError (by zero); correct it."),
+        ("shape", "apply returned (2, 128) at h.0.attn.c_attn for x of shape (2, 128); it must"),
+        ("pair", "the adapter's apply returned tuple at h.0.attn.c_attn"),
+        ("untraceable", "the adapter's apply raised TracerBoolConversionError"),
+        ("none", "the adapter's factor returned str at h.0.attn.c_attn"),
+        ("whole", "the adapter's init returned int32 at h.0.attn.c_attn"),
+    ],
+)
+def test_an_adapter_that_does_not_keep_to_the_interface_is_named_before_it_is_used(part, fragment):
+    with pytest.raises(InputError) as error:
+        put_adapter(hub.load_model("builtin"), broken_adapter(part))
+    assert fragment in str(error.value)
+    assert f"config.adapter.type='mine_for_tests:broken' with options {{'part': '{part}'}}: " in (
+        str(error.value)
+    )
+
+
+def test_an_adapter_that_keeps_to_the_interface_is_put_on_its_sites():
+    carrier = put_adapter(hub.load_model("builtin"), broken_adapter("good"), dtype="bfloat16")
+    assert {x.shape for x in carrier.zero.values()} == {(3 * 128,)}
+
+
+def test_an_adapter_that_cannot_be_merged_is_named(tmp_path):
+    config = dataclasses.replace(parse(), adapter=broken_adapter("merge"))
+    policy = load_policy(config.model, config.adapter)
+    run = TrainedRun(config, policy, policy.zero)
+    with pytest.raises(InputError, match=r"the adapter's merge raised ZeroDivisionError \(by zero"):
+        export._save(run, put_adapter(policy.pretrained, config.adapter), tmp_path)
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_mistake_of_an_adapter():
+    error = jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+    with pytest.raises(jax.errors.JaxRuntimeError), own_code(broken_adapter("good"), "factor"):
+        raise error
+
+
+def broken_adapter(part):
+    changes = {
+        "type": "mine_for_tests:broken",
+        "sites": ("attn.c_attn",),
+        "options": {"part": part},
+    }
+    return dataclasses.replace(parse().adapter, **changes)

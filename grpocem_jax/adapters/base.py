@@ -62,7 +62,8 @@ def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, 
     return selected
 
 
-def _get(params: Any, path: tuple[str, ...]) -> Any:
+def get(params: Any, path: tuple[str, ...]) -> Any:
+    """What lies at a path of nested dicts, such as the factors of a site."""
     for part in path:
         params = params[part]
     return params
@@ -77,7 +78,7 @@ def _set(params: Any, path: tuple[str, ...], value: Any) -> Any:
 def factor_params(adapter: Adapter, params: Any, sites: Sites) -> Any:
     """Parameters with the kernel at every site replaced by its factors; the input is unchanged."""
     for path in sites.values():
-        params = _set(params, path, adapter.factor(np.asarray(_get(params, path))))
+        params = _set(params, path, adapter.factor(np.asarray(get(params, path))))
     return params
 
 
@@ -85,7 +86,7 @@ def init_adapter(adapter: Adapter, key: jax.Array, params: Any, sites: Sites) ->
     """Offsets at the base model, one entry a site, for parameters made by `factor_params`."""
     keys = jax.random.split(key, len(sites))
     return {
-        name: adapter.init(k, _get(params, path))
+        name: adapter.init(k, get(params, path))
         for k, (name, path) in zip(keys, sites.items(), strict=True)
     }
 
@@ -93,7 +94,7 @@ def init_adapter(adapter: Adapter, key: jax.Array, params: Any, sites: Sites) ->
 def merge_params(adapter: Adapter, params: Any, offsets: Offsets, sites: Sites) -> Any:
     """Plain parameters that give the adapted model without an adapter, for export."""
     for name, path in sites.items():
-        params = _set(params, path, adapter.merge(_get(params, path), offsets[name]))
+        params = _set(params, path, adapter.merge(get(params, path), offsets[name]))
     return params
 
 
