@@ -20,6 +20,8 @@ def lora(rank: int = 2) -> gj.Adapter:
     return gj.Adapter(
         factor=jnp.asarray,
         init=init,
-        apply=lambda kernel, own, x: x @ kernel + (x @ own["a"]) @ own["b"],
+        apply=lambda kernel, own, x: (
+            gj.dense(kernel, x) + gj.dense(own["b"], gj.dense(own["a"], x))
+        ),
         merge=lambda kernel, own: kernel + own["a"] @ own["b"],
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpocem_jax.adapters.base import (
     Adapter,
+    Offsets,
     factor_params,
     init_adapter,
     merge_params,
@@ -23,7 +24,7 @@ from grpocem_jax.adapters.spaces import (
     principal_space,
 )
 from grpocem_jax.adapters.svf import SVFFactors, cached_svd, svd, svf
-from grpocem_jax.cem import CEM, CEMState, GradientAscent
+from grpocem_jax.cem import CEM, CEMState, GradientAscent, GradientState
 from grpocem_jax.errors import InputError
 from grpocem_jax.fitness import Likelihood, Texts
 from grpocem_jax.grpo import (
@@ -41,9 +42,9 @@ from grpocem_jax.grpo import (
     update,
 )
 from grpocem_jax.likelihood import completion_logps, token_logps
-from grpocem_jax.models.base import Context, KeyValues, Model, cast_params
+from grpocem_jax.models.base import Context, KeyValues, Model, cast_params, dense
 from grpocem_jax.sampling import Rollouts, sample
-from grpocem_jax.searching import SearchResult, search, search_on_host
+from grpocem_jax.searching import History, SearchResult, search, search_on_host
 
 if TYPE_CHECKING:
     from grpocem_jax.adaptation import (
@@ -57,60 +58,61 @@ if TYPE_CHECKING:
         log_likelihoods,
     )
     from grpocem_jax.checkpoints import load_adapter, save_adapter
-    from grpocem_jax.config import Config, parse_config
+    from grpocem_jax.config import AdapterConfig, CEMConfig, Config, ModelConfig, parse_config
     from grpocem_jax.config_files import load_config
     from grpocem_jax.export import Exported, export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
     from grpocem_jax.policy import Policy, load_policy
-    from grpocem_jax.tasks import TASKS, Example, Task
+    from grpocem_jax.rollouts import Item, encode
+    from grpocem_jax.tasks import TASKS, Example, Reward, Task
     from grpocem_jax.training import train
 
 _LAZY = {
-    "Adaptation": "adaptation",
-    "Config": "config",
-    "Example": "tasks",
-    "Exported": "export",
-    "Policy": "policy",
-    "Pretrained": "models.hub",
-    "TASKS": "tasks",
-    "Task": "tasks",
-    "Text": "adaptation",
-    "TrainedRun": "adaptation",
-    "adapt": "adaptation",
-    "adapt_to_reward": "adaptation",
-    "complete": "adaptation",
-    "export_model": "export",
-    "load_adapter": "checkpoints",
-    "load_config": "config_files",
-    "load_model": "models.hub",
-    "load_policy": "policy",
-    "load_run": "adaptation",
-    "log_likelihoods": "adaptation",
-    "parse_config": "config",
-    "save_adapter": "checkpoints",
-    "save_model": "models.hub",
-    "train": "training",
+    name: module
+    for module, names in {
+        "adaptation": "Adaptation Text TrainedRun adapt adapt_to_reward complete load_run "
+        "log_likelihoods",
+        "checkpoints": "load_adapter save_adapter",
+        "config": "AdapterConfig CEMConfig Config ModelConfig parse_config",
+        "config_files": "load_config",
+        "export": "Exported export_model",
+        "models.hub": "Pretrained load_model save_model",
+        "policy": "Policy load_policy",
+        "rollouts": "Item encode",
+        "tasks": "Example Reward TASKS Task",
+        "training": "train",
+    }.items()
+    for name in names.split()
 }
 
+# Type checkers follow the imports above, and read no list that is not written out.
 __all__ = [
     "CEM",
     "TASKS",
     "Adaptation",
     "Adapter",
+    "AdapterConfig",
     "Batch",
+    "CEMConfig",
     "CEMState",
     "Config",
     "Context",
     "Example",
     "Exported",
     "GradientAscent",
+    "GradientState",
+    "History",
     "Hyperparameters",
     "InputError",
+    "Item",
     "KeyValues",
     "Likelihood",
     "Model",
+    "ModelConfig",
+    "Offsets",
     "Policy",
     "Pretrained",
+    "Reward",
     "Rollouts",
     "SVFFactors",
     "SearchResult",
@@ -128,6 +130,8 @@ __all__ = [
     "complete",
     "completion_logps",
     "decode",
+    "dense",
+    "encode",
     "expert_space",
     "export_model",
     "factor_params",
@@ -168,3 +172,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

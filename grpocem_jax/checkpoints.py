@@ -212,7 +212,7 @@ def config_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def save_adapter(folder: Path, offsets: Offsets, config: dict[str, Any], card: str) -> None:
+def save_adapter(folder: str | Path, offsets: Offsets, config: dict[str, Any], card: str) -> None:
     """Writes ``adapter_model.safetensors``, ``adapter_config.json`` and the model card.
 
     Args:
@@ -222,6 +222,7 @@ def save_adapter(folder: Path, offsets: Offsets, config: dict[str, Any], card: s
         file of the offsets is added.
       card: text of README.md.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
     write_safetensors(path, _named(offsets))
@@ -229,7 +230,9 @@ def save_adapter(folder: Path, offsets: Offsets, config: dict[str, Any], card: s
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = None) -> Offsets:
+def load_adapter(
+    folder: str | Path, template: Offsets, *, base_sha256: str | None = None
+) -> Offsets:
     """Reads the offsets of a saved adapter.
 
     Args:
@@ -241,8 +244,8 @@ def load_adapter(folder: Path, template: Offsets, *, base_sha256: str | None = N
       InputError: no adapter there, a damaged one, one of other sites or sizes, or one of another
         model.
     """
-    path = folder / "adapter_config.json"
-    arrays = folder / "adapter_model.safetensors"
+    path = Path(folder) / "adapter_config.json"
+    arrays = Path(folder) / "adapter_model.safetensors"
     config = {}
     if base_sha256 is not None or is_file(path):
         config = read_object(path, fix="train the adapter again")

@@ -81,7 +81,12 @@ class Carrier(NamedTuple):
 
 
 def load_policy(
-    model: ModelConfig, adapter: AdapterConfig, *, stop: Iterable[str] = (), seed: int = 0
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    stop: Iterable[str] = (),
+    seed: int = 0,
+    method: adapters.Adapter | None = None,
 ) -> Policy:
     """Loads the model and puts a zero adapter on it.
 
@@ -89,11 +94,17 @@ def load_policy(
       model: the model section of the config.
       adapter: the adapter section.
       stop: single-token strings that end a completion beside the end-of-text token.
-      seed: of random weights.
+      seed: of random weights, and of the adapter's initialisation.
+      method: an adapter of one's own; of the adapter section only ``sites`` is then read.
 
     Raises:
-      InputError: a source, site or stop string that cannot be used.
+      InputError: a source, site, stop string or adapter that cannot be used.
     """
+    if method is not None and not isinstance(method, adapters.Adapter):
+        raise InputError(
+            f"method: is {type(method).__name__}; give a grpocem_jax.Adapter, which a function "
+            "such as svf() returns."
+        )
     # Asked before the weights are drawn, which takes long for a large shape.
     if model.source.startswith("random:") and hub.load_outline(model.source).tokenizer is None:
         raise InputError(
@@ -103,7 +114,7 @@ def load_policy(
     pretrained = hub.load_model(model.source, seed=seed)
     continuing = tokenizers.continuing(pretrained.tokenizer)
     end_ids = [*pretrained.end_ids, *(_single_token(continuing, s) for s in stop)]
-    carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed)
+    carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed, method=method)
     return Policy(
         **carrier._asdict(),
         tokenizer=pretrained.tokenizer,
@@ -115,7 +126,12 @@ def load_policy(
 
 
 def put_adapter(
-    pretrained: hub.Pretrained, adapter: AdapterConfig, *, dtype: str = "float32", seed: int = 0
+    pretrained: hub.Pretrained,
+    adapter: AdapterConfig,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    method: adapters.Adapter | None = None,
 ) -> Carrier:
     """Puts a zero adapter on a model and the model on the device.
 
@@ -124,12 +140,13 @@ def put_adapter(
       adapter: the adapter section of the config.
       dtype: of the matrices, see `models.base.cast_params`.
       seed: of the adapter's initialisation, where it has any.
+      method: as in `load_policy`.
 
     Raises:
       InputError: a site that the model lacks, settings that leave nothing to train, or an adapter
         of the user's own that cannot be made or does not keep to `adapters.base.Adapter`.
     """
-    method = make_adapter(adapter)
+    method = make_adapter(adapter) if method is None else method
     model = pretrained.build(method.apply)
     sites = adapters.select_sites(model.sites, adapter.sites)
     with own_code(adapter, "factor"):

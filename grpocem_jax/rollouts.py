@@ -36,6 +36,14 @@ class Prompts(NamedTuple):
 def encode(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Item]:
     """Tokenizes prompts.
 
+    Args:
+      policy: for its tokenizer.
+      task: whose rewards will judge the completions; its template is not read.
+      examples: each with its whole prompt, and in ``columns`` what the rewards read.
+
+    Returns:
+      an item for each example.
+
     Raises:
       InputError: an empty prompt.
     """

@@ -159,6 +159,9 @@ def search(
       on_chunk: called with the number of generations done and their history, at least every tenth
         of them.
 
+    Returns:
+      `SearchResult`; with the gate its adapter may be the start.
+
     Raises:
       InputError: a setting out of range; out of device memory.
     """
@@ -302,6 +305,9 @@ def search_on_host(
       returned: as in `search`.
       budget_s: seconds; compilation counts, as the first generation brings it about.
       on_chunk: called after each generation, as in `search`.
+
+    Returns:
+      `SearchResult`, whose ``seconds`` contain compilation and the time of ``evaluate``.
 
     Raises:
       InputError: a setting out of range.

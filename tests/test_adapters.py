@@ -464,6 +464,14 @@ def test_saved_adapters_load_bit_for_bit(tmp_path, tiny):
     assert '"base_model"' in (tmp_path / "adapter" / "adapter_config.json").read_text("utf-8")
 
 
+def test_paths_may_be_strings(tmp_path, tiny):
+    checkpoints.save_adapter(str(tmp_path / "adapter"), tiny.zero, {}, "")
+    found = checkpoints.load_adapter(str(tmp_path / "adapter"), tiny.zero)
+    np.testing.assert_array_equal(found["h.0.attn.c_proj"], np.zeros(32))
+    assert_factors(svf.cached_svd(str(tmp_path / "svd"))(kernel()), kernel())
+    assert len(list((tmp_path / "svd").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -21,6 +21,28 @@ def test_every_public_name_is_there_and_documented(name):
     assert value.__doc__ if callable(value) else len(value) > 0
 
 
+def test_imports_lists_and_lazy_names_of_the_package_agree():
+    tree = ast.parse(Path(grpocem_jax.__file__).read_text(encoding="utf-8"))
+    (lazy,) = [node for node in tree.body if isinstance(node, ast.If)]  # TYPE_CHECKING
+
+    def imported(body):
+        found = [node for node in body if isinstance(node, ast.ImportFrom)]
+        found = [node for node in found if node.module != "typing"]
+        return {a.name: n.module.removeprefix("grpocem_jax.") for n in found for a in n.names}
+
+    assert imported(lazy.body) == grpocem_jax._LAZY
+    names = [*imported(tree.body), *imported(lazy.body)]
+    assert sorted(names) == sorted(grpocem_jax.__all__)
+
+
+def test_completion_shows_names_that_are_not_imported_yet():
+    code = "import grpocem_jax; print(*dir(grpocem_jax))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(grpocem_jax.__all__) <= set(result.stdout.split())
+
+
 def test_a_name_that_is_not_public_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = grpocem_jax.nonsense

@@ -1,6 +1,7 @@
 """The examples, run as they stand but shorter."""
 
 import contextlib
+import dataclasses
 import json
 import runpy
 import shutil
@@ -113,6 +114,34 @@ def test_lora_is_an_adapter_whose_zeros_are_the_base_model(tiny):
     assert not np.allclose(merged, kernel)
 
 
+def test_products_of_lora_take_bfloat16_and_accumulate_in_float32():
+    method = custom_adapter.lora()
+    kernel = jnp.ones((600, 3), jnp.bfloat16)
+    own = jax.tree.map(jnp.zeros_like, method.init(jax.random.key(0), kernel))
+    # bfloat16 has 8 bits: it drops the 2**-10 of x, and would make 600 of a sum of 601.
+    x = jnp.full((1, 600), 1 + 2**-10).at[0, 0].set(2.0)
+    y = method.apply(kernel, own, x)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, 601.0)
+
+
+def test_an_adapter_object_reaches_adapt_and_complete():
+    config = gj.parse_config(gj.load_config("tiny"))
+    method = custom_adapter.lora(rank=1)
+    policy = gj.load_policy(config.model, config.adapter, method=method)
+    assert policy.method is method
+    assert jax.tree.map(jnp.shape, policy.zero["h.0.attn.c_proj"]) == {"a": (128, 1), "b": (1, 128)}
+    run = gj.TrainedRun(config, policy, policy.zero)
+    prompt = "Review: The soup was cold.\nSentiment:"
+    settings = dataclasses.replace(config.cem, method="gradient", generations=5, gate=False)
+    found = gj.adapt(run, prompt, settings=settings)
+    assert found.fitness_after > found.fitness_before
+    assert isinstance(gj.complete(run, found.adapter, [prompt])[0], str)
+    # The function that makes one in place of the adapter.
+    with pytest.raises(gj.InputError, match=r"^method: is function; give a grpocem_jax.Adapter"):
+        gj.load_policy(config.model, config.adapter, method=custom_adapter.lora)
+
+
 def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
     settings = short(gj.load_config("tiny"), tasks=("sentiment",))
     settings.adapter.type = "examples.custom_adapter:lora"
@@ -128,6 +157,15 @@ def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
     # The worst token of a text is below the mean of all.
     assert found.fitness_before < float(gj.log_likelihoods(run, run.adapter, [text])[0])
     assert found.fitness_after != found.fitness_before
+
+
+def test_grpo_alone_raises_the_reward(capsys):
+    runpy.run_path(str(ROOT / "examples" / "grpo_alone.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    rewards = [float(line.split("reward ")[1].split()[0]) for line in lines]
+    assert len(rewards) == 20
+    # The mean of 64 rewards of 0 or 1 is off by 0.06.
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
 
 
 def test_cem_alone_finds_the_highest_peak(capsys):

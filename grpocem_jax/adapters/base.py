@@ -17,6 +17,8 @@ from grpocem_jax.errors import InputError
 Factors = Any
 SiteOffsets = Any
 Offsets = dict[str, SiteOffsets]
+"""What is trained: by site name what `Adapter.init` gives, of SVF float32 ``[k]``."""
+
 Sites = Mapping[str, tuple[str, ...]]
 """Site name to the path of its kernel in the parameters (`Model.sites`, or a part of it)."""
 

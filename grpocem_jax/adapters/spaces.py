@@ -31,7 +31,15 @@ class Space(NamedTuple):
 
 
 def decode(space: Space, point: Any) -> Offsets:
-    """The adapter at a point; linear in the point."""
+    """The adapter at a point, ``start`` plus what is linear in the point. Traceable.
+
+    Args:
+      space: the space.
+      point: arrays in the form of ``space.origin``.
+
+    Returns:
+      offsets in the form of ``space.start``.
+    """
     if space.basis is None:
         return jax.tree.map(jnp.add, space.start, point)
     adapter = {}
@@ -46,7 +54,14 @@ def decode(space: Space, point: Any) -> Offsets:
 
 
 def full_space(start: Offsets) -> Space:
-    """Every offset by itself."""
+    """Every offset by itself.
+
+    Args:
+      start: the adapter at the origin.
+
+    Returns:
+      a space whose points are offsets in the form of ``start``, added to it.
+    """
     return Space(jax.tree.map(jnp.zeros_like, start), start, None)
 
 

@@ -45,7 +45,7 @@ def svd(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return u.astype(np.float32), s.astype(np.float32), vt.astype(np.float32)
 
 
-def cached_svd(folder: Path | None = None) -> SVD:
+def cached_svd(folder: str | Path | None = None) -> SVD:
     """`svd` behind a cache on disk, one file a kernel, named by the SHA-256 of its bytes.
 
     Args:
@@ -55,12 +55,12 @@ def cached_svd(folder: Path | None = None) -> SVD:
       a function like `svd`. A file that is damaged, or whose product is not the kernel, is computed
       anew; a cache that cannot be written to is only a cache that does not help.
     """
-    folder = folder or cache_folder() / "svd"
+    root = Path(folder or cache_folder() / "svd")
 
     def lookup(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         kernel = np.ascontiguousarray(kernel, np.float32)
         digest = hashlib.sha256(repr(kernel.shape).encode() + kernel.tobytes()).hexdigest()
-        path = folder / f"{digest}.safetensors"
+        path = root / f"{digest}.safetensors"
         try:
             stored = load_file(path)
             u, s, vt = stored["u"], stored["s"], stored["vt"]
@@ -71,7 +71,7 @@ def cached_svd(folder: Path | None = None) -> SVD:
             pass
         u, s, vt = svd(kernel)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
             write_safetensors(path, {"u": u, "s": s, "vt": vt})
         except (OSError, SafetensorError):
             pass

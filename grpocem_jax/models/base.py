@@ -55,7 +55,9 @@ class Model:
     function; build it once and keep it.
 
     All of them raise `InputError` where ``adapter`` and ``params`` do not fit: an entry that is no
-    site, a site with factors but without an entry, entries for a model built without an adapter.
+    site, entries for a model built without an adapter, a site with factors but without an entry.
+    Factors that are one array, such as the kernel itself, cannot be told from a kernel: without an
+    entry, that array is the linear map.
 
     Attributes:
       vocab_size: rows of the embedding; tokens are below it.
@@ -123,7 +125,15 @@ class Architecture(Protocol):
 
 
 def dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """``x @ kernel`` with operands in the kernel's dtype, accumulated and returned in float32."""
+    """``x @ kernel`` with operands in the kernel's dtype, accumulated and returned in float32.
+
+    Args:
+      kernel: float ``[in, out]``.
+      x: float ``[..., in]``.
+
+    Returns:
+      float32 ``[..., out]``.
+    """
     return jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
 
 
@@ -193,5 +203,12 @@ def cast_params(params: Params, dtype: jnp.dtype) -> Params:
 
     Products then take operands in ``dtype`` and accumulate in float32 (`dense`, `attend`); the
     residual stream, norms, softmax and logits stay float32.
+
+    Args:
+      params: nested dict of arrays, with factors at adapted sites or without; not changed.
+      dtype: ``jnp.float32`` or ``jnp.bfloat16``, of arrays with at least two axes.
+
+    Returns:
+      the same structure and shapes, arrays on the device.
     """
     return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.ndim >= 2 else jnp.float32), params)
