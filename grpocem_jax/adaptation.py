@@ -161,6 +161,8 @@ def adapt(
 ) -> Adaptation:
     """Adapts to the likelihood of one text, or of several that stand for their kind.
 
+    The settings may name a fitness of the user's own in place of the likelihood.
+
     With the gate, one text is adapted to in its first part and judged on its last; of several, some
     are held back. A text of one token is left alone: nothing of it can be scored.
 
@@ -174,9 +176,15 @@ def adapt(
 
     Raises:
       InputError: a text that is empty, has nothing to score or is too long; settings that cannot be
-        used; a fitness that is not finite for the run's adapter (before any search) or the result.
+        used, such as a reward, which `adapt_to_reward` adapts to; a fitness that is not finite for
+        the run's adapter (before any search) or the result.
     """
     settings = settings or run.config.cem
+    if settings.fitness == "reward":
+        raise InputError(
+            "cem.fitness='reward': a text has no reward; call adapt_to_reward with prompts of a "
+            "task, or set cem.fitness='likelihood'."
+        )
     key = jax.random.key(run.config.seed) if key is None else key
     listed = [texts] if isinstance(texts, str | Text) else texts
     if not isinstance(listed, Sequence) or not listed:
@@ -278,18 +286,22 @@ def adapt_to_reward(
 ) -> Adaptation:
     """Adapts to the reward of completions of some prompts of a task.
 
-    With the gate, some of the prompts are held back, at least one.
+    With the gate, some of the prompts are held back, at least 2: the gain on a single one has no
+    standard error, and what helped it by chance would pass. The result is the point that does best
+    on them of all that do better than ``run.adapter`` (the points of the search, and where a warm
+    start led), or ``run.adapter`` itself. Without the gate nothing is compared, and the warm start
+    has no gate of its own either.
 
     Args:
       run: what to adapt.
-      items: the prompts, `rollouts.encode`; at least 2 with the gate.
+      items: the prompts, `rollouts.encode`; at least 3 with the gate.
       key: PRNG key; by default from the config's seed.
       settings: other settings than ``run.config.cem``.
       space: as in `adapt`.
       on_chunk: as in `searching.search`.
 
     Raises:
-      InputError: settings that cannot be used, no prompt, a single one with the gate, or one that
+      InputError: settings that cannot be used, no prompt, fewer than 3 with the gate, or one that
         leaves no room for a completion; rewards that all abstain from completions by the run's
         adapter (before any search) or by the result.
     """
@@ -298,16 +310,15 @@ def adapt_to_reward(
     method = settings.search_method
     if not isinstance(method, searching.CEM):
         raise InputError("cem.method='gradient': a reward has no gradient; use 'cem'.")
-    if len(items) < (2 if settings.gate else 1):
+    if len(items) < (3 if settings.gate else 1):
         raise InputError(
             f"{len(items)} prompts to adapt to: give at least 1, and with cem.gate=True, which "
-            "holds some back, at least 2."
+            "holds back at least 2, at least 3."
         )
     for item in items:
         check_room(run, len(item.tokens))
     space = space or make_space(run.policy, run.adapter, settings)
-    held = min(max(1, round(settings.held_back * len(items))), len(items) - 1)
-    held = held if settings.gate else 0
+    held = num_held_back(len(items), settings.held_back, least=2) if settings.gate else 0
     size = min(settings.population_chunk or method.population_size, method.population_size)
     chunk = memory.population_chunk(size, lower=settings.fit_memory)
     evaluate = functools.partial(_rewards, run, items=items[held:], settings=settings, chunk=chunk)
@@ -330,10 +341,12 @@ def adapt_to_reward(
         return _finite(mean, "reward", f"{which} (every reward abstained)", fix)
 
     before = value(run.adapter, "to start from", fix)
-    warm = None
     if settings.warm_start:
         texts = [Text(i.example.prompt, i.task.completion(i.example) or "") for i in items]
-        first = dataclasses.replace(settings, method="gradient", gate=True)
+        # The share that holds back the same prompts: those of the reward's gate are not fitted.
+        first = dataclasses.replace(
+            settings, method="gradient", fitness="likelihood", held_back=held / len(items)
+        )
         warm = adapt(run, texts, key=key, settings=first, space=full_space(run.adapter))
         space = space._replace(start=warm.adapter)
     clock = metrics.CompileClock.start()
@@ -345,6 +358,7 @@ def adapt_to_reward(
             key,
             generations=settings.generations,
             evaluate_held_back=evaluate_held_back,
+            baseline=run.adapter if settings.warm_start else None,
             gate_z=settings.gate_z,
             returned=settings.returned,
             budget_s=settings.budget_s,
@@ -357,8 +371,6 @@ def adapt_to_reward(
         compile_seconds=clock.seconds,
         population_chunk=chunk.size,
     )
-    if warm is not None and found.returned == "start":
-        found = found._replace(returned=warm.returned)
     fix += "" if settings.gate else ", or set cem.gate=True"
     after = value(found.adapter, "found", fix)
     return Adaptation(found.adapter, before, after, found)
@@ -537,6 +549,14 @@ def batch(encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig)
     return _arrays(encoded, length)
 
 
+def num_held_back(count: int, share: float, *, least: int = 1) -> int:
+    """How many of ``count`` texts or prompts are held back: a share, ``least``, but never all.
+
+    It is always the first ones.
+    """
+    return min(max(least, round(share * count)), count - 1)
+
+
 def hold_back(
     encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig
 ) -> tuple[fitness.Texts, fitness.Texts] | None:
@@ -549,7 +569,7 @@ def hold_back(
     """
     length = max(_bucket(len(tokens), settings) for tokens, _ in encoded)
     if len(encoded) > 1:
-        count = min(max(1, round(settings.held_back * len(encoded))), len(encoded) - 1)
+        count = num_held_back(len(encoded), settings.held_back)
         fitted, held = encoded[count:], encoded[:count]
         parts = [_arrays(part, length) for part in (fitted, held)]
     else:

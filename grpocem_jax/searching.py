@@ -285,6 +285,7 @@ def search_on_host(
     *,
     generations: int = 50,
     evaluate_held_back: Callable[[Offsets, jax.Array], np.ndarray] | None = None,
+    baseline: Offsets | None = None,
     gate_z: float = 1.0,
     returned: str = "mean",
     budget_s: float | None = None,
@@ -301,6 +302,8 @@ def search_on_host(
       generations: at most so many.
       evaluate_held_back: the same for the gate, on other data; None returns what the search ends
         with.
+      baseline: the adapter that the gate compares with and returns where nothing passes, if that
+        is not the space's start; the start is then one more point that may pass.
       gate_z: as in `search`.
       returned: as in `search`.
       budget_s: seconds; compilation counts, as the first generation brings it about.
@@ -318,7 +321,12 @@ def search_on_host(
     gate_key = jax.random.fold_in(key, generations)
     if evaluate_held_back is not None:
         origin = jax.tree.map(lambda x: x[None], space.origin)
-        start_scores = _present(evaluate_held_back(_decode_many(space, origin), gate_key)[0])
+        own = _present(evaluate_held_back(_decode_many(space, origin), gate_key))
+        start_scores = jax.tree.map(lambda x: x[0], own)
+        if baseline is not None:
+            compared = jax.tree.map(lambda x: x[None], baseline)
+            start_scores = _present(evaluate_held_back(compared, gate_key)[0])
+            chosen, _ = choose(chosen, origin, own, start_scores, jnp.float32(gate_z))
     records = []
     for number in range(generations):
         ask_key, fitness_key = jax.random.split(jax.random.fold_in(key, number))
@@ -344,8 +352,9 @@ def search_on_host(
     gated = evaluate_held_back is not None
     final = decode(space, getattr(state, returned))
     point, gain, returned = _result(state, chosen, returned, gated)
+    adapter = decode(space, point)
     return SearchResult(
-        adapter=decode(space, point),
+        adapter=baseline if returned == "start" and baseline is not None else adapter,
         final=final,
         returned=returned,
         held_back_gain=gain,

@@ -165,6 +165,11 @@ def stacked(*adapters):
     return jax.tree.map(lambda *x: jnp.stack(x), *adapters)
 
 
+def unstacked(adapters):
+    count = len(jax.tree.leaves(adapters)[0])
+    return [jax.tree.map(lambda x, row=row: x[row], adapters) for row in range(count)]
+
+
 def distance(a, b):
     return max(float(jnp.abs(a[name] - b[name]).max()) for name in b)
 
@@ -576,7 +581,13 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     run, questions, by_words, monkeypatch
 ):
     monkeypatch.setattr(adaptation, "HELD_BACK_SAMPLES", 1)
-    items = [item._replace(task=by_words) for item in questions]
+
+    def compiling(**columns):
+        jax.jit(lambda x: x + 1)(0.0)  # a new function: the other programs may be there already
+        return by_words.rewards[0].function(**columns)
+
+    task = dataclasses.replace(by_words, rewards=(Reward(compiling),))
+    items = [item._replace(task=task) for item in questions]
     key, seen = jax.random.key(8), []
     settings = reward_settings(run, gate_z=0.0)
     before = jax.tree.map(np.array, run.adapter)
@@ -589,7 +600,7 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     assert_equal(run.adapter, before)
     found = result.search
     assert found.seconds > 0
-    assert found.compile_seconds > 0  # the first generation of these shapes
+    assert found.compile_seconds > 0
     assert seen == [1, 2]
     assert found.generations == 2
     assert found.candidates == 8
@@ -676,7 +687,7 @@ def warm(run):
 
 def test_several_texts_are_adapted_to_together(run, questions, warm):
     texts = [Text(i.example.prompt, i.task.completion(i.example)) for i in questions]
-    settings = dataclasses.replace(warm, method="gradient")
+    settings = dataclasses.replace(warm, method="gradient", fitness="likelihood")
     result = adaptation.adapt(run, texts, settings=settings)
     scored = np.array([adaptation.encode(run.policy, text, settings)[1].sum() for text in texts])
     values = adaptation.log_likelihoods(run, run.adapter, texts)
@@ -684,16 +695,119 @@ def test_several_texts_are_adapted_to_together(run, questions, warm):
     assert result.fitness_after > result.fitness_before
 
 
-def test_a_warm_start_begins_where_the_likelihood_of_the_references_leads(run, questions, warm):
+def reference_likelihoods(run, adapters, items):
+    texts = [Text(i.example.prompt, i.task.completion(i.example)) for i in items]
+    return np.array(
+        [adaptation.log_likelihoods(run, adapter, texts) for adapter in unstacked(adapters)]
+    )
+
+
+@pytest.fixture
+def reward_by_references(run, monkeypatch):
+    """Makes a reward of the likelihood of the references, times a sign; without any sampling."""
+
+    def make(sign):
+        def rewards(policy, adapters, items, *args, **options):
+            return sign * reference_likelihoods(run, adapters, items)
+
+        monkeypatch.setattr(adaptation.rollouts, "population_rewards", rewards)
+
+    return make
+
+
+def test_a_warm_start_begins_where_the_likelihood_of_the_references_leads(
+    run, questions, warm, reward_by_references
+):
+    reward_by_references(1)
     result = adaptation.adapt_to_reward(run, questions, settings=warm)
+    assert result.returned == "mean"
     assert distance(result.adapter, run.adapter) > 0.01
-    assert np.isfinite([result.fitness_before, result.fitness_after]).all()
+    # The gain is over the run's adapter; over the warm one, from which the search cannot move away,
+    # it would be about zero.
+    held = reference_likelihoods(run, stacked(run.adapter, result.adapter), questions[:2])
+    assert result.search.held_back_gain == pytest.approx(np.mean(held[1] - held[0]), rel=1e-4)
+    assert result.search.held_back_gain > 0.01
 
 
-def test_a_warm_start_counts_when_the_space_is_given_as_adapt_py_does(run, questions, warm):
+def test_a_warm_start_counts_when_the_space_is_given_as_adapt_py_does(
+    run, questions, warm, reward_by_references
+):
+    reward_by_references(1)
     space = adaptation.make_space(run.policy, run.adapter, warm)
     result = adaptation.adapt_to_reward(run, questions, settings=warm, space=space)
     assert distance(result.adapter, run.adapter) > 0.01
+
+
+def test_a_warm_start_that_lowers_the_reward_does_not_pass_the_gate(
+    run, questions, warm, reward_by_references
+):
+    reward_by_references(-1)
+    result = adaptation.adapt_to_reward(run, questions, settings=warm)
+    assert result.returned == "start"
+    assert_equal(result.adapter, run.adapter)
+    assert result.fitness_after == result.fitness_before
+    assert result.search.held_back_gain == 0.0
+    # It did lower it, and is what comes back where nothing is compared.
+    free = adaptation.adapt_to_reward(
+        run, questions, settings=dataclasses.replace(warm, gate=False, gate_z=1e6)
+    )
+    assert free.returned == "mean"
+    assert free.fitness_after < free.fitness_before - 0.01
+
+
+def test_the_warm_start_fits_what_the_search_sees_and_the_gate_judges_by_the_others(
+    run, questions, warm, monkeypatch
+):
+    # Two are held back: 30% of four would round to the first alone.
+    asked, fitted = [], []
+
+    def record(prompts, completions, **columns):
+        asked.append([questions_by_prompt[prompt] for prompt in dict.fromkeys(prompts)])
+        return [0.0] * len(prompts)
+
+    def search(method, score, space, batch, key, *, held_back, **options):
+        fitted.append((rows_of(batch), rows_of(held_back)))
+        raise Fitted
+
+    class Fitted(Exception):  # noqa: N818
+        pass
+
+    task = dataclasses.replace(TASKS["qa"], rewards=(Reward(record),))
+    items = [item._replace(task=task) for item in questions]
+    questions_by_prompt = {item.example.prompt: row for row, item in enumerate(items)}
+    settings = dataclasses.replace(warm, held_back=0.3, generations=1)
+    monkeypatch.setattr(adaptation, "HELD_BACK_SAMPLES", 1)
+    adaptation.adapt_to_reward(run, items, settings=dataclasses.replace(settings, warm_start=False))
+    # Before; the start; the candidates; the points of the gate; after.
+    assert asked == [[0, 1, 2, 3], [0, 1], [2, 3], [0, 1], [0, 1, 2, 3]]
+    monkeypatch.setattr(searching, "search", search)
+    with pytest.raises(Fitted):
+        adaptation.adapt_to_reward(run, items, settings=settings)
+    texts = [Text(i.example.prompt, task.completion(i.example)) for i in items]
+    rows = rows_of(
+        adaptation.batch([adaptation.encode(run.policy, t, settings) for t in texts], settings)
+    )
+    assert fitted == [(rows[2:], rows[:2])]
+
+
+def test_one_lucky_prompt_of_those_held_back_does_not_pass_the_gate(run, questions, monkeypatch):
+    gains = dict(zip((i.example.prompt for i in questions), (3.0, -1.0, 0.5), strict=False))
+
+    def rewards(policy, adapters, items, *args, **options):
+        moved = [distance(a, run.adapter) > 0 for a in unstacked(adapters)]
+        return np.array([[gains[i.example.prompt] * away for i in items] for away in moved])
+
+    monkeypatch.setattr(adaptation.rollouts, "population_rewards", rewards)
+    search = functools.partial(adaptation.adapt_to_reward, run, questions[:3])
+    # Of the two held back the gain is 1, its standard error sqrt(8) / sqrt(2) = 2. The first alone
+    # would pass with a gain of 3 and no standard error.
+    settings = reward_settings(run, held_back=0.3, generations=1)
+    result = search(settings=dataclasses.replace(settings, gate_z=0.6))
+    assert result.returned == "start"
+    result = search(settings=dataclasses.replace(settings, gate_z=0.4))
+    assert result.returned == "mean"
+    assert result.search.held_back_gain == 1.0
+    assert result.search.history.held_back[0] == pytest.approx(1 - 0.4 * 2)
 
 
 def test_a_reward_has_no_gradient(run, questions):
@@ -702,9 +816,15 @@ def test_a_reward_has_no_gradient(run, questions):
         adaptation.adapt_to_reward(run, questions, settings=settings)
 
 
-def test_the_gate_needs_two_prompts(run, questions):
-    with pytest.raises(InputError, match="1 prompts to adapt to"):
-        adaptation.adapt_to_reward(run, questions[:1], settings=reward_settings(run))
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_gate_needs_three_prompts(run, questions, count):
+    with pytest.raises(InputError, match=f"^{count} prompts to adapt to: .* at least 3"):
+        adaptation.adapt_to_reward(run, questions[:count], settings=reward_settings(run))
+
+
+def test_adapting_to_a_text_does_not_take_a_reward_for_likelihood(run):
+    with pytest.raises(InputError, match=r"cem\.fitness='reward'.* adapt_to_reward"):
+        adaptation.adapt(run, PROMPT, settings=reward_settings(run))
 
 
 def no_search(*args, **kwargs):
@@ -749,8 +869,8 @@ def test_a_prompt_of_a_task_that_leaves_no_room_is_refused(run, questions, monke
     monkeypatch.setattr(searching, "search_on_host", no_search)
     example = questions[0].example
     long = Example(example.prompt * 8, example.columns)
-    items = rollouts.encode(run.policy, TASKS["qa"], [long, long])
-    with pytest.raises(InputError):
+    items = rollouts.encode(run.policy, TASKS["qa"], [long] * 3)
+    with pytest.raises(InputError, match="shorten it"):
         adaptation.adapt_to_reward(run, items, settings=reward_settings(run))
 
 
@@ -763,4 +883,4 @@ def test_a_large_share_held_back_leaves_a_prompt_to_search_with(run, questions, 
 
     monkeypatch.setattr(searching, "search_on_host", search)
     with pytest.raises(Searched):
-        adaptation.adapt_to_reward(run, questions[:2], settings=reward_settings(run, held_back=0.9))
+        adaptation.adapt_to_reward(run, questions[:3], settings=reward_settings(run, held_back=0.9))

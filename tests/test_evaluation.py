@@ -1,16 +1,20 @@
 """Held-out comparison: gains and intervals against numbers worked out by hand."""
 
+import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import evaluation
+from grpocem_jax import evaluation, rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.tasks import TASKS, Example, Reward
 from tests.conftest import OUT_OF_MEMORY
+from tests.test_adaptation import cheap_programs, random_offsets, tiny_policy
 
 
 def test_gains_are_paired_and_overall_weighs_tasks_alike():
@@ -82,3 +86,99 @@ def test_what_to_lower_is_said_where_memory_runs_out(size, advice, monkeypatch):
         evaluation.evaluate(
             None, {}, [item] * size, jax.random.key(0), parse_config(settings), greedy=True
         )
+
+
+# Evaluation against a loop over prompts
+
+# The longest first, and the first and the last are the same: batches of two hold prompts that are
+# not in the order of ``items``, and a last one is filled up.
+PROMPTS = (
+    "Review: The soup was cold and the waiter was rude.\nSentiment:",
+    "Review: The tea was warm and good.\nSentiment:",
+    "Review: Bad.\nSentiment:",
+    "The film",
+    "Review: The soup was cold and the waiter was rude.\nSentiment:",
+)
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_programs():
+    with cheap_programs():
+        yield
+
+
+def by_words(prompts, completions, **columns):
+    """A reward that tells prompts and completions apart."""
+    return [float(len(p)) + worth(c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def worth(text):
+    return sum(place * ord(letter) for place, letter in enumerate(text, 1)) % 1000 / 1000
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """Policy, config and prompts; an adapter for each prompt."""
+    policy, config = tiny_policy()
+    train = dataclasses.replace(config.train, eval_batch_size=2, eval_samples=2)
+    # At which the small model is not of one mind.
+    generation = dataclasses.replace(config.generation, temperature=3.0)
+    config = dataclasses.replace(config, train=train, generation=generation)
+    task = dataclasses.replace(TASKS["general"], rewards=(Reward(by_words),))
+    items = rollouts.encode(policy, task, [Example(prompt, {}) for prompt in PROMPTS])
+    own = [random_offsets(policy.zero, seed, scale=2.0) for seed in range(len(items))]
+    return policy, config, items, jax.tree.map(lambda *x: jnp.stack(x), *own)
+
+
+def evaluated(setting, *, greedy):
+    policy, config, items, own = setting
+    return evaluation.evaluate(policy, own, items, KEY, config, greedy=greedy, own_adapters=True)
+
+
+def alone(setting, row, adapter_row, *, greedy):
+    """The completions of one prompt with an adapter and its own key, in a batch of itself."""
+    policy, config, items, own = setting
+    out = rollouts.generate(
+        policy,
+        jax.tree.map(lambda x: x[np.array([adapter_row] * 2)], own),
+        rollouts.pad([items[row].tokens] * 2, config.generation.prompt_buckets[-1]),
+        jnp.stack([jax.random.fold_in(KEY, row)] * 2),
+        config.generation,
+        num_samples=1 if greedy else config.train.eval_samples,
+        temperature=config.generation.temperature,
+        greedy=greedy,
+        own_adapters=True,
+    )
+    return rollouts.decode(policy, *jax.device_get((out.tokens, out.mask)))[0]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_prompt_is_evaluated_as_if_alone_with_its_own_adapter_and_key(setting, greedy):
+    rewards, texts = evaluated(setting, greedy=greedy)
+    rows = range(len(PROMPTS))
+    assert texts == [alone(setting, row, row, greedy=greedy) for row in rows]
+    expected = [
+        len(prompt) + np.mean([worth(text) for text in group])
+        for prompt, group in zip(PROMPTS, texts, strict=True)
+    ]
+    np.testing.assert_allclose(rewards, expected, rtol=1e-6)
+    assert [len(group) for group in texts] == [1 if greedy else 2] * len(PROMPTS)
+    # By length, prompts 2 and 3 share a batch, and 0 and 1; with each other's adapters they would
+    # be completed otherwise.
+    others = [alone(setting, row, other, greedy=greedy) for row, other in enumerate((1, 0, 3, 2))]
+    assert all(mine != other for mine, other in zip(texts, others, strict=False))
+
+
+def test_samples_are_drawn_and_differ_between_places_where_greedy_completions_do_not(setting):
+    policy, config, items, own = setting
+    same = jax.tree.map(lambda x: jnp.stack([x[0]] * len(x)), own)
+    drawn, best = (
+        evaluation.evaluate(policy, same, items, KEY, config, greedy=greedy, own_adapters=True)[1]
+        for greedy in (False, True)
+    )
+    assert PROMPTS[0] == PROMPTS[4]
+    assert drawn[0] != drawn[4]
+    assert best[0] == best[4]
+    assert len({text for group in drawn for text in group}) > len(PROMPTS)
+    assert any(group != greedy * 2 for group, greedy in zip(drawn, best, strict=True))

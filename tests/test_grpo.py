@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo, likelihood
+from grpocem_jax import grpo, likelihood, sampling
 
 PROMPTS, GROUP, LENGTH, PROMPT_LENGTH = 4, 4, 6, 5
 
@@ -318,6 +318,96 @@ def test_first_adamw_step_moves_against_the_gradients_sign_and_decays(tiny, batc
         np.testing.assert_allclose(after.adapter[site][clear], expected[clear], atol=2e-5)
         assert clear.any()
     assert int(after.step) == 1
+
+
+# One program for the tests of what `update` reports and keeps.
+ADAPTIVE = hyperparameters(learning_rate=0.01, warmup_steps=0, target_kl=1e-4)
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny, batch, offsets):
+    """A batch of the sampler's own, with an advantage for every token."""
+    out = sampling.sample(
+        tiny.factored,
+        offsets,
+        batch.prompts,
+        batch.prompt_mask,
+        jax.random.split(jax.random.key(3), PROMPTS),
+        jnp.arange(5),
+        TEMPERATURE,
+        model=tiny.model,
+        num_samples=GROUP,
+        max_new_tokens=LENGTH,
+        top_p=0.9,
+    )
+    advantages = jnp.where(out.mask, jax.random.normal(jax.random.key(4), out.mask.shape), 0.0)
+    return batch._replace(
+        completions=out.tokens, mask=out.mask, old_logps=out.logps, advantages=advantages
+    )
+
+
+def updated(tiny, batch, state):
+    return grpo.update(state, tiny.factored, batch, TEMPERATURE, model=tiny.model, hp=ADAPTIVE)
+
+
+def test_on_policy_every_ratio_is_one_at_the_temperature_of_the_rollouts(tiny, sampled, offsets):
+    _, metrics = updated(tiny, sampled, grpo.init_state(offsets, ADAPTIVE))
+    weights = np.asarray(grpo.token_weights(sampled.mask, ADAPTIVE.aggregation))
+    expected = -float((weights * np.asarray(sampled.advantages)).sum())
+    assert float(metrics["policy_loss"]) == pytest.approx(expected, abs=1e-5)
+    for name in ("low", "high", "region"):
+        assert float(metrics[f"clip_ratio/{name}_mean"]) == 0.0
+    # At another temperature, or against no old log-probabilities, it would be another loss.
+    off_policy = sampled._replace(old_logps=jnp.zeros_like(sampled.old_logps))
+    _, metrics = updated(tiny, off_policy, grpo.init_state(offsets, ADAPTIVE))
+    assert abs(float(metrics["policy_loss"]) - expected) > 0.01
+
+
+def test_clip_ratios_weigh_the_tokens_whose_ratio_the_objective_clips(tiny, sampled, offsets):
+    # Ratios of 1/2, 1 and 3/2 by turns: the range is from 0.8 to 1.2.
+    ratios = np.resize([0.5, 1.0, 1.5], sampled.mask.shape)
+    old_logps = sampled.old_logps - jnp.asarray(np.log(ratios), jnp.float32)
+    shifted = sampled._replace(old_logps=old_logps)
+    _, metrics = updated(tiny, shifted, grpo.init_state(offsets, ADAPTIVE))
+    low = high = loss = 0.0
+    lengths = np.asarray(sampled.mask).sum(-1)
+    for p, g, t in np.argwhere(sampled.mask):
+        weight = 1 / lengths[p, g] / (PROMPTS * GROUP)
+        ratio, advantage = ratios[p, g, t], float(sampled.advantages[p, g, t])
+        low += weight * (ratio == 0.5 and advantage < 0)
+        high += weight * (ratio == 1.5 and advantage > 0)
+        loss -= weight * min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+    assert low != pytest.approx(high, abs=1e-3)
+    assert float(metrics["clip_ratio/low_mean"]) == pytest.approx(low, abs=1e-6)
+    assert float(metrics["clip_ratio/high_mean"]) == pytest.approx(high, abs=1e-6)
+    assert float(metrics["clip_ratio/region_mean"]) == pytest.approx(low + high, abs=1e-6)
+    assert float(metrics["policy_loss"]) == pytest.approx(loss, abs=1e-5)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_but_the_number_of_steps(
+    tiny, sampled, offsets
+):
+    state, metrics = updated(tiny, sampled, grpo.init_state(offsets, ADAPTIVE))
+    assert float(metrics["skipped"]) == 0.0
+    state = state._replace(lr_scale=jnp.float32(2.0))
+    broken = sampled._replace(advantages=sampled.advantages.at[0, 0, 0].set(jnp.nan))
+    after, metrics = updated(tiny, broken, state)
+    assert float(metrics["skipped"]) == 1.0
+    assert int(after.step) == int(state.step) + 1 == 2
+    jax.tree.map(np.testing.assert_array_equal, after._replace(step=0), state._replace(step=0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_learning_rate_is_scaled_and_its_scale_follows_the_kl(tiny, sampled, offsets, scale):
+    state = grpo.init_state(offsets, ADAPTIVE)._replace(lr_scale=jnp.float32(scale))
+    after, metrics = updated(tiny, sampled, state)
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01 * scale)
+    # Adam's first direction is the sign of the gradient, at most 1, and the decay is far smaller.
+    largest = max(float(jnp.abs(after.adapter[name] - offsets[name]).max()) for name in offsets)
+    assert largest == pytest.approx(0.01 * scale, rel=0.02)
+    assert float(metrics["kl"]) > 2 * ADAPTIVE.target_kl
+    assert float(after.lr_scale) == pytest.approx(scale / 1.5)
 
 
 def test_gradients_are_clipped_by_their_global_norm(tiny, batch, offsets):

@@ -19,6 +19,8 @@ KEY = jax.random.key(0)
 SITE = "h.0.attn.c_proj"
 TARGET = jnp.array([1.0, -0.5, 0.5])
 START = {SITE: jnp.array([0.125, 0.25, -0.5])}
+AWAY = {SITE: jnp.array([-0.5, 0.5, 1.0])}
+TARGET_POINT = {SITE: TARGET}
 SPACE = spaces.full_space(START)
 METHOD = CEM(
     population_size=40, elite_ratio=0.2, noise_std=0.5, momentum=0.0, std_momentum=0.7, threshold=0
@@ -69,9 +71,9 @@ def host(values=TARGET, *, spread=(0.0,)):
     return evaluate
 
 
-def run_on_host(evaluate=None, key=KEY, method=METHOD, **options):
+def run_on_host(evaluate=None, key=KEY, method=METHOD, space=SPACE, **options):
     evaluate = evaluate or host()
-    return searching.search_on_host(method, evaluate, SPACE, key, **{**SETTINGS, **options})
+    return searching.search_on_host(method, evaluate, space, key, **{**SETTINGS, **options})
 
 
 def same(x, y):
@@ -519,6 +521,29 @@ def test_the_gate_on_the_host(way, spread, returned):
         start, end = (held_back({SITE: x[SITE][None]}, KEY)[0, 0] for x in (START, found.adapter))
         close(found.held_back_gain, end - start)
         close(found.history.held_back.max(), end - start)
+
+
+@pytest.mark.parametrize(
+    ("best", "returned", "expected"),
+    [(START, "start", START), (AWAY, "mean", AWAY), (TARGET_POINT, "mean", TARGET_POINT)],
+)
+def test_the_gate_on_the_host_compares_with_a_baseline_that_the_search_does_not_start_from(
+    best, returned, expected
+):
+    # The search goes from AWAY to the target; held-back data say which of the three is best.
+    found = run_on_host(
+        evaluate_held_back=host(best[SITE], spread=(0.0, 0.1)),
+        baseline=START,
+        space=spaces.full_space(AWAY),
+    )
+    assert found.returned == returned
+    if expected is TARGET_POINT:
+        close(found.adapter[SITE], TARGET, 0.2)
+    else:
+        same(found.adapter, expected)
+    # With the start of the search for a baseline, AWAY would come back as "start", with gain 0.
+    gain = np.sum((best[SITE] - START[SITE]) ** 2) - np.sum((best[SITE] - found.adapter[SITE]) ** 2)
+    close(found.held_back_gain, gain)
 
 
 def test_the_gate_on_the_host_uses_one_key_and_the_fitness_another_each_generation():

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import checkpoints, grpo, training
+from grpocem_jax import checkpoints, grpo, rundir, sampling, training
 from grpocem_jax.config import parse_config
+from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import load_policy
 
@@ -110,6 +111,22 @@ def test_metrics_have_trls_names_once_a_step(command):
     assert lines[0]["num_tokens"] < lines[1]["num_tokens"] < lines[2]["num_tokens"]
 
 
+def test_the_first_update_is_on_policy(command):
+    first = read_lines(command[0] / "metrics.jsonl")[0]
+    for name in ("low", "high", "region"):
+        assert first[f"clip_ratio/{name}_mean"] == 0.0
+    # Every ratio is 1, so the loss is minus the mean advantage of the step's completions; against
+    # old log-probabilities of 0 the ratios would be probabilities.
+    advantages = [
+        line["advantage"]
+        for line in read_lines(command[0] / "completions.jsonl")
+        if line["step"] == 1
+    ]
+    assert len(advantages) == 64
+    assert np.abs(advantages).max() > 0.1
+    assert first["policy_loss"] == pytest.approx(-np.mean(advantages), abs=1e-5)
+
+
 def test_completions_carry_prompt_reward_and_advantage(command):
     lines = read_lines(command[0] / "completions.jsonl")
     assert {line["step"] for line in lines} == {1, 3}
@@ -196,6 +213,96 @@ def test_the_same_seed_gives_the_same_adapter_bit_for_bit(command, tmp_path):
     assert first.keys() == again.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """The steps of two epochs of two, as they ask for rollouts and updates; nothing is computed."""
+    config = parse_config(
+        get_config(
+            "tiny",
+            **{
+                "data.tasks": ("sentiment",),
+                "data.max_samples": 8,
+                "grpo.group_size": 4,
+                "train.batch_size": 16,
+                "train.accumulation_steps": 1,
+                "train.epochs": 2,
+                "train.max_steps": 0,
+                "generation.temperature": 1.0,
+                "generation.final_temperature": 0.4,
+            },
+        )
+    )
+    policy = load_policy(config.model, config.adapter)
+    length = config.generation.max_new_tokens
+    asked, updates = [], []
+
+    def generate(policy, adapter, prompts, keys, generation, *, num_samples, temperature):
+        rng = np.random.default_rng(len(asked))
+        shape = (len(prompts.tokens), num_samples, length)
+        mask = np.arange(length) < rng.integers(1, length + 1, shape[:2])[..., None]
+        out = sampling.Rollouts(
+            np.where(mask, rng.integers(5, 200, shape), 0),
+            mask,
+            np.where(mask, rng.uniform(-5, 0, shape), 0).astype(np.float32),
+            np.zeros(shape, np.float32),
+        )
+        asked.append((prompts, np.asarray(jax.random.key_data(keys)), temperature, out))
+        return out
+
+    def update(state, params, batch, temperature, *, model, hp):
+        updates.append((batch, temperature))
+        metrics = dict.fromkeys((*grpo.PARTS, "grad_norm", "learning_rate", "skipped"), 0.0)
+        return state._replace(step=state.step + 1), metrics
+
+    monkeypatch.setattr(training.rollouts, "generate", generate)
+    monkeypatch.setattr(training.grpo, "update", update)
+    items = load_data(config, policy).train
+    run = training.Run(config, policy, items, jax.random.key(0), tmp_path, "hash", rundir.Signals())
+    records, state = [], run.state
+    for step in range(run.total_steps):
+        state, record = run.step(state, step)
+        records.append(record)
+    for each in (run.checkpoints, run.completions, run.metrics):
+        each.close()
+    return asked, updates, records
+
+
+def test_no_two_prompts_of_a_run_are_sampled_with_the_same_key(recorded):
+    keys = np.concatenate([keys for _, keys, *_ in recorded[0]])
+    assert len(keys) == 4 * 4
+    assert len(np.unique(keys, axis=0)) == len(keys)
+
+
+def test_an_epoch_takes_every_prompt_once_and_the_next_in_another_order(recorded):
+    steps = [
+        [row[keep].tobytes() for row, keep in zip(*prompts, strict=True)]
+        for prompts, *_ in recorded[0]
+    ]
+    first, second = steps[0] + steps[1], steps[2] + steps[3]
+    assert len(set(first)) == 8
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_rollout_and_update_have_the_annealed_temperature_and_the_rollouts_own_arrays(recorded):
+    asked, updates, records = recorded
+    # From 1 to 0.4 in three equal parts.
+    expected = pytest.approx([1.0, 0.8, 0.6, 0.4])
+    assert [temperature for *_, temperature, _ in asked] == expected
+    assert [temperature for _, temperature in updates] == expected
+    assert [record["temperature"] for record in records] == expected
+    for (prompts, _, _, out), (batch, _) in zip(asked, updates, strict=True):
+        np.testing.assert_array_equal(batch.prompts, prompts.tokens)
+        np.testing.assert_array_equal(batch.completions, out.tokens)
+        np.testing.assert_array_equal(batch.old_logps, out.logps)
+
+
+def test_tokens_are_counted_of_prompts_and_completions_of_all_steps(recorded):
+    asked, _, records = recorded
+    counts = [4 * int(prompts.mask.sum()) + int(out.mask.sum()) for prompts, *_, out in asked]
+    assert [record["num_tokens"] for record in records] == np.cumsum(counts).tolist()
 
 
 def test_process_supervision_and_the_reports_advantages_run_end_to_end(tmp_path):
