@@ -403,7 +403,8 @@ def update(
     gradient = jax.grad(scaled_loss, has_aux=True)
 
     def accumulate(total, part):
-        new = gradient(state.adapter, params, *part, temperature)
+        grads, parts = gradient(state.adapter, params, *part, temperature)
+        new = (jax.tree.map(lambda x: x / scale, grads), parts)
         return jax.tree.map(jnp.add, total, new), None
 
     start = (
@@ -411,8 +412,6 @@ def update(
         {name: jnp.float32(0.0) for name in PARTS},
     )
     (grads, metrics), _ = jax.lax.scan(accumulate, start, micro)
-
-    grads = jax.tree.map(lambda x: x / scale, grads)
 
     done = (state.step + 1).astype(jnp.float32)
     warmup = jnp.minimum(done / max(hp.warmup_steps, 1), 1.0)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from grpocem_jax.errors import InputError
 from grpocem_jax.models.base import AdapterParams, Model, Params
@@ -127,8 +128,8 @@ def draw(key: jax.Array, logits: jax.Array, top_p: float) -> jax.Array:
 def sample(
     params: Params,
     adapter: AdapterParams,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
+    prompts: ArrayLike,
+    prompt_mask: ArrayLike,
     keys: jax.Array,
     end_ids: jax.Array,
     temperature: jax.Array | float,
