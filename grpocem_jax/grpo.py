@@ -12,6 +12,7 @@ the same untruncated distribution at both times, so it is exactly 1 on policy.
 import dataclasses
 import functools
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -365,8 +366,8 @@ def update(
 
     Where the loss or its gradient is not finite, nothing but the step's number changes.
 
-    The loss is differentiated times about the number of tokens: gradients of a mean over them are
-    below what float16 can hold.  As a power of two it changes no bit of those that were held.
+    With parameters in float16 the loss is differentiated times about the number of tokens, as the
+    gradients of a mean over them are below what float16 can hold.
 
     Args:
       state: before the step.
@@ -393,19 +394,14 @@ def update(
     size = hp.micro_batch // group
     micro = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch, weights))
     temperature = jnp.asarray(temperature, jnp.float32)
-    _, exponent = jnp.frexp(jnp.maximum(jnp.sum(batch.mask), 1).astype(jnp.float32))
-    scale = jnp.ldexp(jnp.float32(1.0), exponent)
-
-    def scaled_loss(adapter, *inputs):
-        value, parts = loss(adapter, *inputs, model=model, hp=hp)
-        return scale * value, parts
-
-    gradient = jax.grad(scaled_loss, has_aux=True)
+    half = any(x.dtype == jnp.float16 for x in jax.tree.leaves(params))
+    scale = 2.0 ** round(math.log2(batch.mask.size)) if half else 1.0
+    gradient = jax.grad(functools.partial(loss, model=model, hp=hp), has_aux=True)
 
     def accumulate(total, part):
-        grads, parts = gradient(state.adapter, params, *part, temperature)
-        new = (jax.tree.map(lambda x: x / scale, grads), parts)
-        return jax.tree.map(jnp.add, total, new), None
+        batch, weights = part
+        new = gradient(state.adapter, params, batch, weights * scale, temperature)
+        return jax.tree.map(lambda x, y: x + y / scale, total, new), None
 
     start = (
         jax.tree.map(jnp.zeros_like, state.adapter),
