@@ -77,8 +77,9 @@ def measure(
     check_length(subject, prompt_length, length)
     config = subject.config
     arguments = sampling_arguments(subject, prompt_length)
+    settings = sampling_settings(subject, length)
     program, compile_seconds = common.compile_ahead(
-        sampling.sample, *arguments, **sampling_settings(subject, length)
+        jax.jit(sampling.sample, static_argnames=tuple(settings)), *arguments, **settings
     )
     products = rollout_products(subject, prompt_length, length)
     work = {

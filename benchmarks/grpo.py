@@ -2,9 +2,9 @@
 
     python -m benchmarks.grpo [--config configs/gpt2.py] [--tokens 32] [--json] [--peers]
 
-Times what `train.py` does in an optimizer step: `sampling.sample`, advantages, and `grpo.update`
-with the config's micro-batch, reference policy, KL term and entropy bonus.  The reward is the share
-of odd tokens; no text is made of them.
+Times what `train.py` does in an optimizer step: `sampling.sample`, advantages, and
+`grpo.update_alone` with the config's micro-batch, reference policy, KL term and entropy bonus.  The
+reward is the share of odd tokens; no text is made of them.
 """
 
 import tempfile
@@ -40,13 +40,14 @@ def compile_step(subject: common.Subject, prompt_length: int, length: int) -> St
     """Compiles the two programs of a step."""
     arguments = decode.sampling_arguments(subject, prompt_length)
     settings = decode.sampling_settings(subject, length)
-    sample, sample_seconds = common.compile_ahead(sampling.sample, *arguments, **settings)
+    program = jax.jit(sampling.sample, static_argnames=tuple(settings))
+    sample, sample_seconds = common.compile_ahead(program, *arguments, **settings)
     hp = subject.config.hyperparameters
     state = grpo.init_state(subject.carrier.zero, hp)
     shapes = jax.eval_shape(lambda *x: sampling.sample(*x, **settings), *arguments)
     batch = jax.eval_shape(lambda out: make_batch(arguments, out), shapes)
     update, update_seconds = common.compile_ahead(
-        grpo.update,
+        grpo.update_alone,
         state,
         subject.carrier.params,
         batch,

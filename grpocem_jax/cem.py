@@ -190,7 +190,7 @@ class CEM:
         std_momentum = self.momentum if self.std_momentum is None else self.std_momentum
 
         def average(x: jax.Array) -> jax.Array:
-            return jnp.tensordot(share.astype(x.dtype), x, axes=1)
+            return jnp.tensordot(share.astype(x.dtype), x, axes=1, precision="highest")
 
         def move_mean(mean, x):
             new = self.momentum * mean + (1 - self.momentum) * average(x)
@@ -307,20 +307,31 @@ class GradientAscent:
         fitness: Callable[[Point, jax.Array], jax.Array],
         chunk: int = 0,
     ) -> tuple[GradientState, jax.Array]:
-        """One step uphill; arguments and results as in `CEM.step`, fitness of the point left."""
+        """One step uphill; arguments and results as in `CEM.step`, fitness of the point left.
+
+        Where the fitness or its gradient is not finite, the point and Adam's moments stay as they
+        are, and the change is inf.
+        """
         del chunk  # one candidate
         value, gradient = jax.value_and_grad(fitness)(state.mean, key)
         updates, moments = optax.adam(self.learning_rate).update(
             jax.tree.map(jnp.negative, gradient), state.moments
         )
-        better = value > state.best_fitness
+        leaves = jax.tree.leaves((value, gradient))
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+        value = value.astype(jnp.float32)
+        better = value > state.best_fitness  # never of NaN
         best = jax.tree.map(lambda x, old: jnp.where(better, x, old), state.mean, state.best)
+        moved = (optax.apply_updates(state.mean, updates), moments)
+        mean, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), moved, (state.mean, state.moments)
+        )
         state = GradientState(
-            mean=optax.apply_updates(state.mean, updates),
+            mean=mean,
             best=best,
             best_fitness=jnp.where(better, value, state.best_fitness),
             generation=state.generation + 1,
-            change=optax.tree.norm(updates),
+            change=jnp.where(finite, jnp.sqrt(_square(updates)), jnp.inf),
             moments=moments,
         )
         return state, value[None]
@@ -336,4 +347,6 @@ def _elite_weights(fitness: jax.Array, num_elites: int) -> jax.Array:
 
 
 def _square(point: Point) -> jax.Array:
-    return jnp.asarray(sum(jnp.sum(x**2) for x in jax.tree.leaves(point)), jnp.float32)
+    return jnp.asarray(
+        sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(point)), jnp.float32
+    )

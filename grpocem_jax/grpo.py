@@ -11,6 +11,8 @@ the same untruncated distribution at both times, so it is exactly 1 on policy.
 
 import dataclasses
 import functools
+import inspect
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from grpocem_jax.errors import InputError
 from grpocem_jax.likelihood import completion_logps
 from grpocem_jax.models.base import Model, Params
 
@@ -213,9 +216,9 @@ class Hyperparameters:
     """Static settings of the update; the defaults are the report's.
 
     Attributes:
-      clip: range of the policy ratio.
-      beta: weight of the KL term; 0 leaves the reference out altogether.
-      entropy: weight of the entropy bonus.
+      clip: range of the policy ratio, above 0.
+      beta: weight of the KL term, at least 0; 0 leaves the reference out altogether.
+      entropy: weight of the entropy bonus, at least 0.
       aggregation: see `token_weights`.
       micro_batch: completions processed at once; a multiple of the group size.
       learning_rate: peak, reached after ``warmup_steps`` of linear warmup, then constant.
@@ -225,7 +228,10 @@ class Hyperparameters:
       target_kl: if above 0, the learning rate adapts: it is divided by 1.5 when the measured KL
         exceeds twice the target, multiplied by 1.5 below half of it, within ``lr_scale_range``
         of its schedule.
-      lr_scale_range: smallest and largest factor.
+      lr_scale_range: smallest and largest factor, above 0, with 1 between them.
+
+    Raises:
+      InputError: a value outside its range; ``target_kl`` without ``beta``.
     """
 
     clip: float = 0.2
@@ -239,6 +245,35 @@ class Hyperparameters:
     max_grad_norm: float = 0.5
     target_kl: float = 0.0
     lr_scale_range: tuple[float, float] = (0.1, 10.0)
+
+    def __post_init__(self) -> None:
+        bounds = tuple(self.lr_scale_range)
+        # A list would be no static argument.
+        object.__setattr__(self, "lr_scale_range", bounds)
+        for name, holds, needed in (
+            ("clip", self.clip > 0, "above 0"),
+            ("beta", self.beta >= 0, "at least 0"),
+            ("entropy", self.entropy >= 0, "at least 0"),
+            ("aggregation", self.aggregation in AGGREGATIONS, "one of " + ", ".join(AGGREGATIONS)),
+            ("micro_batch", self.micro_batch >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
+            ("target_kl", self.target_kl >= 0, "at least 0"),
+            (
+                "lr_scale_range",
+                len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1],
+                "two numbers above 0 with 1 between them",
+            ),
+        ):
+            if not holds:
+                raise InputError(f"{name}={getattr(self, name)!r}: must be {needed}.")
+        if self.target_kl and not self.beta:
+            raise InputError(
+                f"target_kl={self.target_kl} follows the KL divergence, which beta={self.beta} "
+                "leaves out; set one of them otherwise."
+            )
 
 
 def optimizer(hp: Hyperparameters) -> optax.GradientTransformation:
@@ -317,11 +352,7 @@ def loss(
     return total, parts
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "hp"),
-    compiler_options=MEMORY_FIRST,
-)
+@functools.partial(jax.jit, static_argnames=("model", "hp"))
 def update(
     state: TrainState,
     params: Params,
@@ -334,6 +365,9 @@ def update(
     """One optimizer step: gradients accumulated over micro-batches of whole groups, then AdamW.
 
     Where the loss or its gradient is not finite, nothing but the step's number changes.
+
+    With parameters in float16 the loss is differentiated times about the number of tokens, as the
+    gradients of a mean over them are below what float16 can hold.
 
     Args:
       state: before the step.
@@ -359,11 +393,15 @@ def update(
     weights = token_weights(batch.mask, hp.aggregation)
     size = hp.micro_batch // group
     micro = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch, weights))
+    temperature = jnp.asarray(temperature, jnp.float32)
+    half = any(x.dtype == jnp.float16 for x in jax.tree.leaves(params))
+    scale = 2.0 ** round(math.log2(batch.mask.size)) if half else 1.0
     gradient = jax.grad(functools.partial(loss, model=model, hp=hp), has_aux=True)
 
     def accumulate(total, part):
-        new = gradient(state.adapter, params, *part, temperature)
-        return jax.tree.map(jnp.add, total, new), None
+        batch, weights = part
+        new = gradient(state.adapter, params, batch, weights * scale, temperature)
+        return jax.tree.map(lambda x, y: x + y / scale, total, new), None
 
     start = (
         jax.tree.map(jnp.zeros_like, state.adapter),
@@ -371,7 +409,8 @@ def update(
     )
     (grads, metrics), _ = jax.lax.scan(accumulate, start, micro)
 
-    warmup = jnp.minimum((state.step + 1) / max(hp.warmup_steps, 1), 1.0)
+    done = (state.step + 1).astype(jnp.float32)
+    warmup = jnp.minimum(done / max(hp.warmup_steps, 1), 1.0)
     rate = hp.learning_rate * warmup * state.lr_scale
     direction, opt_state = optimizer(hp).update(grads, state.opt_state, state.adapter)
     adapter = jax.tree.map(lambda a, d: a - rate * d, state.adapter, direction)
@@ -382,3 +421,10 @@ def update(
     new = TrainState(adapter, opt_state, state.step, lr_scale)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return kept._replace(step=state.step + 1), metrics
+
+
+update_alone = jax.jit(
+    inspect.unwrap(update), static_argnames=("model", "hp"), compiler_options=MEMORY_FIRST
+)
+"""`update` as a program of its own, in the least memory; options of the compiler are not for a part
+of another program."""

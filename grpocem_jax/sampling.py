@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from grpocem_jax.errors import InputError
 from grpocem_jax.models.base import AdapterParams, Model, Params
 
 
@@ -62,8 +64,9 @@ def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     blocks = jnp.pad(weights, (0, -weights.shape[0] % size)).reshape(-1, size)
 
     def passes(sums: jax.Array, goal: jax.Array) -> jax.Array:
-        # Rounding must not put the goal at the end, past the last weight.
-        return jnp.argmax(sums > jnp.minimum(goal, jnp.nextafter(sums[-1], 0.0)))
+        # Rounding must not put the goal at the end, past the last weight, nor before the first.
+        goal = jnp.minimum(jnp.maximum(goal, 0.0), jnp.nextafter(sums[-1], 0.0))
+        return jnp.argmax(sums > goal)
 
     sums = jnp.cumsum(jnp.sum(blocks, -1))
     block = passes(sums, uniform * sums[-1])
@@ -108,7 +111,7 @@ def draw(key: jax.Array, logits: jax.Array, top_p: float) -> jax.Array:
     weights = jnp.exp(logits - jnp.max(logits))
 
     def attempt(number: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
-        uniform = jax.random.uniform(jax.random.fold_in(key, number))
+        uniform = jax.random.uniform(jax.random.fold_in(key, number), dtype=jnp.float32)
         return number, inverse_cdf(jnp.where(weights > floor, weights, 0.0), uniform)
 
     def outside(state: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -122,23 +125,11 @@ def draw(key: jax.Array, logits: jax.Array, top_p: float) -> jax.Array:
     return first[1] if top_p >= 1.0 else jax.lax.while_loop(outside, again, first)[1]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "model",
-        "num_samples",
-        "max_new_tokens",
-        "top_p",
-        "repetition_penalty",
-        "greedy",
-        "own_adapters",
-    ),
-)
 def sample(
     params: Params,
     adapter: AdapterParams,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
+    prompts: ArrayLike,
+    prompt_mask: ArrayLike,
     keys: jax.Array,
     end_ids: jax.Array,
     temperature: jax.Array | float,
@@ -178,7 +169,73 @@ def sample(
 
     Returns:
       `Rollouts`.
+
+    Raises:
+      InputError: a setting out of range; a temperature is looked at where it is a number, not
+        where it is traced.
     """
+    for name, value, holds, needed in (
+        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty >= 1, "at least 1"),
+        (
+            "temperature",
+            temperature,
+            isinstance(temperature, jax.core.Tracer) or temperature > 0,
+            "above 0; greedy=True takes the most probable token",
+        ),
+    ):
+        if not holds:
+            raise InputError(f"{name}={value}: must be {needed}.")
+    return _sample(
+        params,
+        adapter,
+        prompts,
+        prompt_mask,
+        keys,
+        end_ids,
+        temperature,
+        model=model,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        greedy=greedy,
+        own_adapters=own_adapters,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "model",
+        "num_samples",
+        "max_new_tokens",
+        "top_p",
+        "repetition_penalty",
+        "greedy",
+        "own_adapters",
+    ),
+)
+def _sample(
+    params: Params,
+    adapter: AdapterParams,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    keys: jax.Array,
+    end_ids: jax.Array,
+    temperature: jax.Array | float,
+    *,
+    model: Model,
+    num_samples: int,
+    max_new_tokens: int,
+    top_p: float,
+    repetition_penalty: float,
+    greedy: bool,
+    own_adapters: bool,
+) -> Rollouts:
+    temperature = jnp.asarray(temperature, jnp.float32)
     num_prompts = prompts.shape[0]
     axis = 0 if own_adapters else None
     hidden, context = jax.vmap(model.prefill, in_axes=(None, axis, 0, 0))(

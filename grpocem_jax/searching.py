@@ -145,13 +145,13 @@ def search(
       space: where; the search starts at its origin.
       batch: what the fitness is measured on; any pytree of arrays.
       key: PRNG key; consumed. Generation ``g`` uses ``fold_in(key, g)``, so a search in chunks is
-        the search in one piece.
+        the search in one piece; the gate uses ``fold_in(key, generations)``.
       generations: at most so many.
       held_back: a batch for the gate; None returns what the search ends with.
       gate_z: standard errors by which the held-back gain must exceed zero, at least 0.
       returned: "mean" or "best": which point is returned, and followed by the gate.
-      population_chunk: candidates scored at a time, 0 for all; less memory, the same result up to
-        rounding.
+      population_chunk: candidates scored at a time, 0 for all, and points of the gate; less
+        memory, the same result up to rounding.
       fit_memory: whether ``population_chunk`` is halved where device memory runs out, and the
         generations that did not fit are tried again.
       budget_s: seconds; the search stops at the first chance after them. Chunks grow and shrink
@@ -233,7 +233,8 @@ def _begin(problem: _Problem, *, method: Any, generations: int) -> _Loop:
     empty = jnp.full(generations, jnp.nan, jnp.float32)
     scores = None
     if problem.held_back is not None:
-        scores = _scores(problem, problem.space.origin)
+        key = jax.random.fold_in(problem.key, generations)
+        scores = _scores(problem, problem.space.origin, key)
     return _Loop(
         method.init(problem.space.origin),
         _start(problem.space.origin),
@@ -254,6 +255,11 @@ def _advance(
 ) -> _Loop:
     """Generations until the search has converged or has had ``limit`` of them."""
 
+    # The key after those of the generations.
+    gate_key = jax.random.fold_in(problem.key, len(loop.history.best))
+    parts = 0 < population_chunk < method.population_size
+    gate_chunk = min(len(SCALES), population_chunk) if parts else len(SCALES)
+
     def unfinished(loop: _Loop) -> jax.Array:
         return (loop.state.generation < limit) & ~method.converged(loop.state)
 
@@ -268,7 +274,9 @@ def _advance(
         chosen, bound = loop.chosen, jnp.float32(jnp.nan)
         if problem.held_back is not None:
             points = scaled(getattr(state, returned))
-            own = jax.vmap(lambda point: _scores(problem, point))(points)
+            own = jax.lax.map(
+                lambda point: _scores(problem, point, gate_key), points, batch_size=gate_chunk
+            )
             chosen, bound = choose(chosen, points, own, loop.start_scores, problem.gate_z)
         record = _record(state, scores, bound)
         history = jax.tree.map(lambda h, x: h.at[number].set(x), loop.history, record)
@@ -385,7 +393,9 @@ def _decode_many(space: Space, points: Point) -> Offsets:
 def scaled(point: Point) -> Point:
     """The point at each of `SCALES` of the way from the origin: a leading axis of 3."""
     scales = jnp.array(SCALES)
-    return jax.tree.map(lambda x: jnp.tensordot(scales.astype(x.dtype), x, axes=0), point)
+    return jax.tree.map(
+        lambda x: jnp.tensordot(scales.astype(x.dtype), x, axes=0, precision="highest"), point
+    )
 
 
 def choose(
@@ -422,16 +432,19 @@ def choose(
     return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, chosen), bound[winner]
 
 
-def _scores(problem: _Problem, point: Point) -> tuple[jax.Array, jax.Array]:
+def _scores(problem: _Problem, point: Point, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scores of a point on the held-back batch, by the fitness's ``scores`` where it has them."""
     adapter = decode(problem.space, point)
     owner = problem.fitness
     # A function that is no pytree was wrapped in one.
-    function = getattr(getattr(owner, "func", owner), "scores", None)
+    owner = owner.func if isinstance(owner, jax.tree_util.Partial) else owner
+    function = getattr(owner, "scores", None)
     if function is not None:
-        return function(adapter, problem.held_back, problem.key)
-    value = problem.fitness(adapter, problem.held_back, problem.key)[None]
-    return value, jnp.ones(1, bool)
+        values, counts = function(adapter, problem.held_back, key)
+    else:
+        values = problem.fitness(adapter, problem.held_back, key)[None]
+        counts = jnp.ones(1, bool)
+    return values.astype(jnp.float32), counts
 
 
 def _present(scores: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -444,9 +457,10 @@ def _start(origin: Point) -> Chosen:
 
 
 def _record(state: Any, scores: jax.Array, bound: jax.Array) -> History:
+    scores = scores.astype(jnp.float32)
     finite = jnp.isfinite(scores)
-    leaves = jax.tree.leaves(state.std) if hasattr(state, "std") else [jnp.zeros(1)]
-    square = sum(jnp.sum(x**2) for x in leaves) / sum(x.size for x in leaves)
+    leaves = jax.tree.leaves(state.std) if hasattr(state, "std") else [jnp.float32(0.0)]
+    square = sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves) / sum(x.size for x in leaves)
     return History(
         best=jnp.max(jnp.where(finite, scores, -jnp.inf)),
         mean=jnp.sum(jnp.where(finite, scores, 0.0)) / jnp.maximum(jnp.sum(finite), 1),

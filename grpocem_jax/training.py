@@ -395,7 +395,7 @@ class Run:
         )
 
         def attempt(size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
-            updated = grpo.update(
+            updated = grpo.update_alone(
                 state,
                 self.policy.params,
                 batch,

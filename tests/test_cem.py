@@ -426,6 +426,46 @@ def test_gradient_ascent_maximises_a_quadratic():
     assert not bool(settings.converged(state))
 
 
+@pytest.mark.parametrize("broken", ["value", "gradient"])
+def test_a_gradient_step_that_is_not_finite_leaves_point_and_moments(broken):
+    settings = GradientAscent(learning_rate=0.1)
+
+    def fitness(point, key, bad):
+        del key
+        # The root's gradient at 0 is not finite, times 0 it is no number; its value is 0.
+        value = -jnp.sum(point**2)
+        root = jnp.sqrt(0.0 * jnp.sum(point))
+        return value + (jnp.where(bad, NAN, 0.0) if broken == "value" else bad * root)
+
+    @jax.jit
+    def up(state, bad):
+        return settings.step(KEY, state, lambda point, key: fitness(point, key, bad))
+
+    start = settings.init(jnp.array([1.0, -2.0]))
+    if broken == "value":
+        start, _ = up(start, 0.0)
+    after, scores = up(start, 1.0)
+    same((after.mean, after.moments), (start.mean, start.moments))
+    assert float(after.change) == np.inf
+    assert int(after.generation) == int(start.generation) + 1
+    if broken == "value":
+        assert np.isnan(scores[0])
+        same((after.best, after.best_fitness), (start.best, start.best_fitness))
+        onward, _ = up(after, 0.0)
+        assert bool(jnp.all(jnp.abs(onward.mean) < jnp.abs(start.mean)))
+    else:
+        assert float(after.best_fitness) == -5.0
+
+
+def test_the_change_of_a_mean_in_half_precision_does_not_overflow():
+    # 300 squared is above float16's largest number, 65504.
+    settings = method(population=2, elites=1)
+    state = settings.init(jnp.zeros(1, jnp.float16))
+    candidates = jnp.array([[300.0], [0.0]], jnp.float16)
+    after = tell(settings, state, candidates, jnp.array([1.0, 0.0]))
+    assert float(after.change) == 300.0
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0, NAN])
 def test_a_learning_rate_that_is_not_above_0_is_refused(rate):
     with pytest.raises(InputError, match=rf"^cem\.learning_rate={rate}[^\n]*\.$"):

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 
 from grpocem_jax import grpo, likelihood, sampling
+from grpocem_jax.adapters import base as adapters
+from grpocem_jax.errors import InputError
+from grpocem_jax.models import base as models
+from grpocem_jax.models import gpt2
 
 PROMPTS, GROUP, LENGTH, PROMPT_LENGTH = 4, 4, 6, 5
 
@@ -173,7 +177,7 @@ def test_kept_logits_change_no_update(tiny, batch, monkeypatch):
     results = []
     for limit in (0, 2**28):
         monkeypatch.setattr(grpo, "KEPT_LOGITS_BYTES", limit)
-        step = jax.jit(functools.partial(grpo.update.__wrapped__, model=tiny.model, hp=hp))
+        step = jax.jit(functools.partial(grpo.update, model=tiny.model, hp=hp))
         results.append(step(grpo.init_state(tiny.adapted(), hp), tiny.factored, batch, 0.7))
     for again, kept in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(again, kept, rtol=1e-5, atol=1e-7)
@@ -276,6 +280,29 @@ def test_accumulated_micro_batches_equal_one_batch(tiny, batch, offsets):
         jax.tree.leaves(many.opt_state), jax.tree.leaves(one.opt_state), strict=True
     ):
         np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-6)
+
+
+def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, offsets):
+    hp = hyperparameters(learning_rate=0.01, warmup_steps=0)
+    step = functools.partial(grpo.update, model=tiny.model, hp=hp)
+    start = grpo.init_state(offsets, hp)
+
+    @jax.jit
+    def twice(state, params):
+        return jax.lax.scan(lambda x, _: step(x, params, batch, 0.7), state, length=2)
+
+    for update in (step, functools.partial(grpo.update_alone, model=tiny.model, hp=hp)):
+        first, metrics = update(start, tiny.factored, batch, 0.7)
+        second, later = update(first, tiny.factored, batch, 0.7)
+        found, both = twice(start, tiny.factored)
+        assert int(found.step) == 2
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(second), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+        for name in metrics:
+            np.testing.assert_allclose(both[name], [metrics[name], later[name]], atol=1e-5)
+    # The second update was one: Adam's step is about the learning rate.
+    moved = jnp.abs(second.adapter["h.0.attn.c_proj"] - first.adapter["h.0.attn.c_proj"])
+    assert float(moved.max()) > 1e-3
 
 
 def test_at_the_base_model_kl_and_its_gradient_are_exactly_zero(tiny, batch):
@@ -436,6 +463,41 @@ def test_learning_rate_factor_stays_in_its_range():
     assert float(grpo.adapt_lr_scale(scales[0], jnp.float32(1.0), hp)) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clip", 0.0),
+        ("clip", math.nan),
+        ("beta", -0.1),
+        ("entropy", -0.1),
+        ("aggregation", "median"),
+        ("micro_batch", 0),
+        ("learning_rate", 0.0),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", 0.0),
+        ("target_kl", -0.1),
+        ("lr_scale_range", (0.5,)),
+        ("lr_scale_range", (2.0, 3.0)),
+        ("lr_scale_range", (10.0, 0.1)),
+    ],
+)
+def test_a_hyperparameter_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(InputError) as refused:
+        grpo.Hyperparameters(**{name: value})
+    assert str(refused.value).startswith(f"{name}={value!r}: must be ")
+
+
+def test_a_target_of_the_kl_without_the_kl_is_refused():
+    with pytest.raises(InputError, match=r"^target_kl=0\.01 follows .* beta=0\.0 leaves out"):
+        grpo.Hyperparameters(target_kl=0.01, beta=0.0)
+
+
+def test_a_range_given_as_a_list_is_the_static_argument_that_a_tuple_is():
+    given = grpo.Hyperparameters(lr_scale_range=[0.5, 2.0])
+    assert {given} == {grpo.Hyperparameters(lr_scale_range=(0.5, 2.0))}
+
+
 def test_micro_batches_hold_whole_groups(tiny, batch, offsets):
     for micro in (GROUP + 2, 3 * GROUP):
         hp = hyperparameters(micro_batch=micro)
@@ -477,3 +539,45 @@ def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
         )
         state, _ = grpo.update(state, params, batch, 1.0, model=model, hp=hp)
     assert even_mass(state.adapter) > before + 0.1
+
+
+def test_half_precision_keeps_the_gradient_of_many_tokens(tiny):
+    # The published spread of initial weights, 0.02, makes small gradients.
+    params = gpt2.init_params(jax.random.key(0), tiny.config)
+    factored = adapters.factor_params(tiny.method, params, tiny.sites)
+    half = models.cast_params(factored, jnp.float16)
+    prompts, group, length = 16, 16, 16
+    keys = jax.random.split(jax.random.key(7), 3)
+    shape = (prompts, group, length)
+    mask = jnp.ones(shape, bool)
+    rewards = jax.random.normal(keys[0], shape[:2])
+    batch = grpo.Batch(
+        prompts=jax.random.randint(keys[1], (prompts, 5), 0, tiny.model.vocab_size),
+        prompt_mask=jnp.ones((prompts, 5), bool),
+        completions=jax.random.randint(keys[2], shape, 0, tiny.model.vocab_size),
+        mask=mask,
+        old_logps=jnp.full(shape, -4.1),
+        advantages=0.1 * grpo.outcome_advantages(rewards, mask),
+    )
+    hp = hyperparameters(micro_batch=prompts * group, beta=0.0, entropy=0.0, max_grad_norm=1e9)
+    state = grpo.init_state(tiny.adapted(), hp)
+
+    def by_update(params):
+        after, _ = grpo.update(state, params, batch, 1.0, model=tiny.model, hp=hp)
+        # Adam's first moment after one step.
+        return np.concatenate([x / 0.1 for x in after.opt_state[1].mu.values()])
+
+    def unscaled(params):
+        weights = grpo.token_weights(mask, hp.aggregation)
+        gradient = jax.grad(functools.partial(grpo.loss, model=tiny.model, hp=hp), has_aux=True)
+        found, _ = jax.jit(gradient)(state.adapter, params, batch, weights, 1.0)
+        return np.concatenate(list(found.values()))
+
+    exact = unscaled(factored)
+    np.testing.assert_allclose(by_update(factored), exact, rtol=1e-4, atol=1e-4 * exact.max())
+
+    def error(gradient):
+        return np.linalg.norm(gradient - exact) / np.linalg.norm(exact)
+
+    assert error(by_update(half)) < 0.01
+    assert error(unscaled(half)) > 0.04  # 0.056, of what rounds to zero on the way

@@ -692,7 +692,7 @@ def test_what_to_lower_is_said_where_rollouts_run_out_of_memory(
 def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_rounding(
     whole, tmp_path, monkeypatch, capsys
 ):
-    update, sizes, workdir = grpo.update, [], tmp_path / "run"
+    update, sizes, workdir = grpo.update_alone, [], tmp_path / "run"
 
     def short(*args, hp, **options):
         sizes.append(hp.micro_batch)
@@ -700,7 +700,7 @@ def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_roun
             no_memory()
         return update(*args, hp=hp, **options)
 
-    monkeypatch.setattr(training.grpo, "update", short)
+    monkeypatch.setattr(training.grpo, "update_alone", short)
     with pytest.raises(InputError, match=r"continue with train.fit_memory=True"):
         training.train(settings(), workdir)
     asked = {"train.fit_memory": True}

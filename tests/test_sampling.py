@@ -1,6 +1,7 @@
 """Sampling: the decode loop against the full forward, exact top-p, independence and keys."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from grpocem_jax import likelihood, sampling
+from grpocem_jax.errors import InputError
 
 PROMPTS, GROUP, LENGTH = 3, 4, 8
 NO_END = jnp.array([-1])
@@ -117,9 +119,9 @@ def test_the_loop_stops_when_all_have_ended(tiny, prompts, offsets):
 
 def test_end_ids_and_temperature_are_arguments_of_one_program(tiny, prompts, offsets):
     draw(tiny, offsets, prompts, end_ids=jnp.array([1]), temperature=0.5)
-    programs = sampling.sample._cache_size()
+    programs = sampling._sample._cache_size()
     draw(tiny, offsets, prompts, end_ids=jnp.array([2]), temperature=0.7)
-    assert sampling.sample._cache_size() == programs
+    assert sampling._sample._cache_size() == programs
 
 
 def test_greedy_takes_the_most_probable_token_of_the_full_forward(tiny, prompts, offsets):
@@ -207,6 +209,30 @@ def test_the_inverse_cdf_never_finds_a_weight_of_zero(uniform):
     assert np.all(rows[np.arange(200), np.asarray(found)] > 0)
 
 
+@pytest.mark.parametrize("size", [50, 225, 1003])
+def test_no_uniform_finds_a_weight_of_zero_in_a_compiled_program(size):
+    rng = np.random.default_rng(size)
+    weights = rng.gamma(0.3, size=size).astype(np.float32)
+    side = math.isqrt(size) + 1
+    starts = np.arange(0, size, side)
+    weights[::3] = 0.0
+    weights[starts] = 0.0  # what a goal a little before its block would find
+    # Uniforms that stand where blocks begin, and their neighbours, beside many others.
+    blocks = np.pad(weights, (0, -size % side)).reshape(-1, side).sum(1, dtype=np.float32)
+    sums = np.cumsum(blocks, dtype=np.float32)
+    edges = (sums[:-1] / sums[-1]).astype(np.float32)
+    near = [edges]
+    for way in (np.float32(0), np.float32(1)):
+        edge = edges
+        for _ in range(3):
+            edge = np.nextafter(edge, way)
+            near.append(edge)
+    others = rng.random(100_000, dtype=np.float32)
+    uniforms = np.concatenate([*near, others, np.zeros(1, np.float32)])
+    find = jax.jit(jax.vmap(sampling.inverse_cdf, in_axes=(None, 0)))
+    assert np.all(weights[np.asarray(find(weights, uniforms))] > 0)
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.02, 0.3, 0.85, 1.0])
 def test_draws_follow_the_nucleus(top_p):
     logits = 1.5 * jax.random.normal(jax.random.key(1), (300,))
@@ -249,3 +275,35 @@ def test_samples_follow_the_truncated_distribution(tiny, offsets):
 )
 def test_annealing_is_linear_and_stays_between_its_ends(fraction, expected):
     assert sampling.anneal(0.6, 0.4, fraction) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_p", 0.0),
+        ("top_p", 2.0),
+        ("top_p", math.nan),
+        ("repetition_penalty", 0.9),
+        ("num_samples", 0),
+        ("max_new_tokens", 0),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(tiny, prompts, offsets, name, value):
+    with pytest.raises(InputError) as refused:
+        draw(tiny, offsets, prompts, **{name: value})
+    assert str(refused.value).startswith(f"{name}={value}: must be ")
+    if name != "temperature":
+        with pytest.raises(InputError, match=f"^{name}={value}: must be "):
+            jax.jit(lambda x: draw(tiny, x, prompts, **{name: value}))(offsets)
+
+
+def test_an_array_of_temperature_0_is_refused_and_a_traced_temperature_is_not_looked_at(
+    tiny, prompts, offsets
+):
+    with pytest.raises(InputError, match=r"^temperature=0\.0: must be above 0"):
+        draw(tiny, offsets, prompts, temperature=jnp.float32(0.0))
+    traced = jax.jit(lambda x: draw(tiny, offsets, prompts, temperature=x).tokens)(0.9)
+    np.testing.assert_array_equal(traced, draw(tiny, offsets, prompts).tokens)

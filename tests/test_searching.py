@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -394,6 +395,58 @@ def test_the_gate_heeds_only_scores_that_count():
     assert gated(against).returned == "mean"
     assert gated(targets(1.0, 1.0, -9.0)).returned == "start"
     assert gated(targets(1.0, 1.0, 1.0, present=[False] * 3)).returned == "start"
+
+
+def test_the_gate_has_one_key_that_no_generation_has():
+    # Held-back scores that are the key's alone: the same of start and points, so none is better.
+    seen = []
+
+    @jax.tree_util.register_static
+    class Keyed:
+        def __call__(self, adapter, batch, key):
+            return quadratic(adapter, TARGET, key)
+
+        def scores(self, adapter, batch, key):
+            jax.debug.callback(lambda x: seen.append(tuple(x.tolist())), jax.random.key_data(key))
+            return quadratic(adapter, batch, key)[None], jnp.ones(1, bool)
+
+    run(Keyed(), held_back=TARGET, generations=2)
+    jax.effects_barrier()
+    gate = jax.random.key_data(jax.random.fold_in(KEY, 2))
+    assert set(seen) == {tuple(np.asarray(gate).tolist())}
+
+
+@pytest.mark.parametrize(("chunk", "at_once"), [(0, 3), (2, 2), (1, 1), (40, 3)])
+def test_the_gate_scores_no_more_points_at_a_time_than_candidates(chunk, at_once):
+    data, function = targets(1.0, 1.1, 0.9), Quadratic(jnp.float32(1.0))
+    problem = searching._Problem(function, SPACE, data, data, jnp.float32(1.0), KEY)
+    loop = searching._begin(problem, method=METHOD, generations=1)
+    options = {"method": METHOD, "returned": "mean", "population_chunk": chunk}
+    program = str(
+        jax.make_jaxpr(lambda *x: searching._advance(*x, **options))(problem, loop, jnp.int32(1))
+    )
+    # Distances of points, targets and coordinates: [points, 3, 3].
+    sizes = {int(n) for n in re.findall(r"f32\[(\d+),3,3\]", program)}
+    assert max(n for n in sizes if n <= 3) == at_once
+
+
+def test_scores_of_a_fitness_with_a_field_func_are_used_by_the_gate():
+    called = []
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Wrapping:
+        func: jax.Array
+
+        def __call__(self, adapter, batch, key):
+            return quadratic(adapter, batch, key)
+
+        def scores(self, adapter, batch, key):
+            called.append(key)
+            return -((adapter[SITE] - batch) ** 2), jnp.ones(3, bool)
+
+    run(Wrapping(jnp.float32(1.0)), held_back=TARGET, generations=1)
+    assert called
 
 
 # Two points on the line, scores of four tokens, of which the third has none in either and the

@@ -46,7 +46,9 @@ def decode(space: Space, point: Any) -> Offsets:
     for site, start in space.start.items():
         z = point[site] if isinstance(point, dict) else point
         adapter[site] = jax.tree.map(
-            lambda x, directions, z=z: x + jnp.tensordot(z, directions, axes=1),
+            lambda x, directions, z=z: (
+                x + jnp.tensordot(z, directions, axes=1, precision="highest")
+            ),
             start,
             space.basis[site],
         )
@@ -79,7 +81,7 @@ def expert_space(start: Offsets, experts: list[Offsets], *, per_site: bool = Fal
     if not experts:
         raise InputError("cem.experts: there are none to mix; give at least one.")
     basis = jax.tree.map(lambda *x: jnp.stack(x), *experts)
-    origin = jnp.zeros(len(experts))
+    origin = jnp.zeros(len(experts), jnp.float32)
     return Space(dict.fromkeys(start, origin) if per_site else origin, start, basis)
 
 
@@ -105,4 +107,4 @@ def principal_space(start: Offsets, vectors: Offsets, rank: int) -> Space:
             "lower it, or train more experts."
         )
     basis = jax.vmap(ravel_pytree(start)[1])(directions[:rank])
-    return Space(jnp.zeros(rank), start, basis)
+    return Space(jnp.zeros(rank, jnp.float32), start, basis)

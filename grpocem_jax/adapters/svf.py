@@ -151,6 +151,7 @@ def svf(
         return dense(factors.vt, inner * jnp.broadcast_to(scaled(factors, offsets), inner.shape))
 
     def merge(factors: SVFFactors, offsets: jax.Array) -> jax.Array:
-        return jnp.dot(factors.u * scaled(factors, offsets)[None], factors.vt)
+        scales = scaled(factors, offsets)[None]
+        return jnp.dot(factors.u * scales, factors.vt, precision="highest")
 
     return Adapter(factor, init, apply, merge)

@@ -124,7 +124,7 @@ def extend(
     if cache is None:
         return key, value
     keys, values = (
-        jax.lax.dynamic_update_slice(old, new, (0, index, 0))
+        jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
         for old, new in zip(cache, (key, value), strict=True)
     )
     return keys, values
