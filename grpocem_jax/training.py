@@ -59,7 +59,9 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     config, workdir = parse_config(settings), Path(workdir)
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
-    continued = rundir.check_settings(workdir, settings.to_dict())
+    complete = None
+    if rundir.check_settings(workdir, settings.to_dict()):
+        complete = _complete_summary(workdir)
     trackers.check(config.logging)
     policy = load_policy(
         config.model, config.adapter, stop=config.generation.stop, seed=config.seed
@@ -74,9 +76,13 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
             "grpo.group_size); give more data or a smaller step."
         )
     identity = {"model": policy.pretrained.sha256, "data": data.sha256}
-    if continued and _is_complete(workdir):
+    if complete is not None:
         rundir.check_identity(workdir, identity)
-        return _leave_alone(workdir)
+        page = workdir / "report" / "index.html"
+        if not is_file(page):  # the run was cut off before it was drawn
+            page = report.write(workdir)
+        say(f"the run in {workdir} is complete; its page is {page}")
+        return complete
     with (
         writing(f"--workdir={workdir}", "make room; the same command continues the run"),
         rundir.claim(workdir, settings.to_dict(), identity) as claimed,
@@ -145,20 +151,12 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
     return summary
 
 
-def _is_complete(workdir: Path) -> bool:
-    return all(
-        is_file(workdir / name) for name in ("summary.json", "adapter/adapter_model.safetensors")
-    )
-
-
-def _leave_alone(workdir: Path) -> dict[str, Any]:
-    """The summary of a complete run; its page is drawn where it was cut off before that."""
-    summary = read_object(workdir / "summary.json", fix="delete it to have it made again")
-    page = workdir / "report" / "index.html"
-    if not is_file(page):
-        page = report.write(workdir)
-    say(f"the run in {workdir} is complete; its page is {page}")
-    return summary
+def _complete_summary(workdir: Path) -> dict[str, Any] | None:
+    """The summary of a run that is complete; None of one that is not."""
+    path = workdir / "summary.json"
+    if not is_file(path) or not is_file(workdir / "adapter" / "adapter_model.safetensors"):
+        return None
+    return read_object(path, fix="delete it to have it made again")
 
 
 def _check_length(config: Config, policy: Policy) -> None:
