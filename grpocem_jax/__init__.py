@@ -25,6 +25,7 @@ from grpocem_jax.adapters.spaces import (
 )
 from grpocem_jax.adapters.svf import SVFFactors, cached_svd, svd, svf
 from grpocem_jax.cem import CEM, CEMState, GradientAscent, GradientState
+from grpocem_jax.devices import divide, make_mesh, replicate
 from grpocem_jax.errors import InputError
 from grpocem_jax.fitness import Likelihood, Texts
 from grpocem_jax.grpo import (
@@ -131,6 +132,7 @@ __all__ = [
     "completion_logps",
     "decode",
     "dense",
+    "divide",
     "encode",
     "expert_space",
     "export_model",
@@ -146,12 +148,14 @@ __all__ = [
     "load_policy",
     "load_run",
     "log_likelihoods",
+    "make_mesh",
     "merge_params",
     "num_params",
     "outcome_advantages",
     "parse_config",
     "principal_space",
     "process_advantages",
+    "replicate",
     "sample",
     "save_adapter",
     "save_model",

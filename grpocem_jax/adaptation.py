@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpocem_jax import checkpoints, fitness, memory, metrics, rollouts, searching, user_code
+from grpocem_jax import (
+    checkpoints,
+    devices,
+    fitness,
+    memory,
+    metrics,
+    rollouts,
+    searching,
+    user_code,
+)
 from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
@@ -109,7 +118,11 @@ def load_run(
             ) from None
     config = parse_config(settings)
     policy = load_policy(
-        config.model, config.adapter, stop=config.generation.stop, seed=config.seed
+        config.model,
+        config.adapter,
+        stop=config.generation.stop,
+        seed=config.seed,
+        mesh=devices.make_mesh(jax.devices()),
     )
     return TrainedRun(config, policy, load_fitting_adapter(config, policy, workdir / adapter))
 
@@ -225,6 +238,7 @@ def adapt(
         population_chunk=settings.population_chunk
         or fitness.population_chunk(settings.population_size, fitted),
         fit_memory=settings.fit_memory,
+        mesh=run.policy.mesh,
         budget_s=settings.budget_s,
         on_chunk=on_chunk,
     )
@@ -480,6 +494,7 @@ def log_likelihoods(
         # The last batch repeats its last text: one compiled shape.
         rows = np.minimum(np.arange(start, start + 16), len(texts) - 1)
         part = jax.tree.map(lambda *x: jnp.stack(x), *(arrays[i] for i in rows))
+        part = devices.divide(run.policy.mesh, part)
         own = jax.tree.map(lambda x, rows=rows: x[rows], adapters) if own_adapters else adapters
         values.append(np.asarray(_values(score, own, part, own_adapters=own_adapters)))
     return np.concatenate(values)[: len(texts)]

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from grpocem_jax.devices import map_chunks
 from grpocem_jax.errors import InputError
 
 Point = Any
@@ -233,6 +235,7 @@ class CEM:
         state: CEMState,
         fitness: Callable[[Point, jax.Array], jax.Array],
         chunk: int = 0,
+        mesh: Mesh | None = None,
     ) -> tuple[CEMState, jax.Array]:
         """One generation with a traceable fitness.
 
@@ -241,6 +244,7 @@ class CEM:
           state: the state.
           fitness: ``(point, key) -> float []``, vmapped over the candidates.
           chunk: candidates scored at a time; 0 scores all at once.
+          mesh: devices among which the candidates are divided, see `grpocem_jax.devices`.
 
         Returns:
           the next state and the fitness of the candidates, float32 ``[population_size]``.
@@ -252,7 +256,7 @@ class CEM:
             keys = jnp.broadcast_to(fitness_key, (size,))
         else:
             keys = jax.random.split(fitness_key, size)
-        scores = jax.lax.map(lambda x: fitness(*x), (candidates, keys), batch_size=chunk or size)
+        scores = map_chunks(fitness, (candidates, keys), size=chunk or size, mesh=mesh)
         return self.tell(state, candidates, scores), scores
 
 
@@ -306,13 +310,14 @@ class GradientAscent:
         state: GradientState,
         fitness: Callable[[Point, jax.Array], jax.Array],
         chunk: int = 0,
+        mesh: Mesh | None = None,
     ) -> tuple[GradientState, jax.Array]:
         """One step uphill; arguments and results as in `CEM.step`, fitness of the point left.
 
         Where the fitness or its gradient is not finite, the point and Adam's moments stay as they
         are, and the change is inf.
         """
-        del chunk  # one candidate
+        del chunk, mesh  # one candidate
         value, gradient = jax.value_and_grad(fitness)(state.mean, key)
         updates, moments = optax.adam(self.learning_rate).update(
             jax.tree.map(jnp.negative, gradient), state.moments

@@ -392,7 +392,10 @@ def update(
         )
     weights = token_weights(batch.mask, hp.aggregation)
     size = hp.micro_batch // group
-    micro = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch, weights))
+    # Prompts that lie apart, so that of those divided among devices each has some in every part.
+    micro = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(size, -1, *x.shape[1:]), 0, 1), (batch, weights)
+    )
     temperature = jnp.asarray(temperature, jnp.float32)
     half = any(x.dtype == jnp.float16 for x in jax.tree.leaves(params))
     scale = 2.0 ** round(math.log2(batch.mask.size)) if half else 1.0

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from grpocem_jax import memory, user_code
+from grpocem_jax import devices, memory, user_code
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
 from grpocem_jax.config import AdapterConfig, ModelConfig
@@ -34,6 +35,7 @@ class Policy:
       start_ids: tokens that it puts before every text, such as Llama's; none for GPT-2.
       end_ids: int32 ``[E]``, tokens that end a completion.
       pretrained: where the model came from.
+      mesh: the devices that work together, each with all parameters; None for a single one.
     """
 
     model: models.Model
@@ -46,6 +48,12 @@ class Policy:
     start_ids: tuple[int, ...]
     end_ids: jax.Array
     pretrained: hub.Pretrained
+    mesh: Mesh | None = None
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices work together."""
+        return 1 if self.mesh is None else self.mesh.size
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text from its beginning, with `start_ids` before it; none of no text."""
@@ -87,6 +95,7 @@ def load_policy(
     stop: Iterable[str] = (),
     seed: int = 0,
     method: adapters.Adapter | None = None,
+    mesh: Mesh | None = None,
 ) -> Policy:
     """Loads the model and puts a zero adapter on it.
 
@@ -96,6 +105,7 @@ def load_policy(
       stop: single-token strings that end a completion beside the end-of-text token.
       seed: of random weights, and of the adapter's initialisation.
       method: an adapter of one's own; of the adapter section only ``sites`` is then read.
+      mesh: devices that the parameters are put on, see `grpocem_jax.devices`.
 
     Raises:
       InputError: a source, site, stop string or adapter that cannot be used.
@@ -116,12 +126,13 @@ def load_policy(
     end_ids = [*pretrained.end_ids, *(_single_token(continuing, s) for s in stop)]
     carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed, method=method)
     return Policy(
-        **carrier._asdict(),
+        **carrier._replace(params=devices.replicate(mesh, carrier.params))._asdict(),
         tokenizer=pretrained.tokenizer,
         continuing=continuing,
         start_ids=_start_ids(pretrained.tokenizer),
         end_ids=jnp.array(end_ids, jnp.int32),
         pretrained=pretrained,
+        mesh=mesh,
     )
 
 

@@ -107,6 +107,7 @@ def summarize(
         "data": counts,
         **course,
         **metrics.environment(),
+        "devices_used": policy.num_devices,
     }
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import sampling, user_code
+from grpocem_jax import devices, sampling, user_code
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import HUGEST, GenerationConfig
 from grpocem_jax.errors import InputError
@@ -83,12 +83,15 @@ def generate(
     greedy: bool = False,
     own_adapters: bool = False,
 ) -> sampling.Rollouts:
-    """`sampling.sample` with the settings of a config."""
+    """`sampling.sample` with the settings of a config, prompts divided among the devices."""
+    tokens, mask, keys = devices.divide(policy.mesh, (*prompts, keys))
+    if own_adapters:
+        adapter = devices.divide(policy.mesh, adapter)
     return sampling.sample(
         policy.params,
         adapter,
-        prompts.tokens,
-        prompts.mask,
+        tokens,
+        mask,
         keys,
         policy.end_ids,
         temperature,

@@ -170,7 +170,8 @@ def adapted_card(run: TrainedRun, record: dict[str, Any]) -> str:
 def _setting(config: Config, policy: Policy) -> list[str]:
     pretrained, trainable = policy.pretrained, adapters.num_params(policy.zero)
     total = pretrained.num_params()
-    device = jax.devices()[0]
+    device, used, there = jax.devices()[0], policy.num_devices, jax.device_count()
+    count = f"{used} of {there} x " if used < there else f"{used} x " if used > 1 else ""
     source = {
         "builtin": "the built-in tiny model",
         "random": f"{pretrained.source}: RANDOM WEIGHTS, for plumbing and benchmarks only",
@@ -178,7 +179,7 @@ def _setting(config: Config, policy: Policy) -> list[str]:
         "hub": f"{pretrained.source} from the Hub",
     }[pretrained.kind]
     return [
-        f"device    {device.platform} ({device.device_kind}), {config.model.dtype}",
+        f"device    {count}{device.platform} ({device.device_kind}), {config.model.dtype}",
         f"model     {source}, {total:,} parameters, frozen",
         f"adapter   {trainable:,} {_trained(config.adapter)} ({100 * trainable / total:.3f}%)",
     ]

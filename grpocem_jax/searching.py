@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from grpocem_jax import memory
 from grpocem_jax.adapters.base import Offsets
@@ -134,6 +135,7 @@ def search(
     returned: str = "mean",
     population_chunk: int = 0,
     fit_memory: bool = False,
+    mesh: Mesh | None = None,
     budget_s: float | None = None,
     on_chunk: Callable[[int, History], None] | None = None,
 ) -> SearchResult:
@@ -154,6 +156,8 @@ def search(
         memory, the same result up to rounding.
       fit_memory: whether ``population_chunk`` is halved where device memory runs out, and the
         generations that did not fit are tried again.
+      mesh: devices among which the candidates are divided, see `grpocem_jax.devices`; where the
+        fitness has parameters, they lie on each of them.
       budget_s: seconds; the search stops at the first chance after them. Chunks grow and shrink
         with the time that is left. Compilation does not count.
       on_chunk: called with the number of generations done and their history, at least every tenth
@@ -181,6 +185,7 @@ def search(
                 method=method,
                 returned=returned,
                 population_chunk=size,
+                mesh=mesh,
             )
             return jax.block_until_ready(done)
 
@@ -243,7 +248,7 @@ def _begin(problem: _Problem, *, method: Any, generations: int) -> _Loop:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("method", "returned", "population_chunk"))
+@functools.partial(jax.jit, static_argnames=("method", "returned", "population_chunk", "mesh"))
 def _advance(
     problem: _Problem,
     loop: _Loop,
@@ -252,6 +257,7 @@ def _advance(
     method: Any,
     returned: str,
     population_chunk: int,
+    mesh: Mesh | None,
 ) -> _Loop:
     """Generations until the search has converged or has had ``limit`` of them."""
 
@@ -270,7 +276,7 @@ def _advance(
         def score(point: Point, key: jax.Array) -> jax.Array:
             return problem.fitness(decode(problem.space, point), problem.batch, key)
 
-        state, scores = method.step(key, loop.state, score, population_chunk)
+        state, scores = method.step(key, loop.state, score, population_chunk, mesh)
         chosen, bound = loop.chosen, jnp.float32(jnp.nan)
         if problem.held_back is not None:
             points = scaled(getattr(state, returned))

@@ -16,6 +16,7 @@ import numpy as np
 
 from grpocem_jax import (
     checkpoints,
+    devices,
     evaluation,
     grpo,
     memory,
@@ -64,7 +65,11 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         complete = _complete_summary(workdir)
     trackers.check(config.logging)
     policy = load_policy(
-        config.model, config.adapter, stop=config.generation.stop, seed=config.seed
+        config.model,
+        config.adapter,
+        stop=config.generation.stop,
+        seed=config.seed,
+        mesh=devices.sharing(config.train.batch_size // config.grpo.group_size),
     )
     _check_length(config, policy)
     data = load_data(config, policy)
@@ -215,6 +220,7 @@ class Run:
                     f"--workdir={workdir}: its checkpoints are of other settings than its "
                     "config.json; give another folder."
                 )
+        self.state = devices.replicate(policy.mesh, self.state)
         self.first_step = int(self.state.step)
         self.num_tokens = position.get("num_tokens", 0)
         self.skipped = position.get("skipped", 0)
@@ -391,6 +397,7 @@ class Run:
             out.logps,
             advantages,
         )
+        batch = devices.divide(self.policy.mesh, batch)
 
         def attempt(size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
             updated = grpo.update_alone(

@@ -1,0 +1,222 @@
+"""Computes on two devices and on one what `test_devices.py` compares; prints it as JSON."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from grpocem_jax import (
+    adaptation,
+    devices,
+    fitness,
+    grpo,
+    rollouts,
+    screens,
+    searching,
+    training,
+)
+from grpocem_jax.adapters.spaces import full_space
+from grpocem_jax.cem import CEM, GradientAscent
+from grpocem_jax.config import parse_config
+from grpocem_jax.config_files import load_config
+from grpocem_jax.data import load_data
+from grpocem_jax.policy import load_policy
+
+PROMPT = "Review: The soup was cold, but the waiter was kind."
+MESH = devices.make_mesh(jax.devices())
+
+
+def settings() -> Any:
+    """A small run of two micro-batches a step."""
+    config = load_config("tiny")
+    small = {
+        "data.tasks": ("sentiment",),
+        "data.max_samples": 16,
+        "data.heldout_samples": 2,
+        "generation.max_new_tokens": 4,
+        "grpo.group_size": 4,
+        "train.accumulation_steps": 2,
+        "train.batch_size": 8,
+        "train.checkpoint_every_steps": 1,
+        "train.eval_samples": 1,
+        "train.max_steps": 2,
+        "train.warmup_steps": 1,
+    }
+    config.update_from_flattened_dict(small)
+    return config
+
+
+def difference(one: Any, two: Any) -> float:
+    """The largest difference of two trees of arrays."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
+
+
+def largest(tree: Any) -> float:
+    """The largest number of a tree of arrays."""
+    return max(float(np.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+def work(function: Any, *args: Any, **kwargs: Any) -> float:
+    """Floating-point operations of a program, on each of its devices."""
+    return function.lower(*args, **kwargs).compile().cost_analysis()["flops"]
+
+
+config = parse_config(settings())
+one = load_policy(config.model, config.adapter, stop=config.generation.stop)
+two = dataclasses.replace(one, params=devices.replicate(MESH, one.params), mesh=MESH)
+items = load_data(config, one).train[:4]
+prompts = rollouts.pad([item.tokens for item in items], 64)
+generate = functools.partial(
+    rollouts.generate,
+    adapter=one.zero,
+    prompts=prompts,
+    keys=jax.random.split(jax.random.key(0), len(items)),
+    generation=config.generation,
+    num_samples=4,
+    temperature=1.0,
+)
+
+
+def compare_rollouts() -> dict[str, Any]:
+    """Completions of the same keys."""
+    first, second = (generate(policy) for policy in (one, two))
+    return {
+        "same tokens": difference(first.tokens, second.tokens) == 0,
+        "logps": difference(first.logps, second.logps),
+    }
+
+
+def compare_update(micro_batches: int) -> dict[str, float]:
+    """One update on completions with random rewards."""
+    out = generate(one)
+    rewards = np.random.default_rng(0).normal(size=out.mask.shape[:2])
+    batch = grpo.Batch(
+        *prompts, out.tokens, out.mask, out.logps, grpo.outcome_advantages(rewards, out.mask)
+    )
+    hp = dataclasses.replace(
+        config.hyperparameters, micro_batch=16 // micro_batches, learning_rate=0.01
+    )
+    state = grpo.init_state(one.zero, hp)
+    options = {"model": one.model, "hp": hp}
+    alone = (state, one.params, batch, 1.0)
+    together = (devices.replicate(MESH, state), two.params, devices.divide(MESH, batch), 1.0)
+    first, second = (grpo.update(*args, **options)[0].adapter for args in (alone, together))
+    counts = [work(grpo.update, *args, **options) for args in (alone, together)]
+    return {
+        "moved": largest(first),
+        "difference": difference(first, second),
+        "work": counts[1] / counts[0],
+    }
+
+
+def search(policy: Any, method: Any, chunk: int) -> searching.SearchResult:
+    """A short search on the likelihood of a text."""
+    encoded = [adaptation.encode(policy, PROMPT, config.cem)]
+    return searching.search(
+        method,
+        fitness.Likelihood(policy.params, policy.model),
+        full_space(policy.zero),
+        adaptation.batch(encoded, config.cem),
+        jax.random.key(0),
+        generations=3,
+        population_chunk=chunk,
+        mesh=policy.mesh,
+    )
+
+
+def compare_search(method: Any, chunk: int) -> dict[str, float]:
+    """Where the searches end."""
+    first, second = (search(policy, method, chunk).adapter for policy in (one, two))
+    return {"moved": largest(first), "difference": difference(first, second)}
+
+
+def work_of_a_generation() -> float:
+    """The share of a generation that a device does, of what one does alone."""
+    batch = adaptation.batch([adaptation.encode(one, PROMPT, config.cem)], config.cem)
+    method = CEM(population_size=10)
+
+    @functools.partial(jax.jit, static_argnames="mesh")
+    def step(score, state, key, *, mesh):
+        return method.step(key, state, lambda x, k: score(x, batch, k), 0, mesh)
+
+    counts = [
+        work(
+            step,
+            fitness.Likelihood(policy.params, policy.model),
+            method.init(one.zero),
+            jax.random.key(0),
+            mesh=policy.mesh,
+        )
+        for policy in (one, two)
+    ]
+    return counts[1] / counts[0]
+
+
+def train(workdir: Path, count: int) -> tuple[dict[str, Any], str]:
+    """A run on so many devices: its summary, and the line of the first screen on the device."""
+    real, out = jax.device_count, io.StringIO()
+    if count == 1:
+        jax.device_count = lambda: 1
+    try:
+        with contextlib.redirect_stdout(out):
+            summary = training.train(settings(), workdir)
+    finally:
+        jax.device_count = real
+    (line,) = (x for x in out.getvalue().splitlines() if x.startswith("device "))
+    return summary, line
+
+
+def adapter(workdir: Path) -> dict[str, np.ndarray]:
+    """The trained adapter."""
+    return load_file(workdir / "adapter" / "adapter_model.safetensors")
+
+
+def compare_runs(folder: Path) -> dict[str, Any]:
+    """A run on one device, on two, and begun on two and continued on one."""
+    runs = [train(folder / str(count), count) for count in (1, 2)]
+    first, second = (adapter(folder / str(count)) for count in (1, 2))
+    texts = [(folder / str(count) / "completions.jsonl").read_text() for count in (1, 2)]
+    begun = shutil.copytree(folder / "2", folder / "begun")
+    for name in ("summary.json", "checkpoints/2"):
+        path = begun / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    continued, _ = train(begun, 1)
+    return {
+        "run": {
+            "devices_used": [summary["devices_used"] for summary, _ in runs],
+            "same completions": texts[0] == texts[1],
+            "moved": largest(first),
+            "difference": difference(first, second),
+            "screen": runs[1][1],
+        },
+        "continued": {
+            "resumed_after_step": continued["resumed_after_step"],
+            "difference": difference(first, adapter(begun)),
+        },
+    }
+
+
+if __name__ == "__main__":
+    training.report.write = lambda workdir: workdir / "report"  # seconds of drawing
+    with tempfile.TemporaryDirectory() as place:
+        found = {
+            "rollouts": compare_rollouts(),
+            "update": {count: compare_update(count) for count in (1, 2)},
+            "search": {chunk: compare_search(CEM(population_size=10), chunk) for chunk in (0, 3)},
+            "generation": work_of_a_generation(),
+            "sharing": [getattr(devices.sharing(count), "size", 1) for count in (1, 2, 3, 4)],
+            "one of two": screens.first(config, one, [], Path("run")).splitlines()[0],
+            "gradient": compare_search(GradientAscent(), 0),
+            **compare_runs(Path(place)),
+        }
+    print(json.dumps(found))
