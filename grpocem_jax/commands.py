@@ -59,6 +59,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
     def guarded(argv: list[str]) -> None:
         # Orbax reports every step of a save, and errors with a traceback before it raises them.
         logging.set_verbosity(logging.FATAL)
+        sys.excepthook = _excepthook
         keep_compiled_programs()
         if len(argv) > 1:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
@@ -104,6 +105,13 @@ def run(main: Callable[[list[str]], Any]) -> None:
             _fail(str(error))
 
     app.run(guarded, flags_parser=parse)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Shows what nobody caught, but for what TensorStore prints of every array of a checkpoint that
+    a full disk cut off; the error itself is raised as well."""
+    if kind is not RuntimeError or str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def keep_compiled_programs() -> None:

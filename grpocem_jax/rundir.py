@@ -23,7 +23,6 @@ NEUTRAL = (
     "train.checkpoint_every_minutes",
     "train.checkpoint_every_steps",
     "train.eval_batch_size",
-    "train.eval_samples",
     "train.fit_memory",
     "train.keep_checkpoints",
     "train.save_interval",

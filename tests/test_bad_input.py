@@ -18,7 +18,7 @@ import hypothesis.strategies as st
 import pytest
 
 import grpocem_jax as gj
-from grpocem_jax import adaptation, training
+from grpocem_jax import adaptation, commands, training
 from grpocem_jax.errors import InputError
 from studies.fuzz import parse_command
 from tests.command_line import TINY, assert_sentence
@@ -344,3 +344,9 @@ def test_a_closed_pipe_and_a_late_interrupt_end_without_a_traceback():
         assert result.returncode == status, result.stderr
         assert sentence in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_what_a_cut_off_checkpoint_prints_is_left_out_and_nothing_else(capsys):
+    for text in ("Event loop is closed", "something else"):
+        commands._excepthook(RuntimeError, RuntimeError(text), None)
+    assert capsys.readouterr().err == "RuntimeError: something else\n"
