@@ -257,7 +257,7 @@ def _advance(
     method: Any,
     returned: str,
     population_chunk: int,
-    mesh: Mesh | None,
+    mesh: Mesh | None = None,
 ) -> _Loop:
     """Generations until the search has converged or has had ``limit`` of them."""
 

@@ -257,7 +257,7 @@ def recorded(tmp_path, monkeypatch):
         return state._replace(step=state.step + 1), metrics
 
     monkeypatch.setattr(training.rollouts, "generate", generate)
-    monkeypatch.setattr(training.grpo, "update", update)
+    monkeypatch.setattr(training.grpo, "update_alone", update)
     items = load_data(config, policy).train
     run = training.Run(config, policy, items, jax.random.key(0), tmp_path, "hash", rundir.Signals())
     records, state = [], run.state
