@@ -330,17 +330,18 @@ def peer_model(subject: Subject) -> Any:
     return import_peers().load(
         pretrained.architecture.params_to_state(pretrained.params, pretrained.config),
         pretrained.architecture.config_to_hf(pretrained.config),
+        precision=subject.config.model.dtype,
     )
 
 
-def import_peers() -> ModuleType:
-    """`benchmarks.peers`, which needs PyTorch, transformers and TRL.
+def import_peers(module: str = "peers") -> ModuleType:
+    """`benchmarks.peers`, which needs PyTorch and transformers, or ``peers_trl`` with TRL.
 
     Raises:
       InputError: they are not installed.
     """
     try:
-        return importlib.import_module("benchmarks.peers")
+        return importlib.import_module(f"benchmarks.{module}")
     except ImportError as error:
         raise InputError(
             f"--peers: {error.name} is not installed; run `pip install -e '.[peers]'`, or leave "

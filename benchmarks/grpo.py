@@ -170,7 +170,7 @@ def measure(
 
 
 def _peer(subject: common.Subject, prompt_length: int, length: int) -> Any:
-    peers, config = common.import_peers(), subject.config
+    peers, config = common.import_peers("peers_trl"), subject.config
     model = common.peer_model(subject)
     prompts = common.random_tokens(subject, config.prompts_per_step, prompt_length)
 

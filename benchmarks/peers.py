@@ -1,31 +1,28 @@
-"""What one would run instead of this package: PyTorch, transformers and TRL, for `--peers`.
+"""What one would run instead of this package: PyTorch and transformers, for `--peers`.
 
-The same model, the same numbers, the same work, in float32, on the GPU where there is one.  What a
-benchmark times comes back as a function, so that it times the work and not its preparation; TRL's
-trainer times its own steps.
+The same model, the same numbers, the same work, in the same precision, on the GPU where there is
+one.  What a benchmark times comes back as a function, so that it times the work and not its
+preparation.  TRL is in `benchmarks.peers_trl`.
 """
 
 import contextlib
-import copy
 import functools
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
-import peft
-import tokenizers
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 import transformers
-import trl
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cuda":
-    # JAX multiplies float32 matrices in TF32 by default; PyTorch does when it is told to.
-    torch.set_float32_matmul_precision("high")
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""The dtype of the weights, and of all that is computed with them, by the name of a precision."""
 
 
 class _Site(NamedTuple):
@@ -42,13 +39,16 @@ class _Site(NamedTuple):
     offsets: torch.Tensor
 
 
-def load(state: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> Any:
+def load(
+    state: Mapping[str, np.ndarray], fields: Mapping[str, Any], *, precision: str = "float32"
+) -> Any:
     """transformers' model with the given weights, in evaluation mode and without dropout.
 
     Args:
       state: float32 tensors by the names transformers writes, without a tied head
         (``params_to_state`` of the architecture).
       fields: of a ``config.json`` (``config_to_hf`` of the architecture).
+      precision: one of `DTYPES`. Products of float32 are exact from then on, or TF32 with "tf32".
 
     Returns:
       the model, on `DEVICE`, with PyTorch's fused attention (transformers' default).
@@ -56,10 +56,11 @@ def load(state: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> Any:
     Raises:
       ValueError: the tensors are not those of the model.
     """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     options: dict[str, Any] = {**fields, **no_dropout, "bos_token_id": 0, "eos_token_id": 0}
     config = transformers.AutoConfig.for_model(**options)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
     tensors = {name: torch.tensor(np.asarray(x, np.float32)) for name, x in state.items()}
     report = model.load_state_dict(tensors, strict=False)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
@@ -199,163 +200,6 @@ def transformers_generate(
     return generate
 
 
-def trl_grpo(
-    model: Any,
-    prompts: np.ndarray,
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    repetition_penalty: float,
-    beta: float,
-    micro_batch: int,
-    sites: list[str],
-    steps: int,
-    folder: str,
-) -> list[float]:
-    """Trains with TRL's ``GRPOTrainer`` and times its optimizer steps.
-
-    A LoRA of rank 1 on the same maps as ours, completions by transformers, one pass over
-    them, and as reference policy the same model without the LoRA.  None of the completions ends
-    before ``max_new_tokens``.
-
-    Args:
-      model: from `load`; what is trained is a copy.
-      prompts: integers ``[P, S]``, without padding; every step has all of them.
-      num_samples: ``G``, completions of each prompt.
-      max_new_tokens: ``N``.
-      temperature: above 0.
-      top_p: nucleus mass in (0, 1].
-      repetition_penalty: at least 1, over the prompt and the completion.
-      beta: weight of the KL term; 0 leaves the reference out.
-      micro_batch: completions in one forward and backward pass; divides ``P * G``.
-      sites: names of the adapted maps in the model's base.
-      steps: optimizer steps.
-      folder: TRL's output directory; nothing is saved.
-
-    Returns:
-      seconds of each step, from before the completions are sampled until after the update; the
-      first ones warm up.
-
-    Raises:
-      ValueError: a micro-batch that does not divide the step.
-    """
-    completions = len(prompts) * num_samples
-    if completions % micro_batch:
-        raise ValueError(f"micro_batch={micro_batch}: must divide {completions} completions.")
-    tokenizer = _word_tokenizer(model.config.vocab_size)
-    texts = [" ".join(f"w{token}" for token in row) for row in np.asarray(prompts)]
-    timer = _StepTimer()
-    trained = copy.deepcopy(model)
-    # TRL ends completions at the model's own end token besides the tokenizer's.
-    trained.generation_config.eos_token_id = None
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
-        trainer = trl.GRPOTrainer(
-            model=trained,
-            reward_funcs=_odd_words,
-            args=trl.GRPOConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=micro_batch,
-                gradient_accumulation_steps=completions // micro_batch,
-                steps_per_generation=completions // micro_batch,
-                num_iterations=1,
-                num_generations=num_samples,
-                max_completion_length=max_new_tokens,
-                mask_truncated_completions=False,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=0,
-                repetition_penalty=repetition_penalty,
-                beta=beta,
-                learning_rate=5e-5,
-                lr_scheduler_type="constant",
-                max_grad_norm=0.5,
-                shuffle_dataset=False,
-                disable_dropout=True,
-                gradient_checkpointing=False,
-                bf16=False,
-                fp16=False,
-                use_cpu=DEVICE.type == "cpu",
-                dataloader_pin_memory=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=datasets.Dataset.from_dict({"prompt": texts * steps}),
-            processing_class=tokenizer,
-            callbacks=[timer],
-            peft_config=peft.LoraConfig(
-                r=1,
-                lora_alpha=1,
-                target_modules=sites,
-                fan_in_fan_out=not isinstance(
-                    model.base_model.get_submodule(sites[0]), torch.nn.Linear
-                ),
-                task_type="CAUSAL_LM",
-            ),
-        )
-        # With the progress bar off, transformers prints every log instead.
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-    return timer.seconds
-
-
-class _StepTimer(transformers.TrainerCallback):
-    """Seconds of each optimizer step; sampling is a part of its first ``training_step``."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.begin = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called before the first micro-batch."""
-        _wait()
-        self.begin = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after the update."""
-        _wait()
-        self.seconds.append(time.perf_counter() - self.begin)
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _odd_words(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """Reward: the share of odd tokens, which differs within a group even for random weights."""
-    return [sum(token % 2 for token in tokens) / len(tokens) for tokens in completion_ids]
-
-
-def _word_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of the words ``w0 w1 ...``; its end token is beyond what the model can sample."""
-    words = {f"w{i}": i for i in range(vocab_size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the libraries' messages and progress bars off the terminal."""
-    level, bars = transformers.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
-
-
 def _text(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """What goes in, ``[1, T - 1]``, and what is to be predicted, ``[T - 1]``."""
     ids = torch.tensor(np.asarray(tokens), dtype=torch.long, device=DEVICE)
@@ -369,8 +213,8 @@ def _sites(model: Any, offsets: Mapping[str, np.ndarray]) -> list[_Site]:
         kernel = module.weight.detach()
         kernel = kernel.T if isinstance(module, torch.nn.Linear) else kernel
         factors = torch.linalg.svd(kernel.double(), full_matrices=False)
-        u, s, vt = (x.float().contiguous() for x in factors)
-        changes = torch.tensor(np.asarray(rows, np.float32), device=DEVICE)
+        u, s, vt = (x.to(kernel.dtype).contiguous() for x in factors)
+        changes = torch.tensor(np.asarray(rows, np.float32), device=DEVICE).to(kernel.dtype)
         sites.append(_Site(module, kernel, u, s, vt, changes))
     return sites
 

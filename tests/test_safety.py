@@ -31,6 +31,7 @@ ALLOWED = {
     # Comparisons with PyTorch, in processes of their own; never in the product.
     ("benchmarks/common.py", "import_module"),
     ("benchmarks/peers.py", "torch"),
+    ("benchmarks/peers_trl.py", "torch"),
     ("studies/kills.py", "subprocess"),
     # transformers runs the exported folder where PyTorch is installed, to compare logits.
     ("grpocem_jax/export.py", "torch"),
