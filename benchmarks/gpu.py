@@ -448,10 +448,10 @@ def memory(bench: Bench) -> dict[str, Any]:
     if stats is None:
         return {"skipped": "the backend does not say how much memory it has"}
     precision = bench.sizes.precisions[0]
-    score, space, texts = search_problem(bench, precision, bench.sizes.tokens[-1])
-    # Offsets of the candidates alone take a quarter of the memory; scoring them takes far more.
+    score, space, texts = search_problem(bench, precision, bench.sizes.tokens[0])
+    # The offsets of the candidates take a sixteenth of the memory; scoring them takes far more.
     vector = sum(x.nbytes for x in jax.tree.leaves(bench.zero))
-    population = int(stats["bytes_limit"] / 4 / vector / 4)
+    population = int(stats["bytes_limit"] / 16 / vector)
     result: dict[str, Any] = {"population": population, "bytes_limit": stats["bytes_limit"]}
     method = gj.CEM(population_size=population, threshold=0.0)
     run = functools.partial(
