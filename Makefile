@@ -5,7 +5,7 @@ PARITY_VENV ?= .venv-parity
 PEERS_VENV ?= .venv-peers
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: train test lint parity bench model experts study docs clean
+.PHONY: train test lint parity bench gpu model experts study docs clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
@@ -30,6 +30,10 @@ bench: $(PEERS_VENV)/.installed
 	$(PEERS_VENV)/bin/python -m benchmarks.grpo --peers --repetitions 2
 	$(PEERS_VENV)/bin/python -m benchmarks.memory
 	$(PEERS_VENV)/bin/python -m benchmarks.scaling --plot docs/scaling.png
+
+# Measures the GPU of this machine; `make gpu OUT=FOLDER`.
+gpu: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks.gpu --out $(or $(OUT),gpu) $(ARGS)
 
 # Pretrains the built-in model again.
 model: $(VENV)/.installed

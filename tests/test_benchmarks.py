@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common, decode, memory, ppo, scaling
+from benchmarks import common, decode, gpu, memory, ppo, scaling
 from benchmarks import grpo as grpo_benchmark
 from configs import tiny as tiny_config
 from grpocem_jax import grpo
@@ -101,6 +101,52 @@ def test_memory_reports_what_it_promises(thin):
     for name in ("ppo_separate_critic_peak_bytes", "grpo_over_ppo_value_head"):
         assert outline[name] is None
     assert outline["grpo_measured_bytes"] is None
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", f"--out={tmp_path}"]
+    stages = ("headline", "own", "step", "memory")
+    result = subprocess.run(
+        [*command, f"--only={','.join(stages)}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record == json.loads((tmp_path / "gpu.json").read_text())
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert tuple(record["stages"]) == stages
+    for precision, found in record["stages"]["headline"]["precisions"].items():
+        assert found["candidates_per_s"] == pytest.approx(100 * 2 / found["seconds"]), precision
+    scores = [x["fitness"] for x in record["stages"]["headline"]["precisions"].values()]
+    assert scores[0] != scores[1]  # the precisions are not the same
+    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+    shares = record["stages"]["own"]["scoring"]
+    assert shares["own_over_shared"] == pytest.approx(
+        shares["seconds"]["one"] / shares["seconds"]["own"]
+    )
+    step = record["stages"]["step"]["precisions"]["bfloat16"]
+    assert step["update_bytes"] > step["weights_bytes"]
+    assert "does not say" in record["stages"]["memory"]["skipped"]
+
+
+def test_a_stage_of_the_gpu_benchmark_that_is_none_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--small", f"--out={tmp_path}", "--only=headlines"])
+
+
+def test_a_stage_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def broken(bench, out):
+        return {"works": lambda: {"x": 1.0}, "fails": lambda: 1 / 0, "later": lambda: {"y": 2}}
+
+    monkeypatch.setattr(gpu, "stages", broken)
+    assert gpu.main(["--small", f"--out={tmp_path}"]) == 1
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["stages"]["works"] == {"x": 1.0}
+    assert "ZeroDivisionError" in record["stages"]["fails"]["error"]
+    assert record["stages"]["later"] == {"y": 2}
 
 
 @pytest.mark.skipif(
