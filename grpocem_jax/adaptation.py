@@ -35,7 +35,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
 from grpocem_jax.config import CEMConfig, Config, parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, read_object
+from grpocem_jax.files import expand, is_file, read_object
 from grpocem_jax.policy import Policy, load_policy
 
 HELD_BACK_SAMPLES = 8
@@ -102,7 +102,7 @@ def load_run(
     Raises:
       InputError: no run there, no trained adapter in it, or one of another model or shape.
     """
-    workdir = Path(workdir)
+    workdir = expand(workdir, "--workdir")
     if not is_file(workdir / adapter / "adapter_model.safetensors"):
         raise InputError(
             f"--workdir={workdir}: holds no trained adapter in {adapter}/; train one with "
@@ -154,7 +154,8 @@ def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Sp
     """
     if settings.space == "full":
         return spaces.full_space(start)
-    folder = LIBRARY if settings.experts == "builtin" else Path(settings.experts)
+    given = settings.experts
+    folder = LIBRARY if given == "builtin" else expand(given, "config.cem.experts")
     experts, vectors = checkpoints.load_library(
         folder, policy.zero, base_sha256=policy.pretrained.sha256
     )

@@ -8,7 +8,7 @@ import ml_collections
 
 from grpocem_jax import user_code
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file
+from grpocem_jax.files import expand, is_file
 
 
 def config_folder() -> Path:
@@ -60,8 +60,9 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 
 
 def _find(file: str) -> Path:
-    if is_file(file):
-        return Path(file)
+    path = expand(file, "--config")
+    if is_file(path):
+        return path
     shipped = {path.stem: path for path in config_folder().glob("*.py")}
     if file not in shipped:
         raise InputError(

@@ -70,7 +70,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         user's own has the name of a mixture.
       Interrupted: as `train`.
     """
-    config, workdir = parse_config(settings), Path(workdir)
+    config, workdir = parse_config(settings), files.expand(workdir, "--workdir")
     library = workdir / "library"
     if library.exists():
         raise InputError(f"--workdir={workdir}: holds a library already; give another folder.")

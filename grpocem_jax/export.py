@@ -68,9 +68,9 @@ def export_model(
         another model or was made with other settings; the logits of the merged model differ by more
         than `TOLERANCE`.
     """
-    workdir, out = Path(workdir), Path(out)
+    workdir, out = files.expand(workdir, "--workdir"), files.expand(out, "--out")
     _check_new(out)
-    source = workdir / "adapter" if adapter is None else Path(adapter)
+    source = workdir / "adapter" if adapter is None else files.expand(adapter, "--adapter")
     run = load_run(workdir)
     if adapter is not None:
         run = run._replace(adapter=load_fitting_adapter(run.config, run.policy, source))
@@ -250,7 +250,7 @@ def run(
         raise InputError("--out is missing; give a folder to make.")
     if private and repository is None:
         raise InputError("--private is for the Hub; give --push_to_hub=USER/NAME too.")
-    _check_new(Path(out))
+    _check_new(files.expand(out, "--out"))
     if repository is not None:
         _check_push(repository)
     exported = export_model(workdir, out, adapter=adapter)

@@ -16,7 +16,7 @@ from grpocem_jax import adaptation, checkpoints, report, rollouts, screens, tabl
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, write_json, writing
+from grpocem_jax.files import expand, is_file, write_json, writing
 from grpocem_jax.searching import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
@@ -47,6 +47,16 @@ def run(
         raise InputError("--workdir is missing; give a run directory with a trained adapter.")
     if save == "":
         raise InputError("--save='': is no folder; give one, or leave the flag out.")
+    workdir = str(expand(workdir, "--workdir"))
+    prompts, examples, heldout, save = (
+        path and str(expand(path, f"--{name}"))
+        for name, path in (
+            ("prompts", prompts),
+            ("examples", examples),
+            ("heldout", heldout),
+            ("save", save),
+        )
+    )
     given = [f"--{n}" for n, v in (("prompt", prompt), ("prompts", prompts)) if v is not None]
     if evaluate and (given or examples or heldout or save):
         extra = given or [n for n, v in (("--examples", examples), ("--heldout", heldout)) if v]

@@ -34,7 +34,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, read_object, writing
+from grpocem_jax.files import expand, is_file, read_object, writing
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.terminal import say
 
@@ -57,7 +57,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
       Interrupted: SIGTERM or SIGINT came; the run was saved.
     """
     started = time.perf_counter()
-    config, workdir = parse_config(settings), Path(workdir)
+    config, workdir = parse_config(settings), expand(workdir, "--workdir")
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
     complete = None

@@ -5,11 +5,10 @@ import dataclasses
 import random
 import re
 from collections.abc import Callable, Container, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_folder
+from grpocem_jax.files import expand, is_folder
 from grpocem_jax.tasks.base import Example, Task
 from grpocem_jax.tasks.rows import Row, Rows, builtin_rows, hub_rows, local_rows
 
@@ -238,10 +237,7 @@ def _read(task: Task, source: SourceConfig, split: str, field: str) -> Rows:
         return builtin_rows(task.name, split)
     name = source.train_split if split == "train" else source.heldout_split
     field = f"{field}.source"
-    try:
-        folder = Path(source.source).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{field} is {source.source!r} ({error}): correct the path.") from None
+    folder = expand(source.source, field)
     looks_local = source.source.startswith((".", "/", "~")) or source.source.count("/") > 1
     if is_folder(folder) or looks_local:
         return local_rows(folder / source.subset, name, field=field)
