@@ -530,15 +530,17 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
 def _gather_sources(data: Mapping[str, Any]) -> dict[str, Any]:
     """Moves the sections named after tasks (``data.qa``) below ``sources``, one for each task.
 
-    A section with ``rewards`` is a task of the user's own.
+    A section with ``rewards``, or of a name in ``tasks``, is a task of the user's own.
     """
     own = {field.name for field in dataclasses.fields(DataConfig)} - {"sources"}
+    tasks = _parse(data.get("tasks", ()), tuple[str, ...], "data.tasks")
     sources = {
         name: section
         for name, section in data.items()
-        if name in TASKS or (isinstance(section, Mapping) and "rewards" in section)
+        if name in TASKS
+        or (isinstance(section, Mapping) and ("rewards" in section or name in tasks))
     }
-    for name in _parse(data.get("tasks", ()), tuple[str, ...], "data.tasks"):
+    for name in tasks:
         if name in sources:
             continue
         if name in TASKS:
