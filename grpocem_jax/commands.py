@@ -2,6 +2,7 @@
 
 import atexit
 import difflib
+import itertools
 import os
 import re
 import signal
@@ -26,7 +27,13 @@ flags.disclaim_key_flags()
 
 class _ConfigParser(flags.ArgumentParser):
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        return load_config(argument).lock()
+        given = {}
+        arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+        for each, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+            if _OVERRIDE.match(each):
+                name, is_there, value = _OVERRIDE.sub("", each, count=1).partition("=")
+                given[name] = value if is_there else following
+        return load_config(argument, flags=given).lock()
 
 
 def define_config(default: str | None = None) -> Any:

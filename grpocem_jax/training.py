@@ -31,7 +31,7 @@ from grpocem_jax import (
     trackers,
 )
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config import Config, parse_config
+from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, read_object, writing
@@ -58,6 +58,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     """
     started = time.perf_counter()
     config, workdir = parse_config(settings), expand(workdir, "--workdir")
+    settings = with_defaults(settings)
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
     complete = None
