@@ -90,6 +90,7 @@ def load_run(
     settings: ml_collections.ConfigDict | None = None,
     *,
     adapter: str = "adapter",
+    model: str | None = None,
 ) -> TrainedRun:
     """Loads a trained run.
 
@@ -98,9 +99,12 @@ def load_run(
       settings: other settings than the run's own.
       adapter: a folder in it: ``adapter``, trained to the end, or ``best_adapter``, that of the
         checkpoint that did best on validation prompts (``train.evaluate_every_steps``).
+      model: where the base model lies now, in place of ``model.source`` of the settings; its
+        weights must be those that the adapter was trained on.
 
     Raises:
-      InputError: no run there, no trained adapter in it, or one of another model or shape.
+      InputError: no run there, no base model at its place, no trained adapter in it, or one of
+        another model or shape.
     """
     workdir = expand(workdir, "--workdir")
     if not is_file(workdir / adapter / "adapter_model.safetensors"):
@@ -117,13 +121,23 @@ def load_run(
                 f"{workdir / 'config.json'}: holds no settings ({error}); give another run."
             ) from None
     config = parse_config(settings)
-    policy = load_policy(
-        config.model,
-        config.adapter,
-        stop=config.generation.stop,
-        seed=config.seed,
-        mesh=devices.make_mesh(jax.devices()),
-    )
+    if model is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, source=model))
+    try:
+        policy = load_policy(
+            config.model,
+            config.adapter,
+            stop=config.generation.stop,
+            seed=config.seed,
+            mesh=devices.make_mesh(jax.devices()),
+        )
+    except InputError as error:
+        if model is not None or not str(error).startswith("model.source="):
+            raise
+        raise InputError(
+            f"{str(error).rstrip('.')}; where the run's base model lies elsewhere now, give its "
+            "place with --model."
+        ) from error
     return TrainedRun(config, policy, load_fitting_adapter(config, policy, workdir / adapter))
 
 

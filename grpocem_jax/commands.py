@@ -25,6 +25,9 @@ from grpocem_jax.terminal import one_line, say
 flags.disclaim_key_flags()
 
 
+MODEL_HELP = "Hub id or folder of the base model, if it is no longer where the run found it."
+
+
 class _ConfigParser(flags.ArgumentParser):
     def parse(self, argument: str) -> ml_collections.ConfigDict:
         given = {}

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,26 @@ def expand(path: str | Path, field: str) -> Path:
             f"{field}={str(path)!r}: no home directory is known for {Path(path).parts[0]!r}; write "
             "the path in full, or set HOME."
         ) from None
+
+
+@contextlib.contextmanager
+def some_home() -> Iterator[None]:
+    """Lets the block find a home directory where there is none: that of temporary files.
+
+    Some libraries cannot be imported without, though they write nothing there.
+    """
+    if os.path.expanduser("~") != "~":
+        yield
+        return
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HOME"]
+        else:
+            os.environ["HOME"] = before
 
 
 def cache_folder() -> Path | None:

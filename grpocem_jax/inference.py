@@ -33,6 +33,7 @@ def run(
     heldout: str | None = None,
     evaluate: bool = False,
     save: str | None = None,
+    model: str | None = None,
     as_json: bool = False,
 ) -> dict[str, Any]:
     """Runs the command; arguments are its flags.
@@ -70,7 +71,7 @@ def run(
     texts: list[str] = []
     if not evaluate:
         texts = _read_prompts(prompt, prompts, optional=examples is not None)
-    trained = adaptation.load_run(workdir, settings)
+    trained = adaptation.load_run(workdir, settings, model=model)
     if evaluate and not os.access(workdir, os.W_OK):
         raise InputError(
             f"--workdir={workdir}: --evaluate writes evaluation.json and report/ there, which is "
