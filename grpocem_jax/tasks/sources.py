@@ -22,7 +22,7 @@ class SourceConfig:
 
     Attributes:
       source: ``builtin``, an id of the Hugging Face Hub, or a local folder of files named after
-        the splits: ``train.jsonl``, ``test.parquet``, ``valid.txt``, ``train-00000.parquet``.
+        the splits: ``train.jsonl``, ``test.csv``, ``valid.txt``, ``train-00000-of-00002.parquet``.
       subset: the Hub data set's configuration; for a local folder, a folder inside it.
       revision: the Hub data set's branch, tag or commit; "" is its main branch.
       train_split: the split trained on.
