@@ -42,23 +42,29 @@ class Data(NamedTuple):
         return digest.hexdigest()
 
 
-def load_data(config: Config, policy: Policy) -> Data:
+def load_data(config: Config, policy: Policy, *, held_out: Sequence[str] = ()) -> Data:
     """Training, held-out and validation prompts of all tasks; no prompt is in two of them.
 
     That holds across tasks as well: the held-out prompts of all tasks are drawn first, and none of
     them trains or compares checkpoints, whatever the task.
+
+    Args:
+      config: the settings.
+      policy: for its tokenizer.
+      held_out: names of other tasks with a source whose held-out prompts train nothing either.
 
     Raises:
       InputError: as `grpocem_jax.tasks.load_examples`; too few rows for held-out or validation
         prompts.
     """
     tasks = {name: config.task(name) for name in config.data.tasks}
+    others = {name: config.task(name) for name in held_out if name not in tasks}
 
     def draw(
         name: str, split: Literal["train", "heldout"], limit: int, exclude: Container[str]
     ) -> Loaded:
         return load_examples(
-            tasks[name],
+            (tasks | others)[name],
             config.data.sources[name],
             split=split,
             count_tokens=lambda text: len(policy.encode(text)),
@@ -94,6 +100,8 @@ def load_data(config: Config, policy: Policy) -> Data:
                 "by which to compare checkpoints; lower it, or set train.evaluate_every_steps=0."
             )
     prompts |= {example.prompt for examples in compared.values() for example in examples}
+    for name in others:
+        prompts |= {example.prompt for example in draw(name, "heldout", most + more, ()).examples}
     trained = {name: draw(name, "train", config.data.max_samples, prompts) for name in tasks}
 
     def items(examples: Mapping[str, Sequence[Example]]) -> list[rollouts.Item]:

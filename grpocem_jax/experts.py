@@ -90,7 +90,8 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         every = max(1, -(-steps // SNAPSHOTS))
         own.train.checkpoint_every_steps = every
         run = workdir / "runs" / name
-        train(own, run)
+        # The library is judged on all tasks.
+        train(own, run, held_out=config.data.tasks)
         stored = checkpoints.Checkpoints(run)
         *before, last = stored.steps()
         # An interruption leaves a checkpoint too, at any step.

@@ -304,7 +304,8 @@ def names(folder):
         (["train", "train-2", "train-old", "train-00000-of-00001", "trainer"], ["train"]),
         (["train-00000-of-00002", "train-00001-of-00002", "train-2024-old", "train-x-of-y"],
          ["train-00000-of-00002", "train-00001-of-00002"]),
-        (["train-0", "train-1", "train-10", "train-1b", "train-1-2"], ["train-0", "train-1", "train-10"]),
+        (["train-0", "train-1", "train-10", "train-1b", "train-1-2"],
+         ["train-0", "train-1", "train-10"]),
     ],
 )  # fmt: skip
 def test_a_split_is_its_file_alone_or_its_numbered_shards(tmp_path, files, read):
