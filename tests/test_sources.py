@@ -654,6 +654,30 @@ def test_a_hub_data_set_loads_from_the_cache_or_says_there_is_no_network(tmp_pat
         assert "\n" not in made[name]
 
 
+def test_splits_of_other_columns_load_one_by_one(tmp_path):
+    """As of the Hub, whose data sets are read by the same builders as a folder."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data, train__csv="prompt;answer\na;1\nb;2\n", test__csv="prompt;source;more\nc;web;0\n")
+    (data / "README.md").write_text("---\nconfigs:\n- config_name: default\n  sep: ;\n---\n")
+    code = (
+        "import json, sys; from grpocem_jax.tasks.rows import hub_rows;"
+        "print(json.dumps([[row.read() for row in hub_rows(sys.argv[1], '', split, '', field='f')"
+        ".rows] for split in ('train', '', 'test', 'train[1:]')]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(data)],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    train = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
+    test = [{"prompt": "c", "source": "web", "more": 0}]
+    assert json.loads(done.stdout.splitlines()[-1]) == [train, test, test, train[1:]]
+
+
 # Real data, and the built-in
 
 

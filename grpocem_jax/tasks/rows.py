@@ -1,6 +1,7 @@
 """Rows of one split of a data set: a local folder, or a data set of the Hugging Face Hub."""
 
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -351,9 +352,13 @@ def hub_rows(path: str, subset: str, split: str, revision: str, *, field: str) -
         # Otherwise every request is tried again for half a minute before the cache is looked at.
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        loaded = datasets.load_dataset(
-            path, subset or None, split=split or None, revision=revision or None
-        )
+        try:
+            loaded = datasets.load_dataset(
+                path, subset or None, split=split or None, revision=revision or None
+            )
+        except datasets.exceptions.DatasetGenerationError:
+            # All splits are read at once, which fails where their columns differ.
+            loaded = _one_split(path, subset, split, revision)
     except Exception as error:  # the libraries underneath raise errors of a dozen families
         if isinstance(error, ConnectionError):
             raise InputError(
@@ -386,6 +391,31 @@ def hub_rows(path: str, subset: str, split: str, revision: str, *, field: str) -
     }
     splits = {str(name) for name in loaded.info.splits or ()} - {str(loaded.split)}
     return Rows(rows, names, other_splits=splits)
+
+
+def _one_split(path: str, subset: str, split: str, revision: str) -> Any:
+    """A split by itself, arguments as those of `hub_rows`.
+
+    Raises:
+      Exception: as ``load_dataset`` of datasets.
+    """
+    import datasets
+
+    builder = datasets.load_dataset_builder(path, subset or None, revision=revision or None)
+    files = {str(name): value for name, value in (builder.config.data_files or {}).items()}
+    name = split.partition("[")[0] or next((n for n in HELDOUT_SPLITS if n in files), "")
+    if name not in files:
+        raise ValueError(f"it has the splits {', '.join(files) or '(none)'}")
+    named = {field.name for field in dataclasses.fields(datasets.BuilderConfig)}
+    options = {
+        field.name: getattr(builder.config, field.name)
+        for field in dataclasses.fields(builder.config)
+        if field.name not in named
+    }
+    *_, reader = type(builder).__module__.split(".")
+    return datasets.load_dataset(
+        reader, data_files={name: list(files[name])}, split=split or name, **options
+    )
 
 
 @functools.cache
