@@ -80,10 +80,10 @@ def load_data(config: Config, policy: Policy, *, held_out: Sequence[str] = ()) -
         more = config.data.validation_samples
     judges = {name: draw(name, "heldout", most + more, ()) for name in tasks}
     judged = {name: loaded.examples[:most] for name, loaded in judges.items()}
-    for name, examples in judged.items():
-        if len(examples) < 2:
+    for name in tasks:
+        if len(judged[name]) < 2:
             raise InputError(
-                f"data.{name}: its held-out split gives {len(examples)} prompt, and an interval "
+                f"data.{name}: its held-out split gives {len(judged[name])} prompt, and an interval "
                 "needs at least 2; add rows."
             )
     # Published splits share rows now and then, and tasks share data sets; what judges one task must
@@ -93,8 +93,8 @@ def load_data(config: Config, policy: Policy, *, held_out: Sequence[str] = ()) -
         name: [example for example in loaded.examples[most:] if example.prompt not in prompts]
         for name, loaded in judges.items()
     }
-    for name, examples in compared.items():
-        if more and not examples:
+    for name in tasks:
+        if more and not compared[name]:
             raise InputError(
                 f"data.heldout_samples={most}: the held-out split of {name} has no other prompts, "
                 "by which to compare checkpoints; lower it, or set train.evaluate_every_steps=0."

@@ -101,15 +101,19 @@ def _split_files(folder: Path, split: str, field: str) -> list[Path]:
     whole = [file for file in files if file.stem == split]
     if whole:
         return whole
-    own = (file for file in files if _SHARD.sub("", file.stem) == split)
-    shards = {file: _SHARD.search(file.stem) for file in own}
-    counts = {found[2] for found in shards.values()}
+    named = ((file, _SHARD.search(file.stem)) for file in files)
+    shards = {
+        file: (int(found[1]), found[2])
+        for file, found in named
+        if found and file.stem == split + found[0]
+    }
+    counts = {count for _, count in shards.values()}
     if len(counts) > 1:
         raise InputError(
             f"{field} is {str(folder)!r}, whose split {split} has shards of several sets "
             f"({', '.join(file.name for file in shards)}): keep one set."
         )
-    there = {int(found[1]) for found in shards.values()}
+    there = {number for number, _ in shards.values()}
     for count in counts - {None}:
         missing = next((number for number in range(int(count)) if number not in there), None)
         if missing is not None:
@@ -272,7 +276,7 @@ def _cells(file: Path, content: bytes) -> Rows:
 def _header(reader: Any, file: Path) -> list[str]:
     """The names of the columns of a table of text."""
     try:
-        columns = next(reader, [])
+        columns: list[str] = next(reader, [])
         _check_cells(columns, f"{file}, line 1")
     except csv.Error as error:
         raise InputError(
