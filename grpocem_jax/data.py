@@ -83,8 +83,8 @@ def load_data(config: Config, policy: Policy, *, held_out: Sequence[str] = ()) -
     for name in tasks:
         if len(judged[name]) < 2:
             raise InputError(
-                f"data.{name}: its held-out split gives {len(judged[name])} prompt, and an interval "
-                "needs at least 2; add rows."
+                f"data.{name}: its held-out split gives {len(judged[name])} prompt, and an "
+                "interval needs at least 2; add rows."
             )
     # Published splits share rows now and then, and tasks share data sets; what judges one task must
     # not have been trained on by another.
