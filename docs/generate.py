@@ -23,8 +23,8 @@ Made by `make docs` from `grpocem_jax/config.py` and `configs/`; do not edit.
 A config is a Python file whose `get_config()` returns an `ml_collections.ConfigDict` with the
 sections below. `--config` takes such a file, or the name of one that comes with the package:
 `tiny` (built-in model and data), `gpt2` (GPT-2 124M with the report's values), `gpt2:tuned` (ours)
-or `llama` (a Llama, Qwen2 or Mistral on the built-in data). Every field is a flag as well, and all
-are checked before any work starts:
+or `llama` (a Llama, Qwen2 or Mistral on the built-in data). Every field is a flag as well, whether
+the config file has it or not, and all are checked before any work starts:
 
     python train.py --config configs/tiny.py --config.train.learning_rate=1e-2 \\
         --config.data.tasks="('qa','sentiment')" --config.cem.gate=False

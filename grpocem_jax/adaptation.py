@@ -35,7 +35,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
 from grpocem_jax.config import CEMConfig, Config, parse_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, read_object
+from grpocem_jax.files import expand, is_file, read_object
 from grpocem_jax.policy import Policy, load_policy
 
 HELD_BACK_SAMPLES = 8
@@ -90,6 +90,7 @@ def load_run(
     settings: ml_collections.ConfigDict | None = None,
     *,
     adapter: str = "adapter",
+    model: str | None = None,
 ) -> TrainedRun:
     """Loads a trained run.
 
@@ -98,11 +99,14 @@ def load_run(
       settings: other settings than the run's own.
       adapter: a folder in it: ``adapter``, trained to the end, or ``best_adapter``, that of the
         checkpoint that did best on validation prompts (``train.evaluate_every_steps``).
+      model: where the base model lies now, in place of ``model.source`` of the settings; its
+        weights must be those that the adapter was trained on.
 
     Raises:
-      InputError: no run there, no trained adapter in it, or one of another model or shape.
+      InputError: no run there, no base model at its place, no trained adapter in it, or one of
+        another model or shape.
     """
-    workdir = Path(workdir)
+    workdir = expand(workdir, "--workdir")
     if not is_file(workdir / adapter / "adapter_model.safetensors"):
         raise InputError(
             f"--workdir={workdir}: holds no trained adapter in {adapter}/; train one with "
@@ -117,13 +121,23 @@ def load_run(
                 f"{workdir / 'config.json'}: holds no settings ({error}); give another run."
             ) from None
     config = parse_config(settings)
-    policy = load_policy(
-        config.model,
-        config.adapter,
-        stop=config.generation.stop,
-        seed=config.seed,
-        mesh=devices.make_mesh(jax.devices()),
-    )
+    if model is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, source=model))
+    try:
+        policy = load_policy(
+            config.model,
+            config.adapter,
+            stop=config.generation.stop,
+            seed=config.seed,
+            mesh=devices.make_mesh(jax.devices()),
+        )
+    except InputError as error:
+        if model is not None or not str(error).startswith("model.source="):
+            raise
+        raise InputError(
+            f"{str(error).rstrip('.')}; where the run's base model lies elsewhere now, give its "
+            "place with --model."
+        ) from error
     return TrainedRun(config, policy, load_fitting_adapter(config, policy, workdir / adapter))
 
 
@@ -154,7 +168,8 @@ def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Sp
     """
     if settings.space == "full":
         return spaces.full_space(start)
-    folder = LIBRARY if settings.experts == "builtin" else Path(settings.experts)
+    given = settings.experts
+    folder = LIBRARY if given == "builtin" else expand(given, "config.cem.experts")
     experts, vectors = checkpoints.load_library(
         folder, policy.zero, base_sha256=policy.pretrained.sha256
     )

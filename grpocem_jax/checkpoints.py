@@ -22,6 +22,7 @@ from grpocem_jax import grpo
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import (
+    expand,
     is_file,
     is_folder,
     read_arrays,
@@ -222,7 +223,7 @@ def save_adapter(folder: str | Path, offsets: Offsets, config: dict[str, Any], c
         file of the offsets is added.
       card: text of README.md.
     """
-    folder = Path(folder)
+    folder = expand(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
     write_safetensors(path, _named(offsets))
@@ -244,8 +245,9 @@ def load_adapter(
       InputError: no adapter there, a damaged one, one of other sites or sizes, or one of another
         model.
     """
-    path = Path(folder) / "adapter_config.json"
-    arrays = Path(folder) / "adapter_model.safetensors"
+    folder = expand(folder, "folder")
+    path = folder / "adapter_config.json"
+    arrays = folder / "adapter_model.safetensors"
     config = {}
     if base_sha256 is not None or is_file(path):
         config = read_object(path, fix="train the adapter again")

@@ -46,6 +46,7 @@ def adapt() -> None:
     )
     evaluate = flags.DEFINE_bool("evaluate", False, "The report's tables on held-out prompts.")
     save = flags.DEFINE_string("save", None, "Folder to save the adapted adapter in.")
+    model = flags.DEFINE_string("model", None, commands.MODEL_HELP)
     as_json = flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
 
     def main(argv: list[str]) -> None:
@@ -59,6 +60,7 @@ def adapt() -> None:
             heldout=heldout.value,
             evaluate=evaluate.value,
             save=save.value,
+            model=model.value,
             as_json=as_json.value,
         )
 

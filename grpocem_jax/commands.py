@@ -2,6 +2,7 @@
 
 import atexit
 import difflib
+import itertools
 import os
 import re
 import signal
@@ -17,16 +18,25 @@ from ml_collections import config_flags
 from grpocem_jax import memory
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import cache_folder
-from grpocem_jax.terminal import one_line
+from grpocem_jax.files import cache_folder, expand
+from grpocem_jax.terminal import one_line, say
 
 # Flags that this module defines are listed in the help of the command that asks for them.
 flags.disclaim_key_flags()
 
 
+MODEL_HELP = "Hub id or folder of the base model, if it is no longer where the run found it."
+
+
 class _ConfigParser(flags.ArgumentParser):
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        return load_config(argument).lock()
+        given = {}
+        arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+        for each, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+            if _OVERRIDE.match(each):
+                name, is_there, value = _OVERRIDE.sub("", each, count=1).partition("=")
+                given[name] = value if is_there else following
+        return load_config(argument, flags=given).lock()
 
 
 def define_config(default: str | None = None) -> Any:
@@ -60,7 +70,6 @@ def run(main: Callable[[list[str]], Any]) -> None:
         # Orbax reports every step of a save, and errors with a traceback before it raises them.
         logging.set_verbosity(logging.FATAL)
         sys.excepthook = _excepthook
-        keep_compiled_programs()
         if len(argv) > 1:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
@@ -76,6 +85,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
                 "); install JAX for it (docs/faq.md), or leave the variable unset."
             )
         try:
+            keep_compiled_programs()
             main(argv)
         except InputError as error:
             _fail(str(error))
@@ -118,11 +128,28 @@ def keep_compiled_programs() -> None:
     """Keeps compiled programs on disk, so that a second start finds them.
 
     They lie in ``xla`` of `grpocem_jax.files.cache_folder`; ``JAX_COMPILATION_CACHE_DIR`` names
-    another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off.
+    another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. Where there is no folder to
+    write to, none are kept, and a line on stderr says so.
+
+    Raises:
+      InputError: ``JAX_COMPILATION_CACHE_DIR`` is in a home directory that is not known.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if given is not None:
+        if given.startswith("~"):  # which JAX takes for the name of a folder
+            folder = expand(given, "JAX_COMPILATION_CACHE_DIR")
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        return
+    caches = cache_folder()
+    if caches is not None:
+        jax.config.update("jax_compilation_cache_dir", str(caches / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    elif jax.config.values["jax_enable_compilation_cache"]:
+        say(
+            "cache     none, as there is no home directory that can be written to: every start "
+            "compiles anew; XDG_CACHE_HOME names another folder",
+            sys.stderr,
+        )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -8,12 +8,14 @@ import collections.abc
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from grpocem_jax import user_code
 from grpocem_jax.cem import CEM, GradientAscent
@@ -381,6 +383,107 @@ class Config:
         )
 
 
+def lay_defaults(
+    config: ml_collections.ConfigDict, flags: Mapping[str, str] = types.MappingProxyType({})
+) -> None:
+    """Adds to a config, in place, every field of the schema that it leaves out.
+
+    ml_collections knows as flags the fields that are there, by the type of their values.  A field
+    gets its default; where it has none, a placeholder of its type, which `parse_config` calls
+    missing unless a flag gives it a value.  Sections of tasks get the fields of `SourceConfig`.
+    Values of types that only stand for a field's own (a list for a tuple, an integer for a float,
+    None) are made of that type.
+
+    Args:
+      config: what a config file returns.
+      flags: what the command line gives, by names with dots.  Sections of tasks, columns and
+        adapter options that only flags speak of are added too.
+    """
+    with config.unlocked():
+        _lay(config, Config)
+        data = config.data
+        if not isinstance(data, ml_collections.ConfigDict):
+            return
+        names = [name.split(".") for name in flags]
+        flagged = {name[1] for name in names if len(name) > 2 and name[0] == "data"}
+        tasks = {*TASKS, *(data.tasks if isinstance(data.tasks, tuple) else ())}
+        tasks |= set(re.findall(r"[\w-]+", flags.get("data.tasks", "")))
+        for name in flagged & tasks - set(data):
+            data[name] = ml_collections.ConfigDict()
+        for name, section in data.items():
+            if isinstance(section, ml_collections.ConfigDict) and (
+                name in tasks or "rewards" in section
+            ):
+                _lay(section, SourceConfig)
+        for *path, key in names:
+            kind = _mapping(path)
+            if kind is None:
+                continue
+            section = config
+            for part in path:
+                section = section.get(part) if isinstance(section, type(config)) else None
+            if isinstance(section, ml_collections.ConfigDict) and key not in section:
+                kind = object if kind is Any else kind
+                section[key] = config_dict.FieldReference(None, field_type=kind)
+
+
+def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A copy of a config that has every field of the schema, see `lay_defaults`."""
+    config = ml_collections.ConfigDict(config.copy_and_resolve_references())
+    lay_defaults(config)
+    return config
+
+
+def _lay(section: ml_collections.ConfigDict, kind: Any) -> None:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name, hint = field.name, hints[field.name]
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if dataclasses.is_dataclass(hint) or origin is collections.abc.Mapping:
+            if args and dataclasses.is_dataclass(args[-1]):
+                continue  # the sections of tasks
+            if name not in section:
+                section[name] = ml_collections.ConfigDict(_default(field) or {})
+            if dataclasses.is_dataclass(hint) and isinstance(
+                section[name], ml_collections.ConfigDict
+            ):
+                _lay(section[name], hint)
+            continue
+        plain = args[0] if origin is types.UnionType else origin or hint
+        if name not in section:
+            value = _default(field)
+        elif section.get_type(name) is plain:
+            continue
+        else:
+            value = section[name]
+        if plain is tuple and isinstance(value, list):
+            value = tuple(value)
+        if plain is float and type(value) is int and abs(value) <= LARGEST:
+            value = float(value)
+        if value is None or type(value) is plain:
+            with section.ignore_type():
+                section[name] = config_dict.FieldReference(value, field_type=plain)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, or None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _mapping(path: Sequence[str]) -> Any:
+    """The type of the values of a section with free keys; None where the path is of another."""
+    kind: Any = Config
+    for name in path:
+        if not dataclasses.is_dataclass(kind):
+            return None
+        hints = typing.get_type_hints(kind)
+        kind = SourceConfig if kind is DataConfig and name not in hints else hints.get(name)
+    is_mapping = typing.get_origin(kind) is collections.abc.Mapping
+    return typing.get_args(kind)[1] if is_mapping else None
+
+
 def parse_config(config: ml_collections.ConfigDict) -> Config:
     """Checks a config and returns it as a frozen record.
 
@@ -512,17 +615,20 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
             )
     parsed = {}
     for name, field in fields.items():
-        if name in value:
+        required = field.default is field.default_factory is dataclasses.MISSING
+        optional = type(None) in typing.get_args(hints[name])
+        # A config file that leaves a field out has a placeholder for flags there.
+        if name in value and not (value[name] is None and required and not optional):
             # The sections of the sources stand beside the other fields of `data`, see below.
             where = path if name == "sources" else f"{prefix}{name}"
             parsed[name] = _parse(value[name], hints[name], where)
             allowed = field.metadata.get("range")
             if allowed is not None and parsed[name] is not None and not allowed.holds(parsed[name]):
                 raise InputError(f"config.{where}={value[name]!r}: must be {allowed.text}.")
-        elif field.default is field.default_factory is dataclasses.MISSING:
+        elif required:
             raise InputError(
                 f"config.{prefix}{name} is missing; add it to the config file (configs/gpt2.py "
-                "has every field)."
+                f"has every field), or give --config.{prefix}{name}."
             )
     return kind(**parsed)
 
@@ -530,15 +636,18 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
 def _gather_sources(data: Mapping[str, Any]) -> dict[str, Any]:
     """Moves the sections named after tasks (``data.qa``) below ``sources``, one for each task.
 
-    A section with ``rewards`` is a task of the user's own.
+    A section with ``rewards``, or of a name in ``tasks``, is a task of the user's own.
     """
     own = {field.name for field in dataclasses.fields(DataConfig)} - {"sources"}
+    tasks = data.get("tasks")
+    tasks = () if tasks is None else _parse(tasks, tuple[str, ...], "data.tasks")
     sources = {
         name: section
         for name, section in data.items()
-        if name in TASKS or (isinstance(section, Mapping) and "rewards" in section)
+        if name in TASKS
+        or (isinstance(section, Mapping) and ("rewards" in section or name in tasks))
     }
-    for name in _parse(data.get("tasks", ()), tuple[str, ...], "data.tasks"):
+    for name in tasks:
         if name in sources:
             continue
         if name in TASKS:

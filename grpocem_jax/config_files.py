@@ -2,13 +2,16 @@
 
 import importlib.util
 import sys
+import types
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_collections
 
 from grpocem_jax import user_code
+from grpocem_jax.config import lay_defaults
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file
+from grpocem_jax.files import expand, is_file
 
 
 def config_folder() -> Path:
@@ -18,8 +21,10 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def load_config(name: str) -> ml_collections.ConfigDict:
-    """Loads a config.
+def load_config(
+    name: str, *, flags: Mapping[str, str] = types.MappingProxyType({})
+) -> ml_collections.ConfigDict:
+    """Loads a config, with every field that there is (`grpocem_jax.config.lay_defaults`).
 
     Modules beside the file can be imported from then on, by it and by the names of functions in it,
     as those beside a script can; modules of the same name elsewhere go before them.
@@ -27,6 +32,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     Args:
       name: a file (``configs/gpt2.py``), or the name of one that comes with the package (``tiny``,
         ``gpt2``); behind a colon the argument of its ``get_config`` (``gpt2:tuned``).
+      flags: what the command line gives, by names of fields with dots.
 
     Raises:
       InputError: no such file, or one that fails, exits or returns no config; an InputError of the
@@ -56,12 +62,16 @@ def load_config(name: str) -> ml_collections.ConfigDict:
             f"{file}: its get_config returns {type(config).__name__}, not a ConfigDict of "
             "ml_collections; return one."
         )
+    if isinstance(config, ml_collections.FrozenConfigDict):
+        config = ml_collections.ConfigDict(config)
+    lay_defaults(config, flags)
     return config
 
 
 def _find(file: str) -> Path:
-    if is_file(file):
-        return Path(file)
+    path = expand(file, "--config")
+    if is_file(path):
+        return path
     shipped = {path.stem: path for path in config_folder().glob("*.py")}
     if file not in shipped:
         raise InputError(

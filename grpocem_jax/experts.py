@@ -70,7 +70,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         user's own has the name of a mixture.
       Interrupted: as `train`.
     """
-    config, workdir = parse_config(settings), Path(workdir)
+    config, workdir = parse_config(settings), files.expand(workdir, "--workdir")
     library = workdir / "library"
     if library.exists():
         raise InputError(f"--workdir={workdir}: holds a library already; give another folder.")
@@ -90,7 +90,8 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         every = max(1, -(-steps // SNAPSHOTS))
         own.train.checkpoint_every_steps = every
         run = workdir / "runs" / name
-        train(own, run)
+        # The library is judged on all tasks.
+        train(own, run, held_out=config.data.tasks)
         stored = checkpoints.Checkpoints(run)
         *before, last = stored.steps()
         # An interruption leaves a checkpoint too, at any step.

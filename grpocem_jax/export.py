@@ -53,7 +53,11 @@ class Exported(NamedTuple):
 
 
 def export_model(
-    workdir: str | Path, out: str | Path, *, adapter: str | Path | None = None
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    model: str | None = None,
 ) -> Exported:
     """Merges the adapter of a run into its model and writes both as a Hugging Face folder.
 
@@ -62,16 +66,17 @@ def export_model(
       out: the folder to make; must not exist. It is there only if everything went well.
       adapter: folder of another adapter of the same model and settings, as ``adapt.py --save``
         writes it; by default the run's own.
+      model: where the base model lies now, if not where the run found it.
 
     Raises:
       InputError: ``out`` exists or cannot be written; there is no trained run; the adapter is of
         another model or was made with other settings; the logits of the merged model differ by more
         than `TOLERANCE`.
     """
-    workdir, out = Path(workdir), Path(out)
+    workdir, out = files.expand(workdir, "--workdir"), files.expand(out, "--out")
     _check_new(out)
-    source = workdir / "adapter" if adapter is None else Path(adapter)
-    run = load_run(workdir)
+    source = workdir / "adapter" if adapter is None else files.expand(adapter, "--adapter")
+    run = load_run(workdir, model=model)
     if adapter is not None:
         run = run._replace(adapter=load_fitting_adapter(run.config, run.policy, source))
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None)
@@ -235,6 +240,7 @@ def run(
     workdir: str | None,
     out: str | None,
     adapter: str | None = None,
+    model: str | None = None,
     repository: str | None = None,
     private: bool = False,
 ) -> Exported:
@@ -250,10 +256,10 @@ def run(
         raise InputError("--out is missing; give a folder to make.")
     if private and repository is None:
         raise InputError("--private is for the Hub; give --push_to_hub=USER/NAME too.")
-    _check_new(Path(out))
+    _check_new(files.expand(out, "--out"))
     if repository is not None:
         _check_push(repository)
-    exported = export_model(workdir, out, adapter=adapter)
+    exported = export_model(workdir, out, adapter=adapter, model=model)
     print(visible(screens.exported(*exported)), flush=True)
     if repository is not None:
         print(visible(f"pushed    {_push(exported.folder, repository, private)}"), flush=True)
@@ -267,6 +273,7 @@ def main() -> None:
     adapter = flags.DEFINE_string(
         "adapter", None, "Folder of another adapter of the same run, from adapt.py --save."
     )
+    model = flags.DEFINE_string("model", None, commands.MODEL_HELP)
     repository = flags.DEFINE_string(
         "push_to_hub", None, "USER/NAME: upload the folder to the Hugging Face Hub under this name."
     )
@@ -276,6 +283,7 @@ def main() -> None:
             workdir=workdir.value,
             out=out.value,
             adapter=adapter.value,
+            model=model.value,
             repository=repository.value,
             private=private.value,
         )

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,10 +164,58 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def cache_folder() -> Path:
-    """``grpocem_jax`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``; it may not be there yet."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "grpocem_jax"
+def expand(path: str | Path, field: str) -> Path:
+    """A path in which ``~`` or ``~user`` at the start is replaced by the home directory.
+
+    Args:
+      path: the path.
+      field: the flag or setting it was given as, for the message.
+
+    Raises:
+      InputError: there is no such user, or this one has no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{field}={str(path)!r}: no home directory is known for {Path(path).parts[0]!r}; write "
+            "the path in full, or set HOME."
+        ) from None
+
+
+@contextlib.contextmanager
+def some_home() -> Iterator[None]:
+    """Lets the block find a home directory where there is none: that of temporary files.
+
+    Some libraries cannot be imported without, though they write nothing there.
+    """
+    if os.path.expanduser("~") != "~":
+        yield
+        return
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HOME"]
+        else:
+            os.environ["HOME"] = before
+
+
+def cache_folder() -> Path | None:
+    """``grpocem_jax`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``; made if it is not there.
+
+    Returns:
+      the folder, or None where there is no home directory or the folder cannot be written to.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = root / "grpocem_jax"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _partial(path: Path) -> Path:

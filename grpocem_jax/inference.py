@@ -16,7 +16,7 @@ from grpocem_jax import adaptation, checkpoints, report, rollouts, screens, tabl
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, write_json, writing
+from grpocem_jax.files import expand, is_file, write_json, writing
 from grpocem_jax.searching import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
@@ -33,6 +33,7 @@ def run(
     heldout: str | None = None,
     evaluate: bool = False,
     save: str | None = None,
+    model: str | None = None,
     as_json: bool = False,
 ) -> dict[str, Any]:
     """Runs the command; arguments are its flags.
@@ -47,6 +48,16 @@ def run(
         raise InputError("--workdir is missing; give a run directory with a trained adapter.")
     if save == "":
         raise InputError("--save='': is no folder; give one, or leave the flag out.")
+    workdir = str(expand(workdir, "--workdir"))
+    prompts, examples, heldout, save = (
+        path and str(expand(path, f"--{name}"))
+        for name, path in (
+            ("prompts", prompts),
+            ("examples", examples),
+            ("heldout", heldout),
+            ("save", save),
+        )
+    )
     given = [f"--{n}" for n, v in (("prompt", prompt), ("prompts", prompts)) if v is not None]
     if evaluate and (given or examples or heldout or save):
         extra = given or [n for n, v in (("--examples", examples), ("--heldout", heldout)) if v]
@@ -60,7 +71,7 @@ def run(
     texts: list[str] = []
     if not evaluate:
         texts = _read_prompts(prompt, prompts, optional=examples is not None)
-    trained = adaptation.load_run(workdir, settings)
+    trained = adaptation.load_run(workdir, settings, model=model)
     if evaluate and not os.access(workdir, os.W_OK):
         raise InputError(
             f"--workdir={workdir}: --evaluate writes evaluation.json and report/ there, which is "

@@ -13,7 +13,10 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from rouge_score import rouge_scorer, tokenizers
+from grpocem_jax.files import some_home
+
+with some_home():  # for nltk, which rouge_score imports
+    from rouge_score import rouge_scorer, tokenizers
 
 FULL_LENGTH = 12
 """Number of words from which a free text is no longer marked down as short."""

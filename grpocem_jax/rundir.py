@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
+
+from grpocem_jax.config import with_defaults
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, is_folder, read_object, write_json
 from grpocem_jax.terminal import say
@@ -20,6 +23,7 @@ NEUTRAL = (
     "cem",
     "data.reward_timeout_s",
     "logging",
+    "model.source",
     "train.checkpoint_every_minutes",
     "train.checkpoint_every_steps",
     "train.eval_batch_size",
@@ -27,7 +31,9 @@ NEUTRAL = (
     "train.keep_checkpoints",
     "train.save_interval",
 )
-"""Settings that may change while a run continues: they do not alter what is trained."""
+"""Settings that may change while a run continues: they do not alter what is trained.
+
+A model may move; that its weights are the same is known by their hash (`check_identity`)."""
 
 ANOTHER = "give another --workdir"
 
@@ -59,7 +65,7 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
                 "give another folder."
             )
         return False
-    stored = trained_settings(read_object(path, fix=ANOTHER))
+    stored = trained_settings(_complete(read_object(path, fix=ANOTHER)))
     given = trained_settings(json.loads(json.dumps(settings)))
     changed = [
         f"{name} is {stored.get(name)!r} there and {given.get(name)!r} here"
@@ -72,6 +78,15 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
             "another folder, or the settings of that run to continue it."
         )
     return True
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of config.json with the defaults of fields that it lacks."""
+    try:
+        config = with_defaults(ml_collections.ConfigDict(settings))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return settings  # not as a run writes them; every difference will be named
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def trained_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,15 +31,17 @@ from grpocem_jax import (
     trackers,
 )
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config import Config, parse_config
+from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, read_object, writing
+from grpocem_jax.files import expand, is_file, read_object, writing
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.terminal import say
 
 
-def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(
+    settings: ml_collections.ConfigDict, workdir: str | Path, *, held_out: Sequence[str] = ()
+) -> dict[str, Any]:
     """Trains an adapter and measures what it did to held-out reward.
 
     A run directory that holds a run of the same settings continues it from its last checkpoint; the
@@ -48,6 +50,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
     Args:
       settings: a config, such as those in configs/.
       workdir: the run directory.
+      held_out: as in `grpocem_jax.data.load_data`.
 
     Returns:
       the contents of summary.json.
@@ -57,7 +60,8 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
       Interrupted: SIGTERM or SIGINT came; the run was saved.
     """
     started = time.perf_counter()
-    config, workdir = parse_config(settings), Path(workdir)
+    config, workdir = parse_config(settings), expand(workdir, "--workdir")
+    settings = with_defaults(settings)
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
     complete = None
@@ -72,7 +76,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         mesh=devices.sharing(config.train.batch_size // config.grpo.group_size),
     )
     _check_length(config, policy)
-    data = load_data(config, policy)
+    data = load_data(config, policy, held_out=held_out)
     train_items = data.train
     if len(train_items) < config.prompts_per_step:
         raise InputError(

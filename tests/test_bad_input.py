@@ -223,7 +223,7 @@ def test_what_is_no_text_is_named(prompt, workdir):
     ("name", "content", "fragment"),
     [
         ("a.jsonl", None, "give an existing file"),
-        ("a.csv", LINE, "give an existing file that ends in .jsonl"),
+        ("a.xlsx", LINE, "give an existing file that ends in .jsonl"),
         ("a.jsonl", b"", "is empty"),
         ("a.txt", b" \n\n", "is empty"),
         ("a.jsonl", LINE + b'{"text": "', "line 2 is not valid JSON"),
@@ -236,7 +236,7 @@ def test_what_is_no_text_is_named(prompt, workdir):
         ("a.jsonl", LINE + b'{"text": " "}', "line 2 has no text"),
         ("a.jsonl", LINE + b'{"txt": "Review: a b"}', "line 2 has no text"),
         ("a.jsonl", LINE + b'{"prompt": "Review: a", "completion": 3}', "line 2 has no text"),
-        ("a.json", b"[\n" + LINE + b"]", "line 1 is not valid JSON"),
+        ("a.json", b"[\n" + LINE + LINE + b"]", "begins as a JSON array and is not a valid one"),
         ("a.txt", PROMPT.encode("utf-16"), "line 1 is not UTF-8 text"),
         ("a.txt", b"Review: \0\n", "line 1 has a NUL byte"),
         ("a.txt", b"Review: \xe9t\xe9\n", "line 1 is not UTF-8 text"),

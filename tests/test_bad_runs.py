@@ -102,7 +102,7 @@ SETTINGS = [
     (write("config.json", "text"), "config.json: is no JSON object"),
     (write("config.json", {}), "config.seed is missing"),
     (write("config.json", {"a.b": 1}), "config.json: holds no settings"),
-    (edit("config.json", seed=None), "config.seed=None"),
+    (edit("config.json", seed=None), "config.seed is missing"),
     (edit("config.json", seed=True), "config.seed=True"),
     (edit("config.json", model=3), "config.model=3"),
     (edit("config.json", data=[]), "config.data=[]"),

@@ -22,6 +22,7 @@ from grpocem_jax.builtin import (
 from grpocem_jax.models import gpt2, hub
 from grpocem_jax.models.tokenizer import load_tokenizer
 from grpocem_jax.tasks import TASKS
+from tests.conftest import ROOT
 
 COLUMNS = {
     "qa": {"context", "question", "answers"},
@@ -75,6 +76,29 @@ def test_splits_share_neither_prompts_nor_frames(task):
     assert len(heldout) >= 5
     assert len(set(train)) == len(train)
     assert not set(train) & set(heldout)
+
+
+SHARED_SENTENCES = {
+    "qa": (0, 205),
+    "sentiment": (53, 195),
+    "summarization": (131, 258),
+    "classification": (0, 120),
+    "general": (0, 140),
+}
+"""As docs/builtin.md has them: of the sentences in held-out rows, those in training rows too."""
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_as_many_sentences_are_shared_between_splits_as_the_docs_say(task):
+    column = {"qa": "context", "summarization": "document"}.get(task, "text")
+    train, heldout = (
+        [part for row in data.rows(task, split) for part in re.split(r"(?<=[.!?])\s+", row[column])]
+        for split in SPLITS
+    )
+    shared, count = SHARED_SENTENCES[task]
+    assert (sum(sentence in set(train) for sentence in heldout), len(heldout)) == (shared, count)
+    docs = " ".join((ROOT / "docs" / "builtin.md").read_text(encoding="utf-8").split())
+    assert not shared or f"{shared} of {count} in {task}" in docs
 
 
 def test_question_frames_are_not_shared():

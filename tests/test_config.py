@@ -1,16 +1,21 @@
 """Configs: the files parse, and every kind of mistake is named in one sentence."""
 
+import collections.abc
 import dataclasses
 import importlib.util
 import math
+import sys
 import types
 import typing
 from pathlib import Path
 
+import absl.flags
 import ml_collections
 import pytest
 
-from grpocem_jax.config import Config, parse_config
+from grpocem_jax import commands
+from grpocem_jax.config import Config, lay_defaults, parse_config, with_defaults
+from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -222,3 +227,159 @@ def test_what_is_no_config_is_named(settings):
 def test_options_that_json_cannot_hold_are_refused(value):
     with pytest.raises(InputError, match=r"config\.adapter\.options: must be what JSON can hold"):
         parse_config(with_value("adapter.options", {"x": value}))
+
+
+# Flags
+
+
+OWN_TASK = """
+import grpocem_jax as gj
+
+def get_config():
+    config = gj.load_config("tiny")
+    config.data.tasks = ("mine", "qa")
+    config.data.mine = {"source": "somewhere", "rewards": ["rewards_of_mine:good"]}
+    config.train.learning_rate = 1
+    config.cem.budget_s = None
+    return config.lock()
+"""
+MINIMAL = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({"data": {"tasks": ("qa",), "mine": {"rewards": ("m:f",)}}})
+"""
+EMPTY = """
+import ml_collections
+
+def get_config():
+    return ml_collections.FrozenConfigDict()
+"""
+FLAGS = {int: ("7", 7), float: ("0.375", 0.375), str: ("other", "other"), bool: ("True", True)}
+TUPLES = {
+    "int": ("(3,9)", (3, 9)),
+    "float": ("(0.5,2.0)", (0.5, 2.0)),
+    "str": ("('a','b')", ("a", "b")),
+}
+
+
+def flag_values(task):
+    """For each field of the schema its name as a flag, a text for it and the value meant."""
+
+    def of(kind, path):
+        for field in dataclasses.fields(kind):
+            hint = typing.get_type_hints(kind)[field.name]
+            name, args = f"{path}{field.name}", typing.get_args(hint)
+            if dataclasses.is_dataclass(hint):
+                yield from of(hint, f"{name}.")
+            elif name == "data.sources":
+                yield from of(args[1], f"data.{task}.")
+            elif name == "adapter.options":
+                yield f"{name}.depth", "[1, 'two']", [1, "two"]
+            elif typing.get_origin(hint) is collections.abc.Mapping:
+                yield f"{name}.prompt", "question", "question"
+            elif typing.get_origin(hint) is tuple:
+                yield name, *TUPLES[args[0].__name__]
+            else:
+                yield name, *FLAGS[args[0] if args else hint]
+
+    return list(of(Config, ""))
+
+
+@pytest.fixture
+def by_flags(monkeypatch):
+    """The config that a command gets from its command line."""
+
+    def parse(config, *arguments):
+        before = set(absl.flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", ["command", f"--config={config}", *arguments])
+        holder = commands.define_config()
+        try:
+            assert commands.parse_flags(sys.argv) == ["command"]
+            return holder.value
+        finally:
+            for flag in set(absl.flags.FLAGS) - before:
+                delattr(absl.flags.FLAGS, flag)
+
+    return parse
+
+
+def user_config(folder, text):
+    (folder / "user.py").write_text(text, encoding="utf-8")
+    return str(folder / "user.py")
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt2:tuned", "llama", OWN_TASK, MINIMAL, EMPTY])
+@pytest.mark.parametrize("task", ["qa", "mine"])
+def test_every_field_is_a_flag_whatever_the_config_file_leaves_out(name, task, tmp_path, by_flags):
+    name = user_config(tmp_path, name) if "\n" in name else name
+    every = [(field, *pair) for field, *pair in flag_values(task) if field != "data.tasks"]
+    arguments = [f"--config.{field}={text}" for field, text, _ in every]
+    tasks = "('qa','mine')"
+    config = by_flags(name, *arguments, f"--config.data.tasks={tasks}")
+    assert config.data.tasks == ("qa", "mine")
+    assert len(every) > 90
+    for field, _, value in every:
+        found = config
+        for part in field.split("."):
+            found = found[part]
+        assert (field, found, type(found)) == (field, value, type(value))
+
+
+def test_flags_of_one_field_each_give_a_config_that_parses(by_flags):
+    config = by_flags(
+        "tiny",
+        "--config.data.tasks", "('qa','mine')",
+        "--config.data.mine.source=/some/where",
+        "--config.data.mine.rewards=rewards_of_mine:good",
+        "--config.data.mine.columns.prompt=question",
+        "--config.data.qa.label_names=('x','y')",
+        "--config.data.qa.columns={'context': 'passage'}",
+        "--noconfig.cem.gate",
+    )  # fmt: skip
+    parsed = parse_config(config)
+    mine, qa = parsed.data.sources["mine"], parsed.data.sources["qa"]
+    assert (mine.source, mine.rewards) == ("/some/where", ("rewards_of_mine:good",))
+    assert dict(mine.columns) == {"prompt": "question"}
+    assert qa.label_names == ("x", "y")
+    assert dict(qa.columns) == {"context": "passage"}
+    assert not parsed.cem.gate
+
+
+@pytest.mark.parametrize(
+    "flag", ["data.sentimnt.source", "data.sentimnt.rewards", "data.qa.lable_names", "trainer.x"]
+)
+def test_a_flag_of_no_field_is_refused(flag, by_flags):
+    with pytest.raises(InputError, match="the config has no such field"):
+        by_flags("tiny", f"--config.{flag}=x")
+
+
+def test_what_neither_file_nor_flags_give_is_named_with_its_flag(tmp_path, by_flags):
+    config = by_flags(
+        user_config(tmp_path, MINIMAL), "--config.seed=3", "--config.model.source=builtin"
+    )
+    with pytest.raises(
+        InputError, match=r"config\.model\.dtype is missing.*--config\.model\.dtype"
+    ):
+        parse_config(config)
+
+
+def test_a_config_file_left_alone_means_what_it_says():
+    for name in ("tiny", "gpt2", "gpt2:tuned"):
+        module, *argument = name.split(":")
+        assert parse_config(load_config(name)) == parse_config(load(module).get_config(*argument))
+
+
+def test_laying_defaults_keeps_references_between_fields():
+    config = load("tiny").get_config()
+    config.train.warmup_steps = config.get_ref("seed") + 5
+    lay_defaults(config)
+    config.seed = 4
+    assert config.train.warmup_steps == 9
+
+
+def test_a_copy_with_defaults_leaves_the_original_alone():
+    config = load("tiny").get_config().lock()
+    before = config.to_dict()
+    assert with_defaults(config).data.qa.label_names == ()
+    assert config.to_dict() == before

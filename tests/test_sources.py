@@ -16,6 +16,7 @@ import pytest
 
 from grpocem_jax import tasks
 from grpocem_jax.errors import InputError
+from grpocem_jax.tasks import rows
 from grpocem_jax.tasks.sources import Loaded, SourceConfig, load_examples
 
 LABELS = ("negative", "positive")
@@ -206,6 +207,168 @@ def test_a_long_passage_is_dropped_because_the_answer_may_go_with_it(tmp_path):
     # Rows that are dropped do not count against max_samples.
     source = SourceConfig(write(tmp_path, train__jsonl=rows))
     assert len(load("qa", source, max_prompt_tokens=20, max_samples=3).examples) == 3
+
+
+def test_tables_of_text_give_the_same_examples_as_json_lines(tmp_path):
+    rows = [
+        {"text": 'She said "no", twice', "label": 0},
+        {"text": "two lines,\nin one cell", "label": 1},
+        {"text": "žluťoučký kůň\tpěl", "label": 1},
+    ]
+    made = {}
+    for suffix, separator in (("jsonl", None), ("csv", ","), ("tsv", "\t")):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        if separator is None:
+            write(folder, train__jsonl=rows)
+        else:
+            quoted = ['"' + row["text"].replace('"', '""') + '"' for row in rows]
+            cells = zip(quoted, rows, strict=True)
+            lines = [f"{text}{separator}{row['label']}" for text, row in cells]
+            content = "\ufeff" + "\r\n".join([f"text{separator}label", *lines, ""])
+            (folder / f"train.{suffix}").write_bytes(content.encode())
+        made[suffix] = load("sentiment", sentiment(str(folder))).examples
+    assert len(made["jsonl"]) == 3
+    assert made["jsonl"] == made["csv"] == made["tsv"]
+
+
+def test_the_values_of_a_table_of_text_are_strings(tmp_path):
+    write(tmp_path, train__csv="prompt,answer,note\nOne?,007,\n")
+    (row,) = rows.local_rows(tmp_path, "train", field="f").rows
+    assert row.read() == {"prompt": "One?", "answer": "007", "note": ""}
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        (b"a,b,c", "line 3 has 3 cells for 2 columns"),
+        (b"alone", "line 3 has 1 cells for 2 columns"),
+        (b'"a"b,1', "line 3 cannot be read"),
+        (b"\xff,1", "line 3 is not UTF-8 text"),
+        (b"a\0b,1", "line 3 has a NUL byte"),
+        (b"fine,3", "line 3 has the label '3'"),
+    ],
+)
+def test_a_bad_line_of_a_table_is_named_or_counted(tmp_path, line, fragment):
+    content = b"\n".join([b"text,label", b'"fine, film",1', line, b"", b"good,0", b""])
+    (tmp_path / "train.csv").write_bytes(content)
+    source = sentiment(str(tmp_path))
+    assert_refused(lambda: load("sentiment", source), "train.csv", fragment, "data.bad_lines")
+    loaded = load("sentiment", source, bad_lines="skip")
+    assert sorted(example.columns["text"] for example in loaded.examples) == ["fine, film", "good"]
+    assert loaded.bad_lines == 1
+
+
+def test_a_table_of_text_has_cells_of_any_length_and_needs_names(tmp_path):
+    write(tmp_path, train__csv=f"text,label\n{'long ' * 50_000},1\n")
+    (row,) = rows.local_rows(tmp_path, "train", field="f").rows
+    assert len(row.read()["text"]) == 250_000
+    for header in ("text,text", "text,", '"text'):
+        write(tmp_path, train__csv=f"{header}\na,0\n")
+        assert_refused(lambda: load("sentiment", sentiment(str(tmp_path))), "train.csv")
+    write(tmp_path, train__csv="text,label\n")
+    assert_refused(lambda: load("sentiment", sentiment(str(tmp_path))), "train.csv", "empty")
+
+
+@pytest.mark.parametrize("indent", [None, 3])
+def test_a_json_array_gives_the_same_examples_as_json_lines(tmp_path, indent):
+    lines, array = tmp_path / "lines", tmp_path / "array"
+    lines.mkdir()
+    array.mkdir()
+    write(lines, train__json=REVIEWS)
+    write(array, train__json="\ufeff\n" + json.dumps(REVIEWS, indent=indent))
+    found, wanted = (load("sentiment", sentiment(str(x))).examples for x in (array, lines))
+    assert len(found) == 10
+    assert found == wanted
+
+
+def test_elements_of_an_array_that_are_no_rows_are_named_or_counted(tmp_path):
+    write(tmp_path, train__json=json.dumps([REVIEWS[0], 3, {"text": "\ud800"}, REVIEWS[1]]))
+    source = sentiment(str(tmp_path))
+    said = ("train.json, element 2 holds a int", "such lines (2 of them)")
+    assert_refused(lambda: load("sentiment", source), *said)
+    assert len(load("sentiment", source, bad_lines="skip").examples) == 2
+    for content in ("[{]", '[{"text": "a", "label": 0}', "[]", "[" * 100_000):
+        write(tmp_path, train__json=content)
+        assert_refused(lambda: load("sentiment", source, bad_lines="skip"), "train.json")
+
+
+def names(folder):
+    """The files that a split is read from, by what their rows say."""
+    return sorted({row.read()["from"] for row in rows.local_rows(folder, "train", field="f").rows})
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (["train", "train-2", "train-old", "train-00000-of-00001", "trainer"], ["train"]),
+        (["train-00000-of-00002", "train-00001-of-00002", "train-2024-old", "train-x-of-y"],
+         ["train-00000-of-00002", "train-00001-of-00002"]),
+        (["train-0", "train-1", "train-10", "train-1b", "train-1-2"],
+         ["train-0", "train-1", "train-10"]),
+    ],
+)  # fmt: skip
+def test_a_split_is_its_file_alone_or_its_numbered_shards(tmp_path, files, read):
+    for name in files:
+        write(tmp_path, **{f"{name}__jsonl": [{"from": name}]})
+    assert names(tmp_path) == sorted(read)
+
+
+@pytest.mark.parametrize(
+    ("files", "fragments"),
+    [
+        (["train-00000-of-00003", "train-00002-of-00003"], ["shard train-00001-of-00003"]),
+        (["train-0-of-1", "train-0-of-2", "train-1-of-2"], ["several sets"]),
+        (["train-0", "train-0-of-1"], ["several sets"]),
+        (["train-2024-old"], ["no file of the split train", "train-2024-old.jsonl cannot"]),
+        (["train-0-of-9999999999"], ["shard train-0000000001-of-9999999999"]),
+    ],
+)
+def test_shards_that_are_not_whole_are_refused(tmp_path, files, fragments):
+    for name in files:
+        write(tmp_path, **{f"{name}__jsonl": [{"from": name}]})
+    assert_refused(lambda: names(tmp_path), *fragments)
+
+
+def test_columns_may_differ_by_split_and_by_row(tmp_path):
+    train = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2, "hint": "x"}]
+    folder = write(tmp_path, train__jsonl=train, test__csv="prompt,source\nc,web\n")
+    mine = tasks.Task("mine", {"prompt": "the prompt"}, "{prompt}", (), own=True)
+    options = {"count_tokens": len, "max_prompt_tokens": 9, "max_samples": 9, "seed": 0}
+    source = SourceConfig(folder)
+    found = load_examples(mine, source, split="train", **options).examples
+    assert sorted(found) == [tasks.Example("a", train[0]), tasks.Example("b", train[1])]
+    (judged,) = load_examples(mine, source, split="heldout", **options).examples
+    assert judged.columns == {"prompt": "c", "source": "web"}
+
+
+@pytest.mark.parametrize("values", [["0", "1"], [" 1", "0 "], [1.0, 0.0]])
+def test_integer_labels_may_be_digits_or_whole_floats(tmp_path, values):
+    given = [{"text": f"film {value}", "label": value} for value in values]
+    loaded = load("sentiment", sentiment(write(tmp_path, train__jsonl=given)))
+    assert {example.columns["text"]: example.columns["label"] for example in loaded.examples} == {
+        f"film {value}".strip(): LABELS[int(value)] for value in values
+    }
+
+
+@pytest.mark.parametrize("hidden", [-1, "-1", -1.0])
+def test_labels_that_are_not_published_name_the_splits_that_are_there(tmp_path, hidden):
+    rows = [{"text": f"film {i}", "label": hidden} for i in range(3)]
+    folder = write(tmp_path, train__jsonl=REVIEWS, test__jsonl=rows, validation__jsonl=REVIEWS)
+    source = sentiment(folder)
+    said = ("label -1", "set data.sentiment.heldout_split to 'train' or 'validation'")
+    assert_refused(lambda: load("sentiment", source, "heldout"), said[1], "label_names")
+    other = dataclasses.replace(source, train_split="test", heldout_split="train")
+    assert_refused(lambda: load("sentiment", other), "set data.sentiment.train_split to 'train' or")
+    named = dataclasses.replace(source, heldout_split="validation")
+    assert len(load("sentiment", named, "heldout").examples) == 10
+
+
+def test_a_data_set_of_other_columns_names_the_missing_one_before_the_labels(tmp_path):
+    folder = write(tmp_path, train__jsonl=[{"question": "2 + 2?", "answer": "4"}])
+    source = sentiment(folder, label_names=())
+    said = ("data.sentiment.columns.text", "'text', a column that", "'question', 'answer'")
+    assert_refused(lambda: load("sentiment", source), *said)
 
 
 # Errors
@@ -489,6 +652,30 @@ def test_a_hub_data_set_loads_from_the_cache_or_says_there_is_no_network(tmp_pat
     for name in ("no split", "no subset", "not cached"):
         assert isinstance(made[name], str)
         assert "\n" not in made[name]
+
+
+def test_splits_of_other_columns_load_one_by_one(tmp_path):
+    """As of the Hub, whose data sets are read by the same builders as a folder."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data, train__csv="prompt;answer\na;1\nb;2\n", test__csv="prompt;source;more\nc;web;0\n")
+    (data / "README.md").write_text("---\nconfigs:\n- config_name: default\n  sep: ;\n---\n")
+    code = (
+        "import json, sys; from grpocem_jax.tasks.rows import hub_rows;"
+        "print(json.dumps([[row.read() for row in hub_rows(sys.argv[1], '', split, '', field='f')"
+        ".rows] for split in ('train', '', 'test', 'train[1:]')]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(data)],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    train = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
+    test = [{"prompt": "c", "source": "web", "more": 0}]
+    assert json.loads(done.stdout.splitlines()[-1]) == [train, test, test, train[1:]]
 
 
 # Real data, and the built-in

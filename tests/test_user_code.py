@@ -136,7 +136,7 @@ def test_a_built_in_task_takes_other_rewards():
 @pytest.mark.parametrize(
     ("section", "name", "fragments"),
     [
-        ({"source": "x"}, "mine", ["config.data.tasks names 'mine'", "rewards"]),
+        ({"source": "x"}, "mine", ["config.data.mine.rewards is missing", "package.module"]),
         ({"source": "x"}, "sentimnt", ["did you mean 'sentiment'?"]),
         ({"source": "x", "rewards": ()}, "mine", ["config.data.mine.rewards"]),
         ({"rewards": GOOD["rewards"]}, "mine", ["config.data.mine.source"]),

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from grpocem_jax.adapters.base import Adapter, Sites
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import cache_folder, write_safetensors
+from grpocem_jax.files import cache_folder, expand, write_safetensors
 from grpocem_jax.models.base import dense
 
 
@@ -49,13 +49,19 @@ def cached_svd(folder: str | Path | None = None) -> SVD:
     """`svd` behind a cache on disk, one file a kernel, named by the SHA-256 of its bytes.
 
     Args:
-      folder: of the cache; by default ``svd`` in `grpocem_jax.files.cache_folder`.
+      folder: of the cache; by default ``svd`` in `grpocem_jax.files.cache_folder`, and no cache
+        where that is None.
 
     Returns:
       a function like `svd`. A file that is damaged, or whose product is not the kernel, is computed
       anew; a cache that cannot be written to is only a cache that does not help.
     """
-    root = Path(folder or cache_folder() / "svd")
+    if folder is not None:
+        root = expand(folder, "folder")
+    elif (caches := cache_folder()) is not None:
+        root = caches / "svd"
+    else:
+        return svd
 
     def lookup(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         kernel = np.ascontiguousarray(kernel, np.float32)

@@ -12,7 +12,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, is_folder, read_object, write_json, write_safetensors
+from grpocem_jax.files import (
+    expand,
+    is_file,
+    is_folder,
+    read_object,
+    write_json,
+    write_safetensors,
+)
 from grpocem_jax.models import gpt2, llama
 from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
 from grpocem_jax.models.tokenizer import fitting_tokenizer
@@ -114,8 +121,7 @@ def load_outline(source: str) -> Pretrained:
     end_ids: tuple[int, ...] = ()
     if shape in SHAPES:
         architecture, config = SHAPES[shape]
-    elif shape and is_folder(shape):
-        folder = Path(shape)
+    elif shape and is_folder(folder := expand(shape, "model.source")):
         architecture, config, fields = _read_config(folder)
         stated = _end_ids(folder, fields)
         if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")):
@@ -137,8 +143,9 @@ def load_outline(source: str) -> Pretrained:
 def _resolve(source: str) -> tuple[str, Path]:
     if source == "builtin":
         return "builtin", BUILTIN
-    if source and is_folder(source):
-        return "folder", Path(source)
+    folder = expand(source, "model.source")
+    if source and is_folder(folder):
+        return "folder", folder
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source.strip("/"):
         raise InputError(
             f"model.source={source!r}: there is no such folder; give a folder with config.json and "
@@ -290,7 +297,7 @@ def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) 
     architecture = next(
         module for module in ARCHITECTURES.values() if module.Config is type(config)
     )
-    folder = Path(folder)
+    folder = expand(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     fields = architecture.config_to_hf(config)
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id

@@ -8,7 +8,7 @@ Everything on it is read from the run directory, so it can be made again at any 
 from pathlib import Path
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_bytes
+from grpocem_jax.files import expand, write_bytes
 from grpocem_jax.report import record
 
 __all__ = ["write"]
@@ -29,7 +29,8 @@ def write(workdir: str | Path) -> Path:
     # Drawing and templates take a second to import, which only this needs.
     from grpocem_jax.report import page
 
-    found = record.read(Path(workdir))
+    workdir = expand(workdir, "--workdir")
+    found = record.read(workdir)
     try:
         html, images = page.make(found)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -37,7 +38,7 @@ def write(workdir: str | Path) -> Path:
             f"--workdir={workdir}: a file of the run is not as training and adaptation write it "
             f"({type(error).__name__}: {error}); restore or remove what was changed there."
         ) from error
-    folder = Path(workdir) / "report"
+    folder = workdir / "report"
     try:
         folder.mkdir(exist_ok=True)
         for name, png in images.items():

@@ -1,6 +1,7 @@
 """The tasks, by name."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -67,11 +68,18 @@ def make_task(name: str, source: SourceConfig) -> Task:
             f"config.data.tasks names {name!r}: a task's name is letters, digits, - and _, and not "
             "'overall'; give it another."
         )
-    if source.source == "builtin" or not rewards:
+    own = f"{name!r} is a task of your own (those of the package are {', '.join(TASKS)})"
+    nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    if source.source == "builtin":
         raise InputError(
-            f"config.data.tasks names {name!r}, which is none of {', '.join(TASKS)}: a task of "
-            f"your own needs {field}.source (a Hub id or folder with a prompt column) and "
-            f"{field}.rewards."
+            f"{field}.source is missing: {own}, so give it a Hub id or a folder with a column "
+            f"prompt{hint}"
+        )
+    if not rewards:
+        raise InputError(
+            f"{field}.rewards is missing: {own}, so give it one or more reward functions as "
+            f"package.module:function{hint}"
         )
     columns = {"prompt": "the prompt"}
     return Task(name, columns, "{prompt}", rewards, reference="completion", own=True)

@@ -5,14 +5,14 @@ import dataclasses
 import random
 import re
 from collections.abc import Callable, Container, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_folder
+from grpocem_jax.files import expand, is_folder
 from grpocem_jax.tasks.base import Example, Task
 from grpocem_jax.tasks.rows import Row, Rows, builtin_rows, hub_rows, local_rows
 
+_INTEGER = re.compile(r"\s*-?\d{1,9}\s*", re.ASCII)
 _HEADING = re.compile(r"=.*=", re.DOTALL)
 
 
@@ -22,7 +22,7 @@ class SourceConfig:
 
     Attributes:
       source: ``builtin``, an id of the Hugging Face Hub, or a local folder of files named after
-        the splits: ``train.jsonl``, ``test.parquet``, ``valid.txt``, ``train-00000.parquet``.
+        the splits: ``train.jsonl``, ``test.csv``, ``valid.txt``, ``train-00000-of-00002.parquet``.
       subset: the Hub data set's configuration; for a local folder, a folder inside it.
       revision: the Hub data set's branch, tag or commit; "" is its main branch.
       train_split: the split trained on.
@@ -47,6 +47,10 @@ class SourceConfig:
     prompt_words: int = 24
     rewards: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] = ()
+
+
+class _UnlabelledError(InputError):
+    """Begins a sentence that ends with the splits to choose from."""
 
 
 class Loaded(NamedTuple):
@@ -112,6 +116,10 @@ def load_examples(
     rows, bad, bad_count, blank = read.rows, read.bad, read.bad_count, read.blank
     labels = source.label_names or read.label_names.get(source.columns.get("label", "label"), ())
     if not labels and "label" in task.columns and not task.own:
+        for row in rows[:1]:  # a data set of other columns has no labels either
+            for column in task.columns:
+                path = source.columns.get(column, column)
+                _value(row.read(), path, row.where, f"{field}.columns.{column}")
         raise InputError(
             f"{field}.label_names is empty, and the data set does not say them either: list the "
             "label names, in the order of integer labels."
@@ -128,7 +136,12 @@ def load_examples(
             columns = _columns(task, source, rows[index], labels, field)
         except InputError as error:
             if bad_lines == "error":
-                raise InputError(_or_skip(str(error), 1)) from None
+                sentence = str(error)
+                if isinstance(error, _UnlabelledError):
+                    option = "train_split" if split == "train" else "heldout_split"
+                    others = " or ".join(map(repr, sorted(read.other_splits))) or "another split"
+                    sentence += f" set {field}.{option} to {others}, or correct the row."
+                raise InputError(_or_skip(sentence, 1)) from None
             bad, bad_count = bad or str(error), bad_count + 1
             continue
         if columns is None:
@@ -238,10 +251,7 @@ def _read(task: Task, source: SourceConfig, split: str, field: str) -> Rows:
         return builtin_rows(task.name, split)
     name = source.train_split if split == "train" else source.heldout_split
     field = f"{field}.source"
-    try:
-        folder = Path(source.source).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{field} is {source.source!r} ({error}): correct the path.") from None
+    folder = expand(source.source, field)
     looks_local = source.source.startswith((".", "/", "~")) or source.source.count("/") > 1
     if is_folder(folder) or looks_local:
         return local_rows(folder / source.subset, name, field=field)
@@ -315,6 +325,8 @@ def _text(value: Any, path: str, where: str) -> str:
 
 
 def _label(value: Any, labels: tuple[str, ...], where: str, field: str) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of integers with a gap in it
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise InputError(
             f"{where} has the label {value!r}, which is neither an integer nor a string: correct "
@@ -322,8 +334,15 @@ def _label(value: Any, labels: tuple[str, ...], where: str, field: str) -> str:
         )
     if isinstance(value, str) and value.strip() in labels:
         return value.strip()
-    if isinstance(value, int) and 0 <= value < len(labels):
-        return labels[value]
+    # A table of text has the integers as strings.
+    number = int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
+    if isinstance(number, int) and 0 <= number < len(labels):
+        return labels[number]
+    if number == -1:
+        raise _UnlabelledError(
+            f"{where} has the label {value!r}, which {field}.label_names={labels} does not cover, "
+            "and which splits have whose labels are not published:"
+        )
     raise InputError(
         f"{where} has the label {value!r}, which {field}.label_names={labels} does not cover: "
         "complete the names or correct the row."
