@@ -170,7 +170,7 @@ def _check_length(config: Config, policy: Policy) -> None:
         raise InputError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} and "
             f"generation.max_new_tokens={config.generation.max_new_tokens} make {longest} tokens, "
-            f"but the model's context is {policy.model.context_length}; lower one of them."
+            f"but the model's context is {policy.model.context}; lower one of them."
         )
 
 

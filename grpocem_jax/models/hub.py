@@ -22,6 +22,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": llama,
     "mistral": llama,
     "qwen2": llama,
+    "qwen3": llama,
 }
 """The module that serves a checkpoint, by ``model_type`` of its config.json."""
 
