@@ -121,6 +121,7 @@ def load_run(
         config.model,
         config.adapter,
         stop=config.generation.stop,
+        keep_special_tokens=config.generation.keep_special_tokens,
         seed=config.seed,
         mesh=devices.make_mesh(jax.devices()),
     )

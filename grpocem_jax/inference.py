@@ -195,11 +195,25 @@ def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> li
             "there is no prompt; give --prompt, --prompts, --evaluate, or pipe one in."
         )
     try:
-        return [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
+        return [piped_text(sys.stdin.buffer.read())]
     except UnicodeDecodeError as error:
         raise InputError(
             f"the prompt on standard input is not UTF-8 (byte {error.start}); convert it."
         ) from None
+
+
+def piped_text(content: bytes) -> str:
+    """The text of a stream, as ``.txt`` files are read too: without what is the stream's own.
+
+    That is a byte order mark, and the end of the last line, which ``echo`` writes.  Lines end with
+    ``\\n``, also where the stream has ``\\r\\n`` or ``\\r``.  Everything else is of the text, as all
+    of a flag, a string in JSON or a cell is.
+
+    Raises:
+      UnicodeDecodeError: not UTF-8.
+    """
+    text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n")
 
 
 def _texts(file: Path) -> list[Text]:
@@ -214,7 +228,7 @@ def _texts(file: Path) -> list[Text]:
                 f"{row.where} has no text: every row needs a string as text, or as prompt and "
                 "perhaps completion."
             )
-        texts.append(Text(prompt if completion else prompt.rstrip("\n"), completion))
+        texts.append(Text(prompt, completion))
     return texts
 
 

@@ -68,6 +68,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
         config.model,
         config.adapter,
         stop=config.generation.stop,
+        keep_special_tokens=config.generation.keep_special_tokens,
         seed=config.seed,
         mesh=devices.sharing(config.train.batch_size // config.grpo.group_size),
     )
