@@ -203,11 +203,11 @@ def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> li
 
 
 def piped_text(content: bytes) -> str:
-    """The text of a stream, as ``.txt`` files are read too: without what is the stream's own.
+    """The text of a stream, without what is the stream's own, as of the lines of a ``.txt`` file.
 
-    That is a byte order mark, and the end of the last line, which ``echo`` writes.  Lines end with
-    ``\\n``, also where the stream has ``\\r\\n`` or ``\\r``.  Everything else is of the text, as all
-    of a flag, a string in JSON or a cell is.
+    That is a byte order mark, and the end of the last line, which ``echo`` writes.  Lines end in
+    a line feed, also where the stream has carriage returns there.  Everything else is of the text,
+    as all of a flag, of a string in JSON and of a cell is.
 
     Raises:
       UnicodeDecodeError: not UTF-8.
