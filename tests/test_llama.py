@@ -606,3 +606,12 @@ def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path,
     assert merged.keys() == load_file(tmp_path / "model" / "model.safetensors").keys()
     assert merged["lm_head.weight"].shape == (2048, 32)
     assert json.loads((exported.folder / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_sites_of_gpt2_on_a_llama_name_the_config_with_its_own():
+    sites = llama.build(llama.config_from_hf(BIASED, "case")).sites
+    with pytest.raises(InputError, match=r"'attn.c_proj' is no .*mlp.up_proj.*--config llama has"):
+        adapters.select_sites(sites, ["attn.c_proj"])
+    gpt2 = hub.load_outline("random:gpt2").build().sites
+    with pytest.raises(InputError, match=r"choose from attn.c_attn, .*mlp.c_proj\.$"):
+        adapters.select_sites(gpt2, ["self_attn.o_proj"])
