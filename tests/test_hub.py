@@ -503,7 +503,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         else:
             self.reply(b"", {}, 404)
 
-    do_HEAD = do_GET
+    def do_HEAD(self):
+        self.do_GET()
 
     def reply(self, body, headers, status=200):
         self.send_response(status)
