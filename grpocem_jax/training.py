@@ -432,7 +432,7 @@ class Run:
         count, length = self.config.train.accumulation_steps, self.config.generation.max_new_tokens
         if count > 1:
             return f"lower train.accumulation_steps={count} to {count // 2}"
-        return f"lower generation.max_new_tokens={length} to {length // 2}"
+        return shorter_completions(length)
 
     def check_finite(self, step: int, skipped: bool) -> None:
         """Counts a skipped update; stops after too many in a row, with the prompts on disk."""
@@ -505,6 +505,13 @@ class Run:
         screens.Progress.write(screens.completions(step, items, texts, rewards))
 
 
+def shorter_completions(length: int) -> str:
+    """What to do where even the smallest batch of completions of ``length`` takes too much memory."""
+    if length == 1:
+        return "take a smaller model, or a device with more memory"
+    return f"lower generation.max_new_tokens={length} to {length // 2}"
+
+
 def micro_batch(config: Config, size: int) -> memory.Chunk:
     """The completions of an update that are processed at once: whole groups, at first ``size``."""
     group, length = config.grpo.group_size, config.generation.max_new_tokens
@@ -515,7 +522,7 @@ def micro_batch(config: Config, size: int) -> memory.Chunk:
 
     def advice(size: int, smaller: int | None) -> str:
         if smaller is None:
-            return f"lower generation.max_new_tokens={length} to {length // 2}"
+            return shorter_completions(length)
         batch, count = config.train.batch_size, config.train.accumulation_steps
         return (
             f"continue with train.fit_memory=True, or lower train.batch_size={batch} to {smaller} "
