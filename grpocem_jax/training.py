@@ -506,7 +506,7 @@ class Run:
 
 
 def shorter_completions(length: int) -> str:
-    """What to do where even the smallest batch of completions of ``length`` takes too much memory."""
+    """What to do where the smallest batch of completions of ``length`` tokens takes too much."""
     if length == 1:
         return "take a smaller model, or a device with more memory"
     return f"lower generation.max_new_tokens={length} to {length // 2}"

@@ -235,8 +235,8 @@ def _layout(config: LlamaConfig) -> conversion.Layout:
             if bias:
                 tensors[f"{prefix}.{path}.bias"] = Tensor((block, module, "bias"), (size_out,))
         for norm in ("q_norm", "k_norm") if config.qk_norm else ():
-            path = (block, f"self_attn_{norm}", "scale")
-            tensors[f"{prefix}.self_attn.{norm}.weight"] = Tensor(path, (config.head_dim,))
+            scale = Tensor((block, f"self_attn_{norm}", "scale"), (config.head_dim,))
+            tensors[f"{prefix}.self_attn.{norm}.weight"] = scale
     tensors["model.norm.weight"] = Tensor(("norm", "scale"), rows[1:])
     if not config.tied:
         tensors[conversion.HEAD] = Tensor(("lm_head",), rows)

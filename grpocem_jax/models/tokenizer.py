@@ -235,7 +235,7 @@ def _walk(start: np.ndarray, moves: np.ndarray, pieces: Sequence[bytes]) -> np.n
     states = np.tile(np.arange(len(start), dtype=np.int32)[:, None], len(pieces))
     lengths = np.array([len(piece) for piece in pieces])
     for place in range(lengths.max(initial=0)):
-        rows = np.flatnonzero(lengths > place)
+        rows = np.flatnonzero(lengths > place).tolist()
         read = np.array([pieces[row][place] for row in rows])
         states[:, rows] = absorbing[states[:, rows], read]
     return states
