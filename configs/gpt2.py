@@ -82,9 +82,12 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     # "With annealing": linear over training; the report does not give the end.
     config.generation.final_temperature = 0.4
     config.generation.top_p = 0.85
+    config.generation.top_k = 0  # off, as min_p
+    config.generation.min_p = 0.0
     config.generation.repetition_penalty = 1.3
     # GPT-2 seldom ends an answer by itself; a line break does. Our choice.
     config.generation.stop = ("\n",)
+    config.generation.keep_special_tokens = True
     config.generation.prompt_buckets = (64, 128)
 
     config.grpo = ml_collections.ConfigDict()

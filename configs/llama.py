@@ -1,4 +1,4 @@
-"""A Llama, Qwen2 or Mistral on the built-in tasks.
+"""A Llama, Qwen2, Qwen3 or Mistral on the built-in tasks.
 
     python train.py --config configs/llama.py --config.model.source=FOLDER
 

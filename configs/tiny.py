@@ -42,9 +42,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.generation.temperature = 1.0
     config.generation.final_temperature = 1.0
     config.generation.top_p = 1.0
+    config.generation.top_k = 0
+    config.generation.min_p = 0.0
     # Good answers repeat words of the prompt.
     config.generation.repetition_penalty = 1.0
     config.generation.stop = ()
+    config.generation.keep_special_tokens = True
     config.generation.prompt_buckets = (64,)
 
     config.grpo = ml_collections.ConfigDict()

@@ -128,6 +128,7 @@ def load_run(
             config.model,
             config.adapter,
             stop=config.generation.stop,
+            keep_special_tokens=config.generation.keep_special_tokens,
             seed=config.seed,
             mesh=devices.make_mesh(jax.devices()),
         )
@@ -474,7 +475,7 @@ def check_room(run: TrainedRun, length: int) -> None:
         raise InputError(
             f"a prompt has {length} tokens, but cem.buckets={run.config.cem.buckets} and "
             f"generation.max_new_tokens={run.config.generation.max_new_tokens} of a context of "
-            f"{run.policy.model.context_length} allow {room(run)}; shorten it."
+            f"{run.policy.model.context} allow {room(run)}; shorten it."
         )
 
 
@@ -552,7 +553,7 @@ def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray
         raise InputError(
             f"a text of {len(tokens)} tokens is longer than the limit of {limit}, the last of "
             f"cem.buckets={settings.buckets} (the model's context is "
-            f"{policy.model.context_length}); shorten it or raise the limit."
+            f"{policy.model.context}); shorten it or raise the limit."
         )
     return tokens, len(prompt) if completion else 1
 

@@ -3,6 +3,7 @@
 import atexit
 import difflib
 import itertools
+import importlib.util
 import os
 import re
 import signal
@@ -79,10 +80,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
         except Exception as error:  # JAX has several for it, one of them a bare AssertionError
             variables = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
             asked = [f"{x}={os.environ[x]!r}" for x in variables if os.environ.get(x)]
-            reason = _one_line(error) or "without a reason"
             _fail(
-                f"{' and '.join(asked) or variables[0]}: JAX finds no such device ({reason}"
-                "); install JAX for it (docs/faq.md), or leave the variable unset."
+                f"{' and '.join(asked) or variables[0]}: JAX finds no such device "
+                f"({_no_device(error, ' '.join(asked))}); install JAX for it (docs/faq.md), or "
+                "leave the variable unset."
             )
         try:
             keep_compiled_programs()
@@ -115,6 +116,16 @@ def run(main: Callable[[list[str]], Any]) -> None:
             _fail(str(error))
 
     app.run(guarded, flags_parser=parse)
+
+
+def _no_device(error: Exception, asked: str) -> str:
+    """Why JAX has no device of the kind asked for, which of CUDA it does not say itself."""
+    reason = _one_line(error)
+    if "cuda" not in asked and "gpu" not in asked:
+        return reason or type(error).__name__
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return "this JAX is for CPUs only: its CUDA plugin is not installed"
+    return reason or "its CUDA plugin finds no GPU; see whether nvidia-smi does"
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -91,8 +91,14 @@ _NOT_EMPTY = _Range("not empty", lambda x: len(x) > 0)
 _NAMES = _Range("not empty, each name once", lambda x: 0 < len(set(x)) == len(x))
 
 
-def _field(doc: str, allowed: _Range | None = None, *, hashed: bool = True) -> Any:
-    return dataclasses.field(metadata={"doc": doc, "range": allowed}, hash=hashed)
+def _field(
+    doc: str,
+    allowed: _Range | None = None,
+    *,
+    hashed: bool = True,
+    default: Any = dataclasses.MISSING,
+) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "range": allowed}, hash=hashed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,13 +169,28 @@ class DataConfig:
 class GenerationConfig:
     """Sampling of completions, in training and in evaluation."""
 
-    max_new_tokens: int = _field("Longest completion.", _at_least(2))
+    max_new_tokens: int = _field("Longest completion.", _at_least(1))
     temperature: float = _field("At the start of training, and in evaluation.", _above(0))
     final_temperature: float = _field("At the end of training; linear between.", _above(0))
     top_p: float = _field("Nucleus mass.", _share())
+    top_k: int = _field(
+        "Most probable tokens that are drawn from; 0 for all.", _at_least(0), default=0
+    )
+    min_p: float = _field(
+        "Smallest probability of a token that is drawn, as a share of the most probable token's; 0 "
+        "for any.",
+        _within(0, 1),
+        default=0.0,
+    )
     repetition_penalty: float = _field("1 is none.", _at_least(1))
     stop: tuple[str, ...] = _field(
-        "Single-token strings that end a completion, beside the end-of-text token."
+        "Strings that end a completion wherever they appear in its text, beside the end-of-text "
+        "token; they are no part of it."
+    )
+    keep_special_tokens: bool = _field(
+        "Completions keep special tokens such as `<think>`, but for the one that ends them; else "
+        "those are cut out.",
+        default=True,
     )
     prompt_buckets: tuple[int, ...] = _field(
         "Lengths to which prompts are padded; each is a compiled program. Longer prompts are "

@@ -76,7 +76,11 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         raise InputError(f"--workdir={workdir}: holds a library already; give another folder.")
     experts = mixtures([config.task(name) for name in config.data.tasks])
     policy = load_policy(
-        config.model, config.adapter, stop=config.generation.stop, seed=config.seed
+        config.model,
+        config.adapter,
+        stop=config.generation.stop,
+        keep_special_tokens=config.generation.keep_special_tokens,
+        seed=config.seed,
     )
     template = grpo.init_state(policy.zero, config.hyperparameters)
     snapshots = []

@@ -206,11 +206,25 @@ def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> li
             "there is no prompt; give --prompt, --prompts, --evaluate, or pipe one in."
         )
     try:
-        return [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
+        return [piped_text(sys.stdin.buffer.read())]
     except UnicodeDecodeError as error:
         raise InputError(
             f"the prompt on standard input is not UTF-8 (byte {error.start}); convert it."
         ) from None
+
+
+def piped_text(content: bytes) -> str:
+    """The text of a stream, without what is the stream's own, as of the lines of a ``.txt`` file.
+
+    That is a byte order mark, and the end of the last line, which ``echo`` writes.  Lines end in
+    a line feed, also where the stream has carriage returns there.  Everything else is of the text,
+    as all of a flag, of a string in JSON and of a cell is.
+
+    Raises:
+      UnicodeDecodeError: not UTF-8.
+    """
+    text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n")
 
 
 def _texts(file: Path) -> list[Text]:
@@ -225,7 +239,7 @@ def _texts(file: Path) -> list[Text]:
                 f"{row.where} has no text: every row needs a string as text, or as prompt and "
                 "perhaps completion."
             )
-        texts.append(Text(prompt if completion else prompt.rstrip("\n"), completion))
+        texts.append(Text(prompt, completion))
     return texts
 
 

@@ -33,9 +33,15 @@ class Policy:
       tokenizer: a transformers tokenizer, of whole texts.
       continuing: the same of what follows other text, see `models.tokenizer.continuing`.
       start_ids: tokens that it puts before every text, such as Llama's; none for GPT-2.
-      end_ids: int32 ``[E]``, tokens that end a completion.
+      end_ids: int32 ``[E]``, tokens that end a completion: the model's own, and those that are a
+        stop string by themselves.
       pretrained: where the model came from.
       mesh: the devices that work together, each with all parameters; None for a single one.
+      stop_strings: what ends a completion wherever it appears in the text.
+      stop_table: int32 ``[K, V]``, by which the tokens are watched for them, see
+        `models.tokenizer.stop_table`; None where there are none.
+      keep_special_tokens: whether completions keep special tokens, such as ``<think>``, but for the
+        one that ends them.
     """
 
     model: models.Model
@@ -49,6 +55,9 @@ class Policy:
     end_ids: jax.Array
     pretrained: hub.Pretrained
     mesh: Mesh | None = None
+    stop_strings: tuple[str, ...] = ()
+    stop_table: jax.Array | None = None
+    keep_special_tokens: bool = True
 
     @property
     def num_devices(self) -> int:
@@ -56,17 +65,45 @@ class Policy:
         return 1 if self.mesh is None else self.mesh.size
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text from its beginning, with `start_ids` before it; none of no text."""
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        return [*self.start_ids, *tokens] if tokens else []
+        """Tokens of a text from its beginning, with `start_ids` before it; none of no text.
+
+        They are not put before a text that begins with them, as what a chat template writes does.
+
+        Raises:
+          InputError: the text has a token for which the model has no embedding.
+        """
+        tokens = self._known(self.tokenizer.encode(text, add_special_tokens=False))
+        if not tokens or tuple(tokens[: len(self.start_ids)]) == self.start_ids:
+            return tokens
+        return [*self.start_ids, *tokens]
 
     def encode_completion(self, text: str) -> list[int]:
-        """Tokens of a text that follows another."""
-        return self.continuing.encode(text, add_special_tokens=False)
+        """Tokens of a text that follows another.
+
+        Raises:
+          InputError: as `encode`.
+        """
+        return self._known(self.continuing.encode(text, add_special_tokens=False))
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        if max(tokens, default=0) >= self.model.vocab_size:
+            name = self.tokenizer.convert_ids_to_tokens(max(tokens))
+            raise InputError(
+                f"a text has {name!r}, token {max(tokens)} of the tokenizer, but the model has "
+                f"{self.model.vocab_size} tokens only; take it out of the text."
+            )
+        return tokens
 
     def decode_completions(self, ids: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
-        """Texts of completions without special tokens, each to stand behind its prompt as it is."""
-        return self.continuing.batch_decode(ids, skip_special_tokens=True)
+        """Texts of completions up to a stop string, each to stand behind its prompt as it is."""
+        texts = tokenizers.decode(
+            self.continuing, ids, keep_special_tokens=self.keep_special_tokens
+        )
+        return [text[: self._stop(text)] for text in texts]
+
+    def _stop(self, text: str) -> int | None:
+        """Where the first stop string of a text begins."""
+        return min((at for at in map(text.find, self.stop_strings) if at >= 0), default=None)
 
     def adapter_config(self, settings: AdapterConfig) -> dict[str, Any]:
         """What ``adapter_config.json`` says of an adapter of this policy."""
@@ -93,6 +130,7 @@ def load_policy(
     adapter: AdapterConfig,
     *,
     stop: Iterable[str] = (),
+    keep_special_tokens: bool = True,
     seed: int = 0,
     method: adapters.Adapter | None = None,
     mesh: Mesh | None = None,
@@ -102,7 +140,8 @@ def load_policy(
     Args:
       model: the model section of the config.
       adapter: the adapter section.
-      stop: single-token strings that end a completion beside the end-of-text token.
+      stop: strings that end a completion wherever they appear in it, beside the end-of-text token.
+      keep_special_tokens: see `Policy`.
       seed: of random weights, and of the adapter's initialisation.
       method: an adapter of one's own; of the adapter section only ``sites`` is then read.
       mesh: devices that the parameters are put on, see `grpocem_jax.devices`.
@@ -123,7 +162,17 @@ def load_policy(
         )
     pretrained = hub.load_model(model.source, seed=seed)
     continuing = tokenizers.continuing(pretrained.tokenizer)
-    end_ids = [*pretrained.end_ids, *(_single_token(continuing, s) for s in stop)]
+    stop_strings = tuple(stop)
+    table = None
+    if stop_strings:
+        table = tokenizers.stop_table(
+            continuing,
+            stop_strings,
+            pretrained.config.vocab_size,
+            keep_special_tokens=keep_special_tokens,
+        )
+    written = [continuing.encode(text, add_special_tokens=False) for text in stop_strings]
+    end_ids = [*pretrained.end_ids, *(tokens[0] for tokens in written if len(tokens) == 1)]
     carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed, method=method)
     return Policy(
         **carrier._replace(params=devices.replicate(mesh, carrier.params))._asdict(),
@@ -133,6 +182,9 @@ def load_policy(
         end_ids=jnp.array(end_ids, jnp.int32),
         pretrained=pretrained,
         mesh=mesh,
+        stop_strings=stop_strings,
+        stop_table=None if table is None else devices.replicate(mesh, jnp.asarray(table)),
+        keep_special_tokens=keep_special_tokens,
     )
 
 
@@ -272,13 +324,3 @@ def _start_ids(tokenizer: Any) -> tuple[int, ...]:
         f"model.source: its tokenizer makes {whole} of 'a' with special tokens and {bare} without, "
         "so it changes the text as well; only tokens before and after it are implemented."
     )
-
-
-def _single_token(tokenizer: Any, text: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise InputError(
-            f"generation.stop: {text!r} is {len(ids)} tokens of this tokenizer; a stop string must "
-            "be one."
-        )
-    return ids[0]

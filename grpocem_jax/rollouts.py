@@ -99,14 +99,20 @@ def generate(
         num_samples=num_samples,
         max_new_tokens=generation.max_new_tokens,
         top_p=generation.top_p,
+        top_k=generation.top_k,
+        min_p=generation.min_p,
         repetition_penalty=generation.repetition_penalty,
         greedy=greedy,
         own_adapters=own_adapters,
+        stop_table=policy.stop_table,
     )
 
 
 def decode(policy: Policy, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
-    """Texts ``[P][G]`` of completions ``[P, G, N]``, without the token that ended them."""
+    """Texts ``[P][G]`` of completions ``[P, G, N]``, without what ended them.
+
+    That is an end token, or a stop string and what follows it in the token that completes it.
+    """
     end_ids = np.asarray(policy.end_ids)
     groups = []
     for group_tokens, group_mask in zip(tokens, mask, strict=True):

@@ -3,8 +3,8 @@
 A prompt is processed once and its keys and values are shared by its group; the decode loop stands
 outside ``vmap`` (which would copy the caches of a loop inside it) and stops when every completion
 has ended.  The policy is ``softmax(logits / temperature)``: its log-probabilities and entropy are
-what is returned, before repetition penalty and top-p, so that a policy ratio of 1 means "the same
-policy" (see `grpocem_jax.grpo`).
+what is returned, before repetition penalty, top-k, top-p and min-p, so that a policy ratio of 1
+means "the same policy" (see `grpocem_jax.grpo`).
 """
 
 import functools
@@ -24,7 +24,8 @@ class Rollouts(NamedTuple):
 
     Attributes:
       tokens: int32 ``[P, G, N]``, zero after the end.
-      mask: bool ``[P, G, N]``, True up to and including the end token.
+      mask: bool ``[P, G, N]``, True up to and including the token that ends the completion: an end
+        token, or the one that completes a stop string.
       logps: float32 ``[P, G, N]``, log-probability of each token under the policy; zero off mask.
       entropies: float32 ``[P, G, N]``, entropy of the policy in nats at each token; zero off mask.
     """
@@ -93,26 +94,42 @@ def in_nucleus(weights: jax.Array, token: jax.Array, top_p: float) -> jax.Array:
     return ~(above >= top_p * jnp.sum(weights))  # of NaN, every token: nothing to draw for
 
 
-def draw(key: jax.Array, logits: jax.Array, top_p: float) -> jax.Array:
-    """A token of the nucleus, by rejection: exact, without a sort and without making the set.
+def draw(
+    key: jax.Array, logits: jax.Array, top_p: float, *, top_k: int = 0, min_p: float = 0.0
+) -> jax.Array:
+    """A token of what top-k, top-p and min-p leave, in this order, as in transformers.
 
-    Draws until a token of the nucleus comes.  One that is not of it takes everything less probable
-    out of the next draws, which are then from the rest: a draw fails with probability
-    ``1 - top_p`` at most, and what can still fail about halves each time.
+    Top-k keeps the ``k`` most probable tokens and those that tie with the last of them (Fan et al.
+    2018, arXiv 1805.04833); top-p the nucleus of their distribution (`in_nucleus`); min-p what is
+    at least ``min_p`` times as probable as the most probable token (Nguyen et al. 2024, arXiv
+    2407.01082).
+
+    The nucleus is drawn from by rejection: exact, without a sort and without making the set.  Draws
+    until a token of the nucleus comes.  One that is not of it takes everything less probable out of
+    the next draws, which are then from the rest: a draw fails with probability ``1 - top_p`` at
+    most, and what can still fail about halves each time.
 
     Args:
       key: PRNG key; consumed. Try ``n`` uses ``fold_in(key, n)``.
       logits: float32 ``[V]``.
       top_p: in (0, 1].
+      top_k: at least 0; 0 keeps all.
+      min_p: in [0, 1]; 0 keeps all.
 
     Returns:
       int32 ``[]``.
     """
     weights = jnp.exp(logits - jnp.max(logits))
+    if 0 < top_k < len(weights):
+        least = jax.lax.top_k(weights, top_k)[0][-1]
+        weights = jnp.where(weights >= least, weights, 0.0)
+    # The largest weight is 1.  Both sets hold all that is more probable than a token of theirs, so
+    # the nucleus, of the weights without min-p, may as well be looked at afterwards.
+    candidates = jnp.where(weights >= min_p, weights, 0.0) if min_p else weights
 
     def attempt(number: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
         uniform = jax.random.uniform(jax.random.fold_in(key, number), dtype=jnp.float32)
-        return number, inverse_cdf(jnp.where(weights > floor, weights, 0.0), uniform)
+        return number, inverse_cdf(jnp.where(candidates > floor, candidates, 0.0), uniform)
 
     def outside(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return ~in_nucleus(weights, state[1], top_p)
@@ -138,9 +155,12 @@ def sample(
     num_samples: int,
     max_new_tokens: int,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     greedy: bool = False,
     own_adapters: bool = False,
+    stop_table: jax.Array | None = None,
 ) -> Rollouts:
     """Samples completions.
 
@@ -163,9 +183,16 @@ def sample(
       max_new_tokens: ``N``. With the tokens of the longest prompt at most ``model.context_length``;
         lengths are no static values and are not looked at here.
       top_p: nucleus mass in (0, 1].
-      repetition_penalty: at least 1, over the prompt and the completion.
+      top_k: most probable tokens that are drawn from, at least 0; 0 for all.
+      min_p: smallest probability of a token that is drawn, as a share of the most probable token's,
+        in [0, 1]; 0 for any.
+      repetition_penalty: at least 1, over the prompt and the completion. It comes first, then the
+        temperature, top-k, top-p and min-p, see `draw`.
       greedy: take the most probable token instead of drawing one.
       own_adapters: every prompt has an adapter of its own, as the candidates of a population have.
+      stop_table: int32 ``[K, V]``, what ends a completion beside ``end_ids``: of each state and
+        token the next state. A completion begins in state 0 and ends with the token that leads to
+        state ``K``, see `models.tokenizer.stop_table`.
 
     Returns:
       `Rollouts`.
@@ -178,6 +205,8 @@ def sample(
         ("num_samples", num_samples, num_samples >= 1, "at least 1"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("top_k", top_k, top_k >= 0, "at least 0"),
+        ("min_p", min_p, 0 <= min_p <= 1, "from 0 to 1"),
         ("repetition_penalty", repetition_penalty, repetition_penalty >= 1, "at least 1"),
         (
             "temperature",
@@ -200,9 +229,12 @@ def sample(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
         greedy=greedy,
         own_adapters=own_adapters,
+        stop_table=stop_table,
     )
 
 
@@ -213,6 +245,8 @@ def sample(
         "num_samples",
         "max_new_tokens",
         "top_p",
+        "top_k",
+        "min_p",
         "repetition_penalty",
         "greedy",
         "own_adapters",
@@ -231,9 +265,12 @@ def _sample(
     num_samples: int,
     max_new_tokens: int,
     top_p: float,
+    top_k: int,
+    min_p: float,
     repetition_penalty: float,
     greedy: bool,
     own_adapters: bool,
+    stop_table: jax.Array | None,
 ) -> Rollouts:
     temperature = jnp.asarray(temperature, jnp.float32)
     num_prompts = prompts.shape[0]
@@ -253,7 +290,8 @@ def _sample(
         if greedy:
             token = jnp.argmax(logits)
         else:
-            token = draw(jax.random.fold_in(key, index), logits / temperature, top_p)
+            key = jax.random.fold_in(key, index)
+            token = draw(key, logits / temperature, top_p, top_k=top_k, min_p=min_p)
         return token.astype(jnp.int32), logps[token], entropy
 
     def advance(adapter, context, cache, token, index):
@@ -273,12 +311,16 @@ def _sample(
     else:
         seen = jnp.zeros((*group, 0), bool)
 
-    def record(out: Rollouts, index, chosen, ended):
+    def record(out: Rollouts, index, chosen, ended, stop):
         token, logp, entropy = (jnp.where(ended, 0, x) for x in chosen)
         values = Rollouts(token, ~ended, logp, entropy)
         out = jax.tree.map(lambda x, v: x.at[..., index].set(v), out, values)
         ended = ended | jnp.isin(token, end_ids)
-        return out, token, ended
+        if stop_table is not None:
+            # In the last state there is nothing to look up: the index is clipped.
+            stop = stop_table[stop, token]
+            ended = ended | (stop == len(stop_table))
+        return out, token, ended, stop
 
     def mark(seen, token):
         if repetition_penalty == 1.0:
@@ -293,7 +335,12 @@ def _sample(
         jnp.zeros(shape, jnp.float32),
     )
     hidden = jnp.broadcast_to(hidden[:, None], (*group, hidden.shape[-1]))
-    out, token, ended = record(out, 0, choose_all(hidden, keys, seen, 0), jnp.zeros(group, bool))
+    chosen = choose_all(hidden, keys, seen, 0)
+    ended, stop = (
+        jnp.zeros(group, bool),
+        None if stop_table is None else jnp.zeros(group, jnp.int32),
+    )
+    out, token, ended, stop = record(out, 0, chosen, ended, stop)
     cache = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (*group, *x.shape)), model.init_cache(params, max_new_tokens)
     )
@@ -303,13 +350,14 @@ def _sample(
         return (index < max_new_tokens) & ~jnp.all(ended)
 
     def extend(state):
-        index, token, ended, seen, cache, out = state
+        index, token, ended, stop, seen, cache, out = state
         hidden, cache = advance_all(adapter, context, cache, token, index - 1)
         seen = mark(seen, token)
-        out, token, ended = record(out, index, choose_all(hidden, keys, seen, index), ended)
-        return index + 1, token, ended, seen, cache, out
+        chosen = choose_all(hidden, keys, seen, index)
+        out, token, ended, stop = record(out, index, chosen, ended, stop)
+        return index + 1, token, ended, stop, seen, cache, out
 
-    state = (jnp.int32(1), token, ended, seen, cache, out)
+    state = (jnp.int32(1), token, ended, stop, seen, cache, out)
     return jax.lax.while_loop(unfinished, extend, state)[-1]
 
 

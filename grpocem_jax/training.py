@@ -72,6 +72,7 @@ def train(
         config.model,
         config.adapter,
         stop=config.generation.stop,
+        keep_special_tokens=config.generation.keep_special_tokens,
         seed=config.seed,
         mesh=devices.sharing(config.train.batch_size // config.grpo.group_size),
     )
@@ -174,7 +175,7 @@ def _check_length(config: Config, policy: Policy) -> None:
         raise InputError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} and "
             f"generation.max_new_tokens={config.generation.max_new_tokens} make {longest} tokens, "
-            f"but the model's context is {policy.model.context_length}; lower one of them."
+            f"but the model's context is {policy.model.context}; lower one of them."
         )
 
 
@@ -435,7 +436,7 @@ class Run:
         count, length = self.config.train.accumulation_steps, self.config.generation.max_new_tokens
         if count > 1:
             return f"lower train.accumulation_steps={count} to {count // 2}"
-        return f"lower generation.max_new_tokens={length} to {length // 2}"
+        return shorter_completions(length)
 
     def check_finite(self, step: int, skipped: bool) -> None:
         """Counts a skipped update; stops after too many in a row, with the prompts on disk."""
@@ -508,6 +509,13 @@ class Run:
         screens.Progress.write(screens.completions(step, items, texts, rewards))
 
 
+def shorter_completions(length: int) -> str:
+    """What to do where the smallest batch of completions of ``length`` tokens takes too much."""
+    if length == 1:
+        return "take a smaller model, or a device with more memory"
+    return f"lower generation.max_new_tokens={length} to {length // 2}"
+
+
 def micro_batch(config: Config, size: int) -> memory.Chunk:
     """The completions of an update that are processed at once: whole groups, at first ``size``."""
     group, length = config.grpo.group_size, config.generation.max_new_tokens
@@ -518,7 +526,7 @@ def micro_batch(config: Config, size: int) -> memory.Chunk:
 
     def advice(size: int, smaller: int | None) -> str:
         if smaller is None:
-            return f"lower generation.max_new_tokens={length} to {length // 2}"
+            return shorter_completions(length)
         batch, count = config.train.batch_size, config.train.accumulation_steps
         return (
             f"continue with train.fit_memory=True, or lower train.batch_size={batch} to {smaller} "

@@ -84,7 +84,7 @@ FLAGS = [
     ("train", [TINY, "--config.data.tasks=(3,)"], "config.data.tasks[0]=3: must be of type str"),
     ("train", [TINY, "--config.adapter.sites=('mlp',)"], "'mlp' is no linear map"),
     ("train", [TINY, "--config.adapter.sites=(" + "(" * 300], "adapter.sites"),
-    ("train", [TINY, "--config.generation.stop=('',)"], "generation.stop: '' is 0 tokens"),
+    ("train", [TINY, "--config.generation.stop=('',)"], "generation.stop: '' is in every text"),
     ("train", [TINY, "--config.logging.report_to=('wandb','wandb')"], "each once"),
     ("train", [TINY, "--config.model.source="], "config.model.source=''"),
     ("train", [TINY, "--config.model.source=~/nowhere"], "there is no such folder"),

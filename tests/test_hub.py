@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
+from typing import ClassVar
 
 import jax
 import ml_dtypes
@@ -128,6 +130,47 @@ def test_the_prefix_may_be_absent(folder):
     edit_state(folder, lambda s: s.update({n.split(".", 1)[1]: s.pop(n) for n in list(s)}))
     assert "wte.weight" in load_file(folder / "model.safetensors")
     assert_loads_the_same(folder)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "module.{}",
+        "_orig_mod.{}",
+        "base_model.model.{}",
+        "module._orig_mod.base_model.model.{}",
+        "_fsdp_wrapped_module.{}",
+    ],
+)
+def test_names_of_wrapped_models_are_read(folder, wrapped, bare):
+    def rename(state):
+        for name in list(state):
+            inner = name.split(".", 1)[1] if bare else name
+            state[wrapped.format(inner)] = state.pop(name)
+
+    edit_state(folder, rename)
+    assert_loads_the_same(folder)
+
+
+def test_a_wrapper_inside_of_the_model_is_taken_out(folder):
+    def rename(state):
+        for name in [name for name in state if ".h.1." in name]:
+            inside = name.replace(".h.1.", ".h.1._checkpoint_wrapped_module.")
+            state[inside] = state.pop(name)
+
+    edit_state(folder, rename)
+    assert_loads_the_same(folder)
+
+
+def test_a_model_wrapped_and_bare_and_one_with_an_adapter_are_named(folder):
+    name = "transformer.wpe.weight"
+    edit_state(folder, lambda s: s.update({f"module.{name}": s[name]}))
+    assert_refused(folder, name, f"module.{name}", "the same tensor")
+    edit_state(folder, lambda s: s.pop(f"module.{name}"))
+    lora = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+    edit_state(folder, lambda s: s.update({lora: np.zeros((1, 40), np.float32)}))
+    assert_refused(folder, lora, "has not been merged", "merge_and_unload()")
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
@@ -427,3 +470,120 @@ def test_refusals_of_the_hub_are_told_apart_from_a_missing_network(tmp_path):
     for line, name in ((absent, "some-org/absent"), (misnamed, "not a/name")):
         assert line.startswith(f"InputError model.source='{name}': neither a local folder nor")
     assert gated.startswith("InputError model.source='some-org/gated': the Hub wants a login")
+
+
+REVISION = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """A Hub with one model; ``files`` are its contents and ``fetched`` what was asked for."""
+
+    protocol_version = "HTTP/1.1"
+    files: ClassVar[dict[str, bytes]] = {}
+    fetched: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        name = path.split(f"/resolve/{REVISION}/")[-1]
+        sizes = {name: len(content) for name, content in self.files.items()}
+        if "/tree/" in path:
+            tree = [
+                {"type": "file", "path": n, "size": sizes[n], "oid": n.encode().hex().zfill(40)}
+                for n in sizes
+            ]
+            self.reply(json.dumps(tree).encode(), {"Content-Type": "application/json"})
+        elif path.startswith("/api/models/"):
+            model = {"id": "some-org/tiny", "sha": REVISION, "siblings": []}
+            self.reply(json.dumps(model).encode(), {"Content-Type": "application/json"})
+        elif name in self.files:
+            if self.command == "GET":
+                self.fetched.append(name)
+            etag = name.encode().hex().zfill(40)
+            self.reply(self.files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION})
+        else:
+            self.reply(b"", {}, 404)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def reply(self, body, headers, status=200):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub_of(tmp_path):
+    """Loads a folder as a model of a Hub that has it; returns the output and what was fetched."""
+
+    def load(folder, *, offline=False):
+        contents = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        handler = type("Handler", (_Hub,), {"files": contents, "fetched": []})
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            process = run(
+                *("-c", LOAD, "some-org/tiny"),
+                HF_HUB_CACHE=tmp_path / "cache",
+                HF_HUB_OFFLINE=str(int(offline)),
+                HF_HUB_DISABLE_XET="1",
+                HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+                NO_PROXY="127.0.0.1",
+            )
+            server.shutdown()
+        return process.stdout.strip() or process.stderr, sorted(handler.fetched)
+
+    return load
+
+
+def test_of_a_hub_model_only_what_is_needed_is_fetched_and_that_is_enough_offline(
+    folder, hub_of, tmp_path
+):
+    """Shards that the index names; the cache then is one of which the Hub's library says that it
+    is not whole."""
+    shards = [path.name for path in shard(folder)]
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    useless = (
+        "README.md", "consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin",
+        "original/model.safetensors", "original/params.json", "onnx/config.json", "training.json",
+    )  # fmt: skip
+    for name in useless:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+    loaded, fetched = hub_of(folder)
+    assert loaded.startswith("hub some-org/tiny [[")
+    assert set(shards) <= set(fetched)
+    assert {"chat_template.jinja", "additional_chat_templates/tools.jinja"} <= set(fetched)
+    assert not set(fetched) & set(useless)
+    assert len(fetched) == len(set(fetched))
+    assert hub_of(folder, offline=True) == (loaded, [])
+    # Another program fetched less than we would have, but all that it takes.
+    (snapshot,) = (tmp_path / "cache").glob("models--*/snapshots/*")
+    (snapshot / "additional_chat_templates" / "tools.jinja").unlink()
+    (snapshot / "generation_config.json").unlink()
+    assert hub_of(folder, offline=True) == (loaded, [])
+    (snapshot / shards[1]).unlink()
+    refused, _ = hub_of(folder, offline=True)
+    assert f"is not whole ({shards[1]} is missing) in the local Hub cache" in refused
+
+
+def test_a_hub_model_with_whole_weights_is_fetched_without_its_shards(folder, hub_of):
+    whole = (folder / "model.safetensors").read_bytes()
+    shards = [path.name for path in shard(folder)]
+    (folder / "model.safetensors").write_bytes(whole)
+    loaded, fetched = hub_of(folder)
+    assert loaded.startswith("hub some-org/tiny [[")
+    assert "model.safetensors" in fetched
+    assert not set(shards) & set(fetched)

@@ -16,6 +16,8 @@ from grpocem_jax import adaptation, checkpoints, files, inference, searching, ta
 from grpocem_jax.adaptation import LIBRARY, Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.tasks import SourceConfig, Task, example_of
+from grpocem_jax.tasks.rows import file_rows
 from tests.test_adaptation import (
     OTHER,
     PROMPT,
@@ -168,6 +170,52 @@ def test_standard_input_is_the_prompt_where_no_flag_gives_one(adapt, monkeypatch
     monkeypatch.setattr(sys, "stdin", given)
     result, _, _ = adapt(as_json=True)
     assert result["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize("text", [PROMPT, f"{PROMPT}\n", "\n A\r\nb\t\n\n", "\ufeffa \u2028b"])
+def test_a_prompt_has_the_same_characters_by_every_way_and_as_a_training_prompt(
+    adapt, tmp_path, monkeypatch, text
+):
+    """All of a flag and of a string in a file; standard input and text files have line ends."""
+    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: ["."])
+    monkeypatch.setattr(adaptation, "adapt", lambda run, text, **_: unchanged(run))
+    rows = [{"prompt": text}, {"text": text}]
+    file = write_rows(tmp_path / "prompts.jsonl", rows)
+    assert adapt(prompt=text)[0]["prompt"] == text
+    assert [one["prompt"] for one in adapt(prompts=file)[0]["results"]] == [text, text]
+    source = SourceConfig(source=str(tmp_path))
+    task = Task("own", {}, "{prompt}", (), own=True)
+    examples = [example_of(task, row, source) for row in file_rows(Path(file))[:1]]
+    assert [example.prompt for example in examples] == [text]
+    texts = inference._texts(Path(file))
+    assert [one.prompt for one in texts] == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"a\n", "a"),
+        (b"a", "a"),
+        (b"a\r\n", "a"),
+        (b"\xef\xbb\xbfa \n", "a "),
+        (b"a\n\n", "a\n"),
+        (b"\n a\r\nb\rc\n", "\n a\nb\nc"),
+        ("é\u2028\ufeff\n".encode(), "é\u2028\ufeff"),
+    ],
+)
+def test_standard_input_loses_its_byte_order_mark_and_the_end_of_its_last_line(
+    adapt, monkeypatch, content, text
+):
+    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: ["."])
+    given = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    monkeypatch.setattr(adaptation, "adapt", lambda run, text, **_: unchanged(run))
+    result, _, _ = adapt(as_json=True)
+    assert result["prompt"] == text
+
+
+def unchanged(run):
+    return adaptation.Adaptation(run.adapter, 0.0, 0.0, None, "left alone")
 
 
 def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_path, workdir):

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Mistral: positions, checkpoints, what is refused, and a run from end to end."""
+"""Llama, Qwen and Mistral: positions, checkpoints, what is refused, and a run from end to end."""
 
 import dataclasses
 import json
@@ -17,13 +17,15 @@ from grpocem_jax import adaptation, export, rollouts, training
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import ModelConfig, parse_config
 from grpocem_jax.config_files import load_config
-from grpocem_jax.models import base, hub, llama
+from grpocem_jax.errors import InputError
+from grpocem_jax.models import base, hub, llama, rope
 from grpocem_jax.models.tokenizer import load_tokenizer
 from grpocem_jax.policy import load_policy
 from grpocem_jax.tasks.base import Example, Task
 from tests.conftest import make_tiny
 from tests.parity import weights
 from tests.test_hub import assert_refused, edit_config, edit_state, shard
+from tests.test_parity import REFERENCE
 
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 SITES = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -67,6 +69,83 @@ def test_only_the_distance_of_two_tokens_counts_in_their_product():
 
     assert product(9, 4) == pytest.approx(product(25, 20), abs=1e-5)
     assert abs(product(9, 4) - product(9, 5)) > 0.01
+
+
+def test_llama3_scaling_stretches_low_frequencies_leaves_high_ones_and_joins_the_two():
+    """Angles at position 1: what turns less than once in 64 positions is 8 times slower, what turns
+    more than 4 times as before, and between them the share kept is linear in the turns."""
+    scaling = rope.Llama3Scaling(factor=8.0, low=1.0, high=4.0, original_context=64)
+    frequencies = 2 * np.pi * np.array([0.5, 1.0, 2.5, 4.0, 9.0]) / 64
+    expected = frequencies * np.array([1 / 8, 1 / 8, 0.5 + 0.5 / 8, 1.0, 1.0])
+    np.testing.assert_allclose(scaling(frequencies), expected, rtol=1e-12)
+    cos, sin = llama.rotary_angles(jnp.array([1]), 64, 5e5, scaling)
+    plain = 5e5 ** (-np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0], scaling(plain), rtol=1e-5)
+
+
+def test_llama3_frequencies_equal_those_of_transformers():
+    reference = np.load(REFERENCE / "llama3-frequencies.npz")
+    for name, (head_dim, theta, *scaling) in weights.LLAMA3.items():
+        found = rope.Llama3Scaling(*scaling)(theta ** (-np.arange(0, head_dim, 2) / head_dim))
+        np.testing.assert_allclose(found, reference[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "window", "types"),
+    [
+        ("mistral", {"sliding_window": 9}, 9, ()),
+        ("mistral", {"sliding_window": None}, None, ()),
+        ("mistral", {}, 4096, ()),
+        ("llama", {"sliding_window": 7}, 7, ()),
+        ("qwen2", {"sliding_window": 7, "use_sliding_window": False}, None, ()),
+        ("qwen2", {"sliding_window": None, "use_sliding_window": True}, None, ()),
+        (
+            "qwen2",
+            {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1},
+            7,
+            ("full_attention", "sliding_attention"),
+        ),
+        ("qwen3", {"sliding_window": 7, "use_sliding_window": True}, None, ()),
+        (
+            "qwen3",
+            {
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            7,
+            ("sliding_attention", "full_attention"),
+        ),
+    ],
+)
+def test_the_sliding_window_is_read_as_transformers_does_and_bounds_the_context(
+    kind, fields, window, types
+):
+    """28 layers of a Qwen are without a window where its config.json does not say how many."""
+    plain = {**weights.LLAMAS["llama"], "model_type": kind}
+    config = llama.config_from_hf({**plain, **fields}, "case")
+    assert (config.window, config.layer_types) == (window, types)
+    assert config.context_length == 24
+    model = llama.build(config)
+    assert model.context_length == min(24, window or 24)
+    bounded = window is not None and window < 24
+    assert model.context == (f"{window}, the sliding window of its attention" if bounded else "24")
+    assert llama.config_from_hf(llama.config_to_hf(config), "case") == config
+
+
+def test_a_run_longer_than_the_window_is_refused_with_both_named(tmp_path, saved):
+    folder = shutil.copytree(saved["mistral"], tmp_path / "mistral")
+    edit_config(folder, sliding_window=20)
+    settings = load_config("llama")
+    settings.model.source, settings.adapter.sites = str(folder), ("self_attn.o_proj",)
+    settings.data.max_prompt_tokens, settings.generation.max_new_tokens = 12, 9
+    with pytest.raises(InputError, match=r"make 21 tokens.* context is 20, the sliding window"):
+        training.train(settings, tmp_path / "run")
+
+
+def test_the_heads_of_a_qwen3_are_of_128_where_its_config_does_not_say():
+    fields = {**weights.LLAMAS["qwen3"], "head_dim": None}
+    assert llama.config_from_hf(fields, "case").head_dim == 128
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +367,15 @@ def test_transformers_defaults_stand_for_fields_that_are_missing():
 
 # What is refused
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @pytest.mark.parametrize(
@@ -310,9 +397,30 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("qwen2", {"layer_types": ["full_attention"]}, ["config.json", "layer_types", "correct"]),
         ("llama", {"rope_theta": 0}, ["rope_theta=0", "positive number"]),
         ("llama", {"rms_norm_eps": "1e-6"}, ["rms_norm_eps='1e-6'", "positive number"]),
-        ("mistral", {"sliding_window": 4096}, ["sliding_window=4096", "not implemented"]),
-        ("llama", {"sliding_window": 8}, ["sliding_window=8", "not implemented"]),
-        ("qwen2", {"use_sliding_window": True}, ["use_sliding_window=True", "only False is"]),
+        ("mistral", {"sliding_window": 0}, ["sliding_window=0", "positive integer"]),
+        ("llama", {"sliding_window": "8"}, ["sliding_window='8'", "positive integer"]),
+        ("qwen2", {"use_sliding_window": 1}, ["use_sliding_window=1", "true or false"]),
+        (
+            "qwen2",
+            WINDOW | {"max_window_layers": "1"},
+            ["max_window_layers='1'", "integer"],
+        ),
+        (
+            "qwen2",
+            WINDOW | {"layer_types": ["sliding_attention"]},
+            ["layer_types has 1 entries", "num_hidden_layers=2"],
+        ),
+        (
+            "qwen2",
+            WINDOW | {"layer_types": ["chunked_attention"] * 2},
+            ["'chunked_attention'", "'full_attention' and 'sliding_attention'"],
+        ),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": 0.5}}, ["rope_scaling=", "at least 1"]),
+        ("llama", {"rope_scaling": LLAMA3 | {"low_freq_factor": 5}}, ["below high_freq_factor"]),
+        ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": None}}, ["high_freq_factor"]),
+        ("llama", {"rope_scaling": LLAMA3 | {"beta_fast": 32}}, ["beta_fast", "not implemented"]),
+        ("llama", {"rope_scaling": LLAMA3, "rope_parameters": YARN}, ["'yarn'", "not implemented"]),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic", "only 'def"]),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sli"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu' is"]),
         ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
@@ -337,15 +445,6 @@ def test_configs_that_do_not_fit_are_explained(kind, fields, fragments, tmp_path
     folder = shutil.copytree(saved[kind], tmp_path / kind)
     edit_config(folder, **fields)
     assert_refused(folder, folder, *fragments)
-
-
-def test_a_mistral_that_does_not_say_whether_it_has_a_window_is_refused(tmp_path, saved):
-    """transformers takes 4,096 for a missing field; where no text is longer it makes no odds."""
-    folder = shutil.copytree(saved["mistral"], tmp_path / "mistral")
-    drop_field(folder, "sliding_window")
-    assert hub.load_model(str(folder)).config.context_length == 24
-    edit_config(folder, max_position_embeddings=8192)
-    assert_refused(folder, folder / "config.json", "'sliding_window' is missing", "4096", "null")
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "max_position_embeddings", "model_type"])
@@ -507,3 +606,12 @@ def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path,
     assert merged.keys() == load_file(tmp_path / "model" / "model.safetensors").keys()
     assert merged["lm_head.weight"].shape == (2048, 32)
     assert json.loads((exported.folder / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_sites_of_gpt2_on_a_llama_name_the_config_with_its_own():
+    sites = llama.build(llama.config_from_hf(BIASED, "case")).sites
+    with pytest.raises(InputError, match=r"'attn.c_proj' is no .*mlp.up_proj.*--config llama has"):
+        adapters.select_sites(sites, ["attn.c_proj"])
+    gpt2 = hub.load_outline("random:gpt2").build().sites
+    with pytest.raises(InputError, match=r"choose from attn.c_attn, .*mlp.c_proj\.$"):
+        adapters.select_sites(gpt2, ["self_attn.o_proj"])

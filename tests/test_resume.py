@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import importlib.util
 import json
 import os
 import random
@@ -735,5 +736,7 @@ def test_a_device_that_is_not_there_is_said_in_one_sentence(variables, said, tmp
     )
     assert result.returncode == 2
     assert f"error: {said}: JAX finds no such device" in result.stderr
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        assert "for CPUs only: its CUDA plugin is not installed" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()

@@ -247,6 +247,91 @@ def test_draws_follow_the_nucleus(top_p):
     assert np.all(np.abs(counts - 20_000 * expected) <= bound)
 
 
+def kept(logits, top_k, top_p, min_p):
+    """The distribution that is left, in NumPy: by a sort, one filter after the other."""
+    probs = np.exp(logits - logits.max())
+    order = np.argsort(-probs, kind="stable")
+    if top_k:
+        probs[order[top_k:]] = 0.0
+    probs /= probs.sum()
+    before = np.cumsum(probs[order]) - probs[order]
+    probs[order[before >= top_p]] = 0.0
+    probs[probs < min_p * probs.max()] = 0.0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        (1, 1.0, 0.0),
+        (5, 1.0, 0.0),
+        (0, 1.0, 0.3),
+        (0, 1.0, 1.0),
+        (7, 0.6, 0.0),
+        (12, 0.9, 0.05),
+        (0, 0.5, 0.4),
+        (20, 0.95, 0.2),
+        (40, 0.99, 0.0),
+        (99, 1.0, 0.0),
+    ],
+)
+def test_draws_follow_what_top_k_then_top_p_then_min_p_leave(top_k, top_p, min_p):
+    """Top-k first: of its 7 tokens 0.6 of their own mass, which is fewer than 0.6 of all."""
+    logits = np.random.default_rng(3).normal(0, 1.5, 40).astype(np.float32)
+    expected = kept(logits.astype(np.float64), top_k, top_p, min_p)
+    count = 20_000
+    keys = jax.random.split(jax.random.key(0), count)
+    options = {"top_k": top_k, "min_p": min_p}
+    drawn = jax.jit(jax.vmap(lambda key: sampling.draw(key, logits, top_p, **options)))(keys)
+    shares = np.bincount(drawn, minlength=40) / count
+    assert not shares[expected == 0].any()
+    errors = np.sqrt(expected * (1 - expected) / count)
+    assert (np.abs(shares - expected) <= 4.5 * errors).all()
+
+
+def test_tokens_that_tie_with_the_last_of_top_k_are_kept():
+    logits = jnp.log(jnp.array([4.0, 2.0, 2.0, 1.0]))
+    keys = jax.random.split(jax.random.key(0), 500)
+    drawn = jax.vmap(lambda key: sampling.draw(key, logits, 1.0, top_k=2))(keys)
+    assert set(np.asarray(drawn).tolist()) == {0, 1, 2}
+
+
+def test_top_k_and_min_p_that_are_off_draw_the_same_tokens_and_record_the_same(
+    tiny, prompts, offsets
+):
+    plain = draw(tiny, offsets, prompts, top_p=0.8)
+    off = draw(tiny, offsets, prompts, top_p=0.8, top_k=0, min_p=0.0)
+    jax.tree.map(np.testing.assert_array_equal, off, plain)
+    one = draw(tiny, offsets, prompts, top_k=1)
+    np.testing.assert_array_equal(one.tokens, draw(tiny, offsets, prompts, min_p=1.0).tokens)
+    np.testing.assert_array_equal(one.tokens, draw(tiny, offsets, prompts, greedy=True).tokens)
+
+
+def test_one_new_token_is_the_first_of_several(tiny, prompts, offsets):
+    several, one = (draw(tiny, offsets, prompts, max_new_tokens=n) for n in (LENGTH, 1))
+    for longer, single in zip(several, one, strict=True):
+        np.testing.assert_array_equal(single, longer[..., :1])
+
+
+def test_a_stop_table_ends_completions_and_changes_nothing_before(tiny, prompts, offsets):
+    """A pair of tokens that one sample has: state 1 after the first, the end after both."""
+    plain = draw(tiny, offsets, prompts)
+    first, second = np.asarray(plain.tokens[1, 2, 3:5])
+    table = np.zeros((2, tiny.model.vocab_size), np.int32)
+    table[:, first] = 1
+    table[1, second] = 2
+    out = draw(tiny, offsets, prompts, stop_table=jnp.asarray(table))
+    assert not out.mask[1, 2, 5:].any()
+    for p in range(PROMPTS):
+        for g in range(GROUP):
+            row = np.asarray(plain.tokens[p, g])
+            pairs = np.flatnonzero((row[:-1] == first) & (row[1:] == second))
+            length = pairs[0] + 2 if len(pairs) else LENGTH
+            assert out.mask[p, g].tolist() == [i < length for i in range(LENGTH)]
+            for found, expected in zip(out, plain, strict=True):
+                np.testing.assert_array_equal(found[p, g, :length], expected[p, g, :length])
+
+
 def test_a_draw_from_what_is_not_a_number_comes_to_an_end():
     broken = jnp.full(50, jnp.nan)
     assert 0 <= int(sampling.draw(jax.random.key(0), broken, 0.5)) < 50
@@ -283,6 +368,9 @@ def test_annealing_is_linear_and_stays_between_its_ends(fraction, expected):
         ("top_p", 0.0),
         ("top_p", 2.0),
         ("top_p", math.nan),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("min_p", -0.1),
         ("repetition_penalty", 0.9),
         ("num_samples", 0),
         ("max_new_tokens", 0),

@@ -378,7 +378,7 @@ def test_real_text_of_five_tasks_through_the_real_tokenizer(shared, tmp_path, ca
         ({"data.max_prompt_tokens": 200}, ["data.max_prompt_tokens=200", "context is 128"]),
         ({"adapter.sites": ("attn.q_proj",)}, ["adapter.sites", "'attn.q_proj'", "attn.c_proj"]),
         ({"data.max_samples": 1}, ["5 training prompts", "takes 8"]),
-        ({"generation.stop": ("two words",)}, ["generation.stop", "'two words'"]),
+        ({"generation.stop": ("two words", "")}, ["generation.stop: ''", "in every text"]),
         ({"model.source": "/no/such/folder"}, ["model.source='/no/such/folder'", "no such folder"]),
         ({"model.source": "random:gpt2"}, ["random:gpt2", "no tokenizer"]),
         ({"data.max_prompt_tokens": 3}, ["data.max_prompt_tokens"]),

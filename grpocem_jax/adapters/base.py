@@ -55,8 +55,10 @@ def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, 
     for pattern in patterns:
         found = {n: path for n, path in sites.items() if n == pattern or n.endswith(f".{pattern}")}
         if not found:
+            llama = "; --config llama has those of a Llama" if "self_attn" in kinds else ""
             raise InputError(
-                f"adapter.sites: {pattern!r} is no linear map of this model; choose from {kinds}."
+                f"adapter.sites: {pattern!r} is no linear map of this model; choose from "
+                f"{kinds}{llama}."
             )
         selected.update(found)
     if not selected:

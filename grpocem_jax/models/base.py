@@ -75,6 +75,8 @@ class Model:
         for the token that is number ``index`` (from 0) after the context.
       logits: ``(params, hidden [..., D], start=0, count=None) -> [..., count]`` float32, of
         ``count`` tokens of the vocabulary from ``start`` on; of all of it by default.
+      window: the sliding window of the attention, which ``context_length`` does not exceed: within
+        it, attention is that of the whole text. None where there is none.
     """
 
     vocab_size: int
@@ -85,6 +87,13 @@ class Model:
     init_cache: Callable[[Params, int], KeyValues]
     decode_step: Callable[..., tuple[jax.Array, KeyValues]]
     logits: Callable[..., jax.Array]
+    window: int | None = None
+
+    @property
+    def context(self) -> str:
+        """The context length for a message, and where it comes from if that is the window."""
+        bound = ", the sliding window of its attention"
+        return f"{self.context_length}{bound if self.window == self.context_length else ''}"
 
 
 class Architecture(Protocol):

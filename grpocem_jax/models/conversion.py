@@ -14,6 +14,17 @@ from grpocem_jax.models.base import Params
 HEAD = "lm_head.weight"
 MAX_LAYERS = 10_000
 
+WRAPPERS = frozenset(
+    "module _orig_mod _forward_module _fsdp_wrapped_module _checkpoint_wrapped_module".split()
+)
+"""Parts of tensors' names that are of `DistributedDataParallel`, `torch.compile`, DeepSpeed, FSDP
+and activation checkpointing, and not of the model."""
+
+PEFT = "base_model.model."
+"""The same of PEFT, whose unmerged adapters have names with `_LORA`."""
+
+_LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
+
 
 class Tensor(NamedTuple):
     """Where a tensor of a checkpoint goes.
@@ -68,7 +79,8 @@ def params_from_state(
 ) -> dict[str, Any]:
     """Builds the parameters from a checkpoint's tensors, float32, using each exactly once.
 
-    The prefix may be there or not.  Of a tied embedding and head one will do; if both are there,
+    The prefix may be there or not, and so may the names of what training wraps around a model
+    (`WRAPPERS`).  Of a tied embedding and head one will do; if both are there,
     they must be equal.
 
     Args:
@@ -82,7 +94,12 @@ def params_from_state(
     """
     left: dict[str, str] = {}
     for name in state:
-        bare = name.removeprefix(layout.prefix)
+        if _LORA.search(name):
+            raise InputError(
+                f"{where}: the tensor {name} is of an adapter that has not been merged; call "
+                "merge_and_unload() of PEFT and save what it returns."
+            )
+        bare = _unwrapped(name).removeprefix(layout.prefix)
         if bare in left:
             raise InputError(f"{where}: {left[bare]} and {name} are the same tensor; keep one.")
         left[bare] = name
@@ -142,6 +159,14 @@ def params_to_state(params: Params, layout: Layout) -> dict[str, np.ndarray]:
         array = np.asarray(_leaf(params, tensor), np.float32)
         state[name] = np.ascontiguousarray(array.T) if tensor.transposed else array
     return state
+
+
+def _unwrapped(name: str) -> str:
+    """A tensor's name in the model itself."""
+    parts = name.removeprefix(PEFT).split(".")
+    inner = ".".join(part for part in parts if part not in WRAPPERS)
+    # Several may be around each other.
+    return _unwrapped(inner) if inner.startswith(PEFT) else inner
 
 
 def _leaf(params: Params, tensor: Tensor) -> Any:

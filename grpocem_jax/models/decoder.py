@@ -150,6 +150,7 @@ def make_model(
     cache_heads: int,
     head_dim: int,
     sites: Mapping[str, tuple[str, ...]],
+    window: int | None = None,
 ) -> Model:
     """The functions of a model around its network.
 
@@ -163,7 +164,8 @@ def make_model(
       num_layers: layers, each with a cache.
       cache_heads: heads of keys and values.
       head_dim: their size.
-      sites: see `grpocem_jax.models.base.Model`.
+      sites: see `grpocem_jax.models.base.Model`, as for ``window``.
+      window: the sliding window of its attention.
     """
     network = functools.cache(network)
 
@@ -223,4 +225,5 @@ def make_model(
         init_cache=init_cache,
         decode_step=decode_step,
         logits=logits,
+        window=window,
     )

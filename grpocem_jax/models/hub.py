@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import glob
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": llama,
     "mistral": llama,
     "qwen2": llama,
+    "qwen3": llama,
 }
 """The module that serves a checkpoint, by ``model_type`` of its config.json."""
 
@@ -41,6 +43,25 @@ BUILTIN = Path(__file__).parent.parent / "builtin" / "model"
 AGAIN = "fetch the file again"
 NUMBERS = frozenset("BF16 F16 F32 F64 BOOL I8 I16 I32 I64 U8 U16 U32 U64".split())
 """The dtypes of safetensors that NumPy has, or JAX adds to it."""
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    WEIGHTS,
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "*.jinja",
+)
+"""What is fetched of a model on the Hub, beside the shards that its index names."""
+
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
 
 
@@ -151,7 +172,6 @@ def _resolve(source: str) -> tuple[str, Path]:
             f"model.source={source!r}: there is no such folder; give a folder with config.json and "
             "model.safetensors, a Hub id such as openai-community/gpt2, or builtin."
         )
-    import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -159,9 +179,8 @@ def _resolve(source: str) -> tuple[str, Path]:
         RepositoryNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        return "hub", Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        return "hub", _download(source)
     except (LocalEntryNotFoundError, OSError, HFValidationError) as error:
         if isinstance(error, GatedRepoError):
             raise InputError(
@@ -174,10 +193,59 @@ def _resolve(source: str) -> tuple[str, Path]:
                 "the name."
             ) from error
         raise InputError(
-            f"model.source={source!r} is not in the local Hub cache and there is no network to "
-            "fetch it; set --config.model.source to a local folder that holds the checkpoint, or "
-            "run --config tiny, which needs no network."
+            f"model.source={source!r} is not{_part(source)} in the local Hub cache and there is no "
+            "network to fetch it; set --config.model.source to a local folder that holds the "
+            "checkpoint, or run --config tiny, which needs no network."
         ) from error
+
+
+def _download(source: str) -> Path:
+    """The folder of a Hub model with the files of `NEEDED` and the shards that its index names.
+
+    Without network, it is the one in the local cache if that has all that is needed.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=[*NEEDED]))
+        missing = _missing_weights(folder)
+        if missing:
+            # Of the same commit, whose name the folder has.
+            names = [glob.escape(name) for name in missing]
+            huggingface_hub.snapshot_download(source, revision=folder.name, allow_patterns=names)
+    except LocalEntryNotFoundError:
+        # The Hub's library wants every file of the patterns that the repository has.
+        cached = _cached(source)
+        if cached is None or _missing_weights(cached):
+            raise
+        folder = cached
+    return folder
+
+
+def _cached(source: str) -> Path | None:
+    """The folder in the local cache that holds the config.json of a Hub model."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """The files with weights that a folder should have and does not."""
+    index, whole = folder / INDEX, folder / WEIGHTS
+    if whole.is_file():
+        return []
+    if not index.is_file():
+        return [WEIGHTS]
+    return [name for name in _shards(index) if not is_file(folder / name)]
+
+
+def _part(source: str) -> str:
+    """How much of a Hub model is in the local cache, as a part of a sentence."""
+    cached = _cached(source)
+    missing = _missing_weights(cached) if cached is not None else []
+    return f" whole ({missing[0]} is missing)" if missing else ""
 
 
 def _read_config(folder: Path) -> tuple[Architecture, Any, dict[str, Any]]:
@@ -234,18 +302,11 @@ def _own_end(tokenizer: Any) -> tuple[int, ...]:
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
     """All tensors of a folder, and the file that has or names them."""
-    index = folder / "model.safetensors.index.json"
-    whole = folder / "model.safetensors"
+    index, whole = folder / INDEX, folder / WEIGHTS
     if whole.is_file():
         files = [whole.name]
     elif index.is_file():
-        shards = read_object(index, fix=AGAIN).get("weight_map")
-        names = list(shards.values()) if isinstance(shards, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise InputError(
-                f"{index}: has no weight_map from tensors to shards; fetch the file again."
-            )
-        files = sorted(set(names))
+        files = _shards(index)
     else:
         pickle = next((name for name in PICKLES if (folder / name).is_file()), None)
         if pickle is not None:
@@ -280,6 +341,21 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
                 f"{path}: not a whole safetensors file ({error}); fetch it again."
             ) from None
     return state, whole if files == [whole.name] else index
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+      InputError: it names none.
+    """
+    shards = read_object(index, fix=AGAIN).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{index}: has no weight_map from tensors to shards; fetch the file again."
+        )
+    return sorted(set(names))
 
 
 def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) -> None:

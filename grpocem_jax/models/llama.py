@@ -1,8 +1,10 @@
-"""Llama (Touvron et al. 2023, arXiv 2302.13971), Qwen2 and Mistral in Flax Linen.
+"""Llama (Touvron et al. 2023, arXiv 2302.13971), Qwen2, Qwen3 and Mistral in Flax Linen.
 
 One network: RMS norms, rotary positions, grouped-query attention, SwiGLU.  Qwen2 has biases on
-queries, keys and values; Mistral is served where its attention has no sliding window.  Parameter
-names mirror the Hugging Face checkpoint, whose linear maps, ``[out, in]``, are transposed at load.
+queries, keys and values; Qwen3 has norms of each head's queries and keys in their place.  Attention
+within a sliding window is that of the whole text as long as the text fits into the window, so the
+window bounds the context.  Parameter names mirror the Hugging Face checkpoint, whose linear maps,
+``[out, in]``, are transposed at load.
 """
 
 import dataclasses
@@ -15,20 +17,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax.errors import InputError
-from grpocem_jax.models import conversion, decoder
+from grpocem_jax.models import conversion, decoder, rope
 from grpocem_jax.models.base import Model, Params, SiteFunction, attend, keep, remat
 from grpocem_jax.models.conversion import Tensor
+from grpocem_jax.models.rope import rotary_angles, rotate
 
-NAMES: Mapping[str, str] = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}
+NAMES: Mapping[str, str] = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
 """What is served, by ``model_type`` of a config.json."""
 
+BIASES = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
+"""The fields of a config.json that say whether maps have a bias, and who has them."""
+
 MISTRAL_WINDOW = 4096
-"""The sliding window of a Mistral whose config.json does not say, in transformers."""
+QWEN3_HEAD_DIM = 128
+MAX_WINDOW_LAYERS = 28
+"""What transformers takes where a config.json does not say: Mistral's window, the size of Qwen3's
+heads, and how many of the first layers of a Qwen with a window have none."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama, Qwen2 or Mistral; the defaults are Qwen2 0.5B's.
+    """The shape of one of `NAMES`; the defaults are Qwen2 0.5B's.
 
     Attributes:
       model_type: one of `NAMES`.
@@ -42,9 +58,13 @@ class LlamaConfig:
       head_dim: size of a head, even.
       rms_norm_epsilon: in the square root of the norms.
       rope_theta: base of the rotary frequencies.
+      rope_scaling: what stretches them for long texts, or None.
+      window: how many tokens, its own among them, a token attends to; None for all before it.
+      layer_types: of each layer, transformers' name of its attention, where not all are alike.
       qkv_bias: whether queries, keys and values have a bias.
       out_bias: whether the attention's output has one.
       mlp_bias: whether the maps of the MLP have one.
+      qk_norm: whether each head's queries and keys have an RMS norm.
       tied: whether the head is the embedding.
     """
 
@@ -59,9 +79,13 @@ class LlamaConfig:
     head_dim: int = 64
     rms_norm_epsilon: float = 1e-6
     rope_theta: float = 1e6
+    rope_scaling: rope.Llama3Scaling | None = None
+    window: int | None = None
+    layer_types: tuple[str, ...] = ()
     qkv_bias: bool = True
     out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tied: bool = True
 
 
@@ -81,6 +105,18 @@ SHAPES = {
         head_dim=128,
         tied=False,
     ),
+    "qwen3-0.6b": LlamaConfig(
+        model_type="qwen3",
+        context_length=40960,
+        width=1024,
+        inner=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        qkv_bias=False,
+        qk_norm=True,
+    ),
 }
 """Some published sizes, for ``random:NAME``."""
 
@@ -98,31 +134,6 @@ def _linears(config: LlamaConfig) -> dict[str, tuple[int, int, bool]]:
         "mlp.up_proj": (width, inner, config.mlp_bias),
         "mlp.down_proj": (inner, width, config.mlp_bias),
     }
-
-
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of rotary position embedding (Su et al. 2021, arXiv 2104.09864).
-
-    Pair ``i`` of a head turns by ``position * theta ** (-2 i / head_dim)``.
-
-    Args:
-      positions: int32 ``[T]``.
-      head_dim: even.
-      theta: the base.
-
-    Returns:
-      float32 ``[T, head_dim / 2]`` each.
-    """
-    frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns queries or keys ``[H, T, d]``; pair ``i`` is entries ``i`` and ``i + d / 2``."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[None], sin[None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class Block(nn.Module):
@@ -156,6 +167,8 @@ class Block(nn.Module):
         query, key, value = (
             heads(keep(linear(f"self_attn.{part}_proj", normed))) for part in ("q", "k", "v")
         )
+        if config.qk_norm:
+            query, key = norm("self_attn_q_norm", query), norm("self_attn_k_norm", key)
         query, key = (rotate(part, cos, sin).astype(self.dtype) for part in (query, key))
         keys, values = decoder.extend(cache, key, value.astype(self.dtype), index)
         segments = [] if past is None else [past]
@@ -201,7 +214,7 @@ class Llama(nn.Module):
                 return self.run_block(self.variables["params"][name], *arguments)
             return Block(config, self.site_fn, embedding.dtype, name=name)(*arguments)
 
-        angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x, own = decoder.run_layers(
             run, config.num_layers, "layers", x, allowed, adapter, context, cache, index, *angles
         )
@@ -221,6 +234,9 @@ def _layout(config: LlamaConfig) -> conversion.Layout:
             tensors[f"{prefix}.{path}.weight"] = kernel
             if bias:
                 tensors[f"{prefix}.{path}.bias"] = Tensor((block, module, "bias"), (size_out,))
+        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+            scale = Tensor((block, f"self_attn_{norm}", "scale"), (config.head_dim,))
+            tensors[f"{prefix}.self_attn.{norm}.weight"] = scale
     tensors["model.norm.weight"] = Tensor(("norm", "scale"), rows[1:])
     if not config.tied:
         tensors[conversion.HEAD] = Tensor(("lm_head",), rows)
@@ -232,11 +248,11 @@ def _layout(config: LlamaConfig) -> conversion.Layout:
         # The rotary frequencies of old checkpoints.
         passed_over=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
         switches=dict.fromkeys((conversion.HEAD, "embed_tokens.*"), "tie_word_embeddings")
-        | (
-            {r"self_attn.*\.bias": "attention_bias", r"mlp.*\.bias": "mlp_bias"}
-            if config.model_type == "llama"
-            else {}
-        ),
+        | {
+            rf"{part}.*\.bias": field
+            for part, field in (("self_attn", "attention_bias"), ("mlp", "mlp_bias"))
+            if config.model_type in BIASES[field]
+        },
     )
 
 
@@ -251,7 +267,8 @@ def build(config: LlamaConfig, site_fn: SiteFunction | None = None) -> Model:
         network,
         lambda params: params["embed_tokens" if config.tied else "lm_head"],
         vocab_size=config.vocab_size,
-        context_length=config.context_length,
+        context_length=min(config.context_length, config.window or config.context_length),
+        window=config.window,
         num_layers=config.num_layers,
         cache_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -279,7 +296,8 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> LlamaConfig:
     if fields.get("head_dim") is not None:
         sizes.append("head_dim")
     conversion.check_positive(fields, sizes, where)
-    _check_features(fields, where)
+    implemented = {"hidden_act": "silu", "is_causal": True, "quantization_config": None}
+    conversion.check_implemented(fields, implemented, where)
     width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
     num_kv_heads = fields.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
@@ -287,16 +305,22 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> LlamaConfig:
             f"{where}: num_key_value_heads={num_kv_heads} does not divide "
             f"num_attention_heads={num_heads}."
         )
-    if fields.get("head_dim") is None and width % num_heads:
+    head_dim = fields.get("head_dim") or (QWEN3_HEAD_DIM if kind == "qwen3" else None)
+    if head_dim is None and width % num_heads:
         raise InputError(
             f"{where}: num_attention_heads={num_heads} does not divide hidden_size={width}."
         )
-    head_dim = fields.get("head_dim") or width // num_heads
+    head_dim = head_dim or width // num_heads
     if head_dim % 2:
         raise InputError(
             f"{where}: head_dim={head_dim} is odd, and rotary positions turn pairs of entries."
         )
-    bias = kind == "llama" and _flag(fields, "attention_bias", where)
+    theta, scaling = rope.from_hf(fields, where)
+    window, layer_types = _attention(fields, fields["num_hidden_layers"], where)
+    bias, mlp_bias = (
+        kind in BIASES[field] and _flag(fields, field, where)
+        for field in ("attention_bias", "mlp_bias")
+    )
     return LlamaConfig(
         model_type=kind,
         vocab_size=fields["vocab_size"],
@@ -310,74 +334,55 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> LlamaConfig:
         rms_norm_epsilon=conversion.positive(
             fields.get("rms_norm_eps", 1e-6), "rms_norm_eps", where
         ),
-        rope_theta=_rope_theta(fields, where),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        window=window,
+        layer_types=layer_types,
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias,
-        mlp_bias=kind == "llama" and _flag(fields, "mlp_bias", where),
+        mlp_bias=mlp_bias,
+        qk_norm=kind == "qwen3",
         tied=_flag(fields, "tie_word_embeddings", where),
     )
 
 
-def _check_features(fields: Mapping[str, Any], where: str) -> None:
-    """Refuses what the network does not do."""
-    implemented = {
-        "hidden_act": "silu",
-        "is_causal": True,
-        "use_sliding_window": False,
-        "quantization_config": None,
-    }
-    conversion.check_implemented(fields, implemented, where)
-    kind, field = fields["model_type"], "sliding_window"
-    # Qwen2 has the field whether it is used or not.
-    window = None if kind == "qwen2" else fields.get(field)
-    if window is not None:
-        raise InputError(
-            f"{where}: {field}={window!r} is not implemented; use a checkpoint without, such as "
-            "those with null."
-        )
-    context = fields["max_position_embeddings"]
-    if kind == "mistral" and field not in fields and context > MISTRAL_WINDOW:
-        raise InputError(
-            f"{where}: the field {field!r} is missing, which means {MISTRAL_WINDOW} and is not "
-            "implemented; set it to null if the checkpoint was trained without."
-        )
-    types = fields.get("layer_types") or []
-    types = types if isinstance(types, list) else [types]
-    others = {str(x) for x in types if x != "full_attention"}
-    if others:
-        raise InputError(
-            f"{where}: layer_types has {', '.join(map(repr, sorted(others)))}, which is "
-            "not implemented (only 'full_attention' is); use another checkpoint."
-        )
-
-
-def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary frequencies; transformers 5 has it in ``rope_parameters``.
+def _attention(
+    fields: Mapping[str, Any], num_layers: int, where: str
+) -> tuple[int | None, tuple[str, ...]]:
+    """The sliding window, None where no layer has one, and the layers' types where they differ.
 
     Raises:
-      InputError: anything but plain rotary positions.
+      InputError: a window that is none, or a type that is not implemented.
     """
-    theta, names = fields.get("rope_theta", 1e4), ("rope_parameters", "rope_scaling")
-    new, old = (fields.get(name) for name in names)
-    if new and old and new != old:
+    kind, field = fields["model_type"], "sliding_window"
+    switched = kind in ("qwen2", "qwen3")
+    # Qwen has the field whether it is used or not; a Mistral without it has a window.
+    window = fields.get(field, MISTRAL_WINDOW if kind == "mistral" else None)
+    if switched and not _flag(fields, "use_sliding_window", where):
+        window = None
+    if window is not None:
+        conversion.check_positive({field: window}, [field], where)
+    types = fields.get("layer_types") or ()
+    types = tuple(map(str, types)) if isinstance(types, list | tuple) else (str(types),)
+    known = (FULL,) if window is None else (FULL, SLIDING)
+    others = sorted(set(types).difference(known))
+    if others:
         raise InputError(
-            f"{where}: {names[0]}={new!r} and {names[1]}={old!r} differ; keep the one that the "
-            "checkpoint was trained with."
+            f"{where}: layer_types has {', '.join(map(repr, others))}, which is not implemented "
+            f"(only {' and '.join(map(repr, known))}); use another checkpoint."
         )
-    for field, value in zip(names, (new, old), strict=True):
-        if value is None:
-            continue
-        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-        if not isinstance(value, Mapping) or any(
-            name != "rope_theta" and (name not in plain or plain[name] != x)
-            for name, x in value.items()
-        ):
-            raise InputError(
-                f"{where}: {field}={value!r} is not implemented (only plain rotary positions are, "
-                "rope_type 'default'); use a checkpoint without rope scaling."
-            )
-        theta = value.get("rope_theta", theta)
-    return conversion.positive(theta, "rope_theta", where)
+    if window is None or not switched:
+        return window, ()
+    if types and len(types) != num_layers:
+        raise InputError(
+            f"{where}: layer_types has {len(types)} entries, but num_hidden_layers={num_layers}; "
+            "use the checkpoint's own config.json."
+        )
+    first = fields.get("max_window_layers", MAX_WINDOW_LAYERS)
+    if type(first) is not int:
+        raise InputError(f"{where}: max_window_layers={first!r}: must be an integer.")
+    types = types or tuple(SLIDING if i >= first else FULL for i in range(num_layers))
+    return (window, types) if SLIDING in types else (None, ())
 
 
 def _flag(fields: Mapping[str, Any], field: str, where: str) -> bool:
@@ -402,12 +407,20 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_epsilon,
-        "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tied,
+        **rope.to_hf(config.rope_theta, config.rope_scaling),
     }
-    if config.model_type == "llama":
-        return fields | {"attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
-    return fields | {"sliding_window": None}
+    biases = {"attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+    fields |= {name: value for name, value in biases.items() if config.model_type in BIASES[name]}
+    if config.model_type != "llama" or config.window:
+        fields["sliding_window"] = config.window
+    if config.layer_types:
+        fields |= {
+            "use_sliding_window": True,
+            "max_window_layers": config.layer_types.index(SLIDING),
+            "layer_types": list(config.layer_types),
+        }
+    return fields
 
 
 def params_from_state(

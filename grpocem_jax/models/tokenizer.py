@@ -1,10 +1,14 @@
 """Tokenizers of checkpoints, through transformers: of whole texts, and of what goes on with one."""
 
+import importlib.util
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from grpocem_jax.errors import InputError
 
@@ -48,6 +52,16 @@ def load_tokenizer(folder: Path) -> Any:
                 f"{folder / 'config.json'}: transformers refuses it, and with it the tokenizer: "
                 f"{' '.join(str(refused).split())}; correct that field."
             ) from error
+        if (
+            (folder / "tokenizer.model").is_file()
+            and not (folder / "tokenizer.json").is_file()
+            and importlib.util.find_spec("sentencepiece") is None
+        ):
+            raise InputError(
+                f"{folder / 'tokenizer.model'}: reading it takes the package sentencepiece, which "
+                "is not installed; install sentencepiece and protobuf, or put tokenizer.json "
+                "beside it."
+            ) from error
         raise InputError(
             f"{folder}: no tokenizer could be loaded ({type(error).__name__}); put tokenizer.json, "
             "or vocab.json and merges.txt, beside config.json."
@@ -66,17 +80,25 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """`load_tokenizer`, refusing one with more tokens than the model has.
+    """`load_tokenizer`, refusing one with tokens that the model does not have.
+
+    A padding token may be one: it was added to train with, and is in no text.
 
     Raises:
-      InputError: as there, or a token that is not below ``vocab_size``.
+      InputError: as there, or another token that is not below ``vocab_size``.
     """
     tokenizer = load_tokenizer(folder)
-    size = max(len(tokenizer), *(1 + token for token in tokenizer.get_vocab().values()))
-    if size > vocab_size:
+    vocabulary = tokenizer.get_vocab()
+    beyond = [
+        token
+        for token, number in vocabulary.items()
+        if number >= vocab_size and token != tokenizer.pad_token
+    ]
+    if beyond:
         raise InputError(
-            f"{folder}: the tokenizer has {size} tokens but config.json says "
-            f"vocab_size={vocab_size}; use the tokenizer that belongs to the checkpoint."
+            f"{folder}: the tokenizer has {1 + max(vocabulary.values())} tokens, among them "
+            f"{beyond[0]!r}, but config.json says vocab_size={vocab_size}; use the tokenizer that "
+            "belongs to the checkpoint."
         )
     return tokenizer
 
@@ -127,3 +149,160 @@ def _continuing(part: Mapping[str, Any] | None, stage: str) -> Mapping[str, Any]
         "ByteLevel": {"add_prefix_space": False} if stage == "pre_tokenizer" else {},
     }
     return {**part, **changes.get(part["type"], {})}
+
+
+def decode(tokenizer: Any, ids: Sequence[Any], *, keep_special_tokens: bool) -> list[str]:
+    """The texts of several sequences of tokens, with every space as it was written."""
+    return tokenizer.batch_decode(
+        ids, skip_special_tokens=not keep_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
+def stop_table(
+    tokenizer: Any, stop_strings: Sequence[str], vocab_size: int, *, keep_special_tokens: bool
+) -> np.ndarray:
+    """The automaton that finds the first stop string in a text as its tokens come (Aho and Corasick
+    1975), wherever it begins and ends in them.
+
+    Of several tokens the bytes are one after the other, which is checked on all of the vocabulary.
+    A special token that `decode` leaves out of the text changes no state, but ends it where its own
+    name has a stop string.
+
+    Args:
+      tokenizer: of what follows other text, see `continuing`.
+      stop_strings: at least one.
+      vocab_size: ``V``, tokens of the model.
+      keep_special_tokens: as in `decode`.
+
+    Returns:
+      int32 ``[K, V]``: the state, of ``K``, in which each state is after each token; ``K`` itself
+      once the text has a stop string. State 0 is the beginning.
+
+    Raises:
+      InputError: an empty stop string, or a tokenizer whose tokens change the text of others.
+    """
+    if not all(stop_strings):
+        raise InputError("generation.stop: '' is in every text; remove it.")
+    moves = _automaton([text.encode() for text in stop_strings])
+    nodes = len(moves)
+    first, later = _token_bytes(tokenizer, vocab_size, keep_special_tokens)
+    # State 0 of the table is the root, of a text that is still empty; state 1 + n is node n.
+    table = np.concatenate([1 + _walk(moves[:1], moves, first), 1 + _walk(moves, moves, later)])
+    still_empty = np.array([not piece for piece in first])
+    table[0, still_empty] = 0
+    for token, number in tokenizer.get_vocab().items():
+        if number < vocab_size and any(text in token for text in stop_strings):
+            shown = decode(tokenizer, [[number]], keep_special_tokens=True)[0]
+            if not later[number] and any(text in shown for text in stop_strings):
+                table[:, number] = 1 + nodes
+    return table
+
+
+def _automaton(words: Sequence[bytes]) -> np.ndarray:
+    """Of each node and byte the next node, int32 ``[n, 256]``; ``n`` where a word is complete."""
+    edges: list[dict[int, int]] = [{}]
+    ends = {0: False}
+    for word in words:
+        node = 0
+        for byte in word:
+            if byte not in edges[node]:
+                edges[node][byte] = len(edges)
+                ends[len(edges)] = False
+                edges.append({})
+            node = edges[node][byte]
+        ends[node] = True
+    moves = np.zeros((len(edges), 256), np.int32)
+    back = [0] * len(edges)
+    queue = [0]
+    for node in queue:
+        ends[node] |= ends[back[node]]
+        if node:
+            moves[node] = moves[back[node]]
+        for byte, child in edges[node].items():
+            back[child] = moves[node][byte] if node else 0
+            moves[node, byte] = child
+            queue.append(child)
+    going = [node for node in range(len(edges)) if not ends[node]]
+    number = np.full(len(edges), len(going), np.int32)
+    number[going] = np.arange(len(going))
+    return number[moves[going]]
+
+
+def _walk(start: np.ndarray, moves: np.ndarray, pieces: Sequence[bytes]) -> np.ndarray:
+    """Where each piece leads from each of the first ``len(start)`` nodes, ``[len(start), V]``."""
+    nodes = len(moves)
+    absorbing = np.concatenate([moves, np.full((1, 256), nodes, np.int32)])
+    states = np.tile(np.arange(len(start), dtype=np.int32)[:, None], len(pieces))
+    lengths = np.array([len(piece) for piece in pieces])
+    for place in range(lengths.max(initial=0)):
+        rows = np.flatnonzero(lengths > place).tolist()
+        read = np.array([pieces[row][place] for row in rows])
+        states[:, rows] = absorbing[states[:, rows], read]
+    return states
+
+
+def _token_bytes(
+    tokenizer: Any, vocab_size: int, keep_special_tokens: bool
+) -> tuple[list[bytes], list[bytes]]:
+    """What each token writes at the beginning of a text and after other text.
+
+    Raises:
+      InputError: it depends on more than that.
+    """
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    known = [number for number in range(vocab_size) if number in names]
+
+    def texts(ids: list[list[int]]) -> list[str]:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return decode(tokenizer, ids, keep_special_tokens=keep_special_tokens)
+        return backend.decode_batch(ids, skip_special_tokens=not keep_special_tokens)
+
+    alone = texts([[number] for number in known])
+    plain, text = next(
+        (x for x in zip(known, alone, strict=True) if x[1].isascii() and x[1].strip().isalpha()),
+        (known[0], alone[0]),
+    )
+    after = [whole.removeprefix(text) for whole in texts([[plain, number] for number in known])]
+    first, later = ([b""] * vocab_size for _ in range(2))
+    for number, begins, follows in zip(known, alone, after, strict=True):
+        raw = _raw_bytes(names[number]) if "\N{REPLACEMENT CHARACTER}" in follows else None
+        first[number] = begins.encode() if raw is None else raw
+        later[number] = follows.encode() if raw is None else raw
+    for start in range(0, len(known), 16):
+        some = known[start : start + 16]
+        whole = b"".join([first[plain], *(later[number] for number in some)]).decode(
+            errors="replace"
+        )
+        if _without_damage(whole) != _without_damage(texts([[plain, *some]])[0]):
+            raise InputError(
+                "generation.stop: the text of this tokenizer's tokens depends on their neighbours, "
+                "so that stop strings cannot be found as they come; leave it empty."
+            )
+    return first, later
+
+
+def _without_damage(text: str) -> str:
+    # Libraries differ in how many signs stand for bytes that are no text.
+    return text.replace("\N{REPLACEMENT CHARACTER}", "")
+
+
+def _raw_bytes(token: str) -> bytes | None:
+    """The bytes of a token that are not whole characters; None of other tokens."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    if all(char in _BYTES for char in token):
+        return bytes(_BYTES[char] for char in token)
+    return None
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte for each of the printable characters by which byte-level BPE writes bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_characters()

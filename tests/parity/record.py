@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.parity import stories, weights
 
@@ -125,6 +126,29 @@ def record(case: str) -> None:
     )
 
 
+def frequencies() -> dict[str, np.ndarray]:
+    """The frequencies of each of `weights.LLAMA3`, as transformers computes them."""
+    found = {}
+    for name, (head_dim, theta, factor, low, high, context) in weights.LLAMA3.items():
+        config = LlamaConfig(
+            hidden_size=4 * head_dim,
+            num_attention_heads=4,
+            max_position_embeddings=16 * context,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": context,
+            },
+        )
+        found[name] = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+    return found
+
+
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        np.savez_compressed(REFERENCE / "llama3-frequencies.npz", **frequencies())
     for name in sys.argv[1:] or (*weights.SHAPES, *weights.LLAMAS, "builtin"):
         record(name)

@@ -10,7 +10,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpocem_jax import adaptation, export, sampling
-from grpocem_jax.models import base, hub
+from grpocem_jax.models import base, hub, rope
 from tests.parity import stories, weights
 from tests.test_adaptation import PROMPT
 from tests.test_export import make_run
@@ -71,6 +71,13 @@ def test_layers_and_logits_equal_transformers(case, capsys):
             np.testing.assert_allclose(
                 stored[key], expected[key][..., stored[at]], rtol=0, atol=TOLERANCE
             )
+
+
+def test_llama3_frequencies_equal_transformers():
+    for name, expected in record.frequencies().items():
+        head_dim, theta, *scaling = weights.LLAMA3[name]
+        found = rope.Llama3Scaling(*scaling)(theta ** (-np.arange(0, head_dim, 2) / head_dim))
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
 
 
 def test_the_builtin_model_equals_transformers(capsys):

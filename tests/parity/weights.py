@@ -74,6 +74,41 @@ LLAMAS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 30.0},
     },
+    "llama-scaled": _LLAMA
+    | {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        # Wavelengths are 6.3 * 100^(i / 8): some below 4, some above 16, and some between.
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 6.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 2.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen3": _LLAMA
+    | {
+        "model_type": "qwen3",
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-biases": _LLAMA
+    | {
+        "model_type": "qwen3",
+        "hidden_size": 36,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
+    "mistral-window": _LLAMA
+    | {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 12},
     "mistral": _LLAMA
     | {
         "model_type": "mistral",
@@ -84,6 +119,13 @@ LLAMAS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """The same of Llama and what is built like it: odd numbers of heads, groups of 1, some and all."""
+
+LLAMA3: Mapping[str, tuple[int, float, float, float, float, int]] = {
+    "llama-3.1-8b": (128, 5e5, 8.0, 1.0, 4.0, 8192),
+    "llama-3.2-1b": (64, 5e5, 32.0, 1.0, 4.0, 8192),
+    "other": (20, 1e4, 3.0, 0.5, 3.5, 300),
+}
+"""Size of a head, rope_theta, factor, low_freq_factor, high_freq_factor and the context before."""
 
 
 def state(fields: Mapping[str, Any], *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -156,6 +198,8 @@ def _llama(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     for i in range(fields["num_hidden_layers"]):
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{i}.{name}.weight"] = (d,)
+        for name in ("q_norm", "k_norm") if fields["model_type"] == "qwen3" else ():
+            shapes[f"model.layers.{i}.self_attn.{name}.weight"] = (size,)
         for name, (size_out, size_in, bias) in linears.items():
             shapes[f"model.layers.{i}.{name}.weight"] = (size_out, size_in)
             if bias:
