@@ -1,5 +1,6 @@
 """Between Hugging Face checkpoints and parameters: fields of a config.json, and tensors."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -142,6 +143,25 @@ def params_to_state(params: Params, layout: Layout) -> dict[str, np.ndarray]:
         array = np.asarray(_leaf(params, tensor), np.float32)
         state[name] = np.ascontiguousarray(array.T) if tensor.transposed else array
     return state
+
+
+def stored_dtypes(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.dtype]:
+    """The dtypes in which a checkpoint has the tensors of a layout, by the layout's names.
+
+    They have at most 32 bits, as parameters do.
+
+    Args:
+      state: tensors by name, with any prefix.
+      layout: that of the checkpoint.
+    """
+    dtypes = {}
+    for name in layout.tensors:
+        ends = [name.removeprefix(layout.prefix)] + [HEAD] * (name == layout.tied)
+        for end, (stored, x) in itertools.product(ends, state.items()):
+            if f".{stored}".endswith(f".{end}"):
+                dtypes[name] = min(x.dtype, np.dtype(np.float32), key=lambda kind: kind.itemsize)
+                break
+    return dtypes
 
 
 def _leaf(params: Params, tensor: Tensor) -> Any:
