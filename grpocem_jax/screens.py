@@ -349,8 +349,8 @@ def measured(result: Any) -> str:
         else ""
     )
     return (
-        f"{what} On arbitrary tokens its logits differ by at most {result.difference:.2g} from those "
-        f"of base model and adapter{rounding}; the adapter itself moves them by at most "
+        f"{what} On arbitrary tokens its logits differ by at most {result.difference:.2g} from "
+        f"those of base model and adapter{rounding}; the adapter itself moves them by at most "
         f"{result.effect:.2g}.\n"
     )
 
