@@ -41,5 +41,6 @@ def look(folder):
     }
 
 
-print(transformers.__version__, file=sys.stderr)
-print(json.dumps({folder: look(folder) for folder in sys.argv[1:]}))
+if __name__ == "__main__":
+    print(transformers.__version__, file=sys.stderr)
+    print(json.dumps({folder: look(folder) for folder in sys.argv[1:]}))
