@@ -12,6 +12,7 @@ The other format is that of `grpocem_jax.peft`.
 
 import functools
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -110,14 +111,16 @@ def export_model(
     if lora:
         rank = _check_lora(run, rank)
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None, lora=lora)
-    print(visible(screens.exporting(run, source)), file=sys.stderr, flush=True)
+    print(visible(screens.exporting(run, source, lora=lora)), file=sys.stderr, flush=True)
     # The run's own parameters may be in bfloat16.
     carrier = put_adapter(pretrained, run.config.adapter, seed=run.config.seed)
-    with own_code(run.config.adapter, "merge"):
-        merged = adapters.merge_params(carrier.method, carrier.params, run.adapter, carrier.sites)
     try:
         # A GPU would otherwise round the operands of float32 products to 10 bits.
         with files.new_folder(out) as folder, jax.default_matmul_precision("highest"):
+            with own_code(run.config.adapter, "merge"):
+                merged = adapters.merge_params(
+                    carrier.method, carrier.params, run.adapter, carrier.sites
+                )
             if rank is not None:
                 exported = _export_lora(run, carrier, merged, folder, rank)
             else:
@@ -335,8 +338,8 @@ def _export_lora(
     expected = _logits(carrier.params, run.adapter, tokens, model=carrier.model)
     params, model = _float32(pretrained.params), pretrained.build(peft.apply)
     found = _logits(params, peft.load(folder, layout=layout, sites=sites), tokens, model=model)
-    if all(rank >= min(change.shape) for change in changes.values()):
-        _check(found, expected, "as a LoRA of full rank")
+    full = all(rank >= min(change.shape) for change in changes.values())
+    _check(found, expected, f"as a LoRA of rank {rank}", TOLERANCE if full else math.inf)
     return Exported(
         folder,
         _difference(found, expected),
@@ -385,13 +388,13 @@ def _difference(found: Any, expected: Any) -> float:
     return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
 
 
-def _check(found: Any, expected: Any, how: str) -> None:
-    """Refuses a difference above `TOLERANCE`, or one that is no number."""
+def _check(found: Any, expected: Any, how: str, tolerance: float = TOLERANCE) -> None:
+    """Refuses a difference above the tolerance, or one that is no number."""
     difference = _difference(found, expected)
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         raise InputError(
             f"the logits of the merged model, {how}, differ by {difference:.2g} from what they "
-            f"must be, more than {TOLERANCE:g}, so it was not kept; use the adapter as it is."
+            f"must be, more than {tolerance:g}, so it was not kept; use the adapter as it is."
         )
 
 

@@ -100,9 +100,21 @@ def adapting(run: TrainedRun, workdir: str) -> str:
     )
 
 
-def exporting(run: TrainedRun, adapter: Path) -> str:
+def exporting(run: TrainedRun, adapter: Path, *, lora: bool = False) -> str:
     """What is merged into what: shown before anything is compiled."""
-    return "\n".join([*_setting(run.config, run.policy), f"merging   {adapter}"])
+    stop = () if lora else run.config.generation.stop
+    several = [repr(text) for text in stop if len(run.policy.encode_completion(text)) != 1]
+    return "\n".join(
+        [
+            *_setting(run.config, run.policy),
+            *(
+                f"stop      {text} is several tokens and not in generation_config.json; "
+                "pass it to generate as stop_strings"
+                for text in several
+            ),
+            f"merging   {adapter}",
+        ]
+    )
 
 
 def exported(result: Any) -> str:

@@ -505,6 +505,22 @@ def test_the_screen_says_where_rounding_drowns_the_adapter():
     assert "--dtype=float32" not in screens.exported(small._replace(effect=1.0))
 
 
+def test_a_stop_string_of_several_tokens_is_said_to_be_left_out(run):
+    generation = dataclasses.replace(run.config.generation, stop=(",", "Review: The"))
+    long = run._replace(config=dataclasses.replace(run.config, generation=generation))
+    (line,) = [x for x in screens.exporting(long, export.Path("a")).splitlines() if "stop" in x]
+    assert line.startswith("stop      'Review: The' is several tokens")
+    assert "stop_strings" not in screens.exporting(long, export.Path("a"), lora=True)
+
+
+def test_a_lora_whose_logits_are_no_numbers_is_not_kept(half, monkeypatch):
+    factor = peft.factor
+    monkeypatch.setattr(
+        peft, "factor", lambda *given: factor(*given)._replace(b=factor(*given).b * np.nan)
+    )
+    assert_refused(half / "run", half / "none", "rank 2", "differ by nan", format="peft", rank=2)
+
+
 def test_targets_are_the_shortest_ends_that_name_nothing_else():
     every = [f"h.{i}.{x}" for i in (1, 11) for x in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
     assert peft.target_modules(["h.1.mlp.c_fc", "h.11.mlp.c_fc"], every) == ["c_fc"]

@@ -85,7 +85,8 @@ def fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
 
 FILES = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
-    *("merges.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*"),
+    *("merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.*"),
+    "additional_chat_templates/*",
 )
 """Patterns of the files that make a tokenizer and its chat templates."""
 
