@@ -298,9 +298,13 @@ def test_a_tied_head_in_place_of_the_embedding_has_its_dtype():
     state = {name: x.astype(np.float16) for name, x in weights.state(fields).items()}
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight").astype(np.float64)
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    state["module.model.layers.1.wrapped.mlp.up_proj.weight"] = state.pop(
+        "model.layers.1.mlp.up_proj.weight"
+    )
     dtypes = conversion.stored_dtypes(state, llama.layout(config))
     assert dtypes.pop("model.embed_tokens.weight") == np.float32
     assert set(dtypes.values()) == {np.dtype(np.float16)}
+    assert len(dtypes) == len(weights.state(fields)) - 1
 
 
 def test_weights_that_are_too_large_for_float16_are_refused(make, tmp_path):

@@ -151,15 +151,17 @@ def stored_dtypes(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, 
     They have at most 32 bits, as parameters do.
 
     Args:
-      state: tensors by name, with any prefix.
+      state: tensors by name, with any prefix, and with any parts between those of the layout's.
       layout: that of the checkpoint.
     """
+    stored = [(name.split(".")[::-1], x.dtype) for name, x in state.items()]
     dtypes = {}
     for name in layout.tensors:
         ends = [name.removeprefix(layout.prefix)] + [HEAD] * (name == layout.tied)
-        for end, (stored, x) in itertools.product(ends, state.items()):
-            if f".{stored}".endswith(f".{end}"):
-                dtypes[name] = min(x.dtype, np.dtype(np.float32), key=lambda kind: kind.itemsize)
+        for end, (parts, kind) in itertools.product(ends, stored):
+            left = iter(parts)
+            if all(part in left for part in reversed(end.split("."))):
+                dtypes[name] = min(kind, np.dtype(np.float32), key=lambda x: x.itemsize)
                 break
     return dtypes
 
