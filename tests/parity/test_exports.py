@@ -20,7 +20,7 @@ from tests.parity import bases
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; use make parity")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402 (after the skip)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402 (after the skip)
 
 from tests.parity.elsewhere import TEXT  # noqa: E402
 
@@ -166,7 +166,10 @@ def test_transformers_4_reads_what_transformers_5_wrote_once_it_is_exported(tmp_
     base = bases.BASES["qwen2-untied"]
     bases.write_base(tmp_path / "plain", base)
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "TokenizersBackend"
+    assert config["extra_special_tokens"] == ["<turn>"]
     bases.write_run(tmp_path / "run", tmp_path / "base", base.sites, scale=0.0)
     export.export_model(tmp_path / "run", tmp_path / "out")
     (five,) = look("5", [tmp_path / "base"])
