@@ -117,10 +117,7 @@ def export_model(
     try:
         # A GPU would otherwise round the operands of float32 products to 10 bits.
         with files.new_folder(out) as folder, jax.default_matmul_precision("highest"):
-            with own_code(run.config.adapter, "merge"):
-                merged = adapters.merge_params(
-                    carrier.method, carrier.params, run.adapter, carrier.sites
-                )
+            merged = _merge(run, carrier)
             if rank is not None:
                 exported = _export_lora(run, carrier, merged, folder, rank)
             else:
@@ -211,6 +208,12 @@ def _folder(pretrained: hub.Pretrained) -> Path:
     # Only a named shape has none, and without a tokenizer there is no run.
     assert pretrained.folder is not None
     return pretrained.folder
+
+
+def _merge(run: TrainedRun, carrier: Carrier) -> models.Params:
+    """Plain parameters of the adapted model, float32."""
+    with own_code(run.config.adapter, "merge"):
+        return adapters.merge_params(carrier.method, carrier.params, run.adapter, carrier.sites)
 
 
 def _export_merged(
