@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
+TRANSFORMERS_4_VENV ?= .venv-transformers-4
 PEERS_VENV ?= .venv-peers
 PIP_FLAGS = --quiet --disable-pip-version-check
 
@@ -18,9 +19,11 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Compares with PyTorch and transformers live; needs an environment with PyTorch's CPU build.
-parity: $(PARITY_VENV)/.installed
-	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+# Compares with PyTorch, transformers and PEFT live, in an environment with PyTorch's CPU build, and
+# loads exports in transformers 4, which needs one of its own.
+parity: $(PARITY_VENV)/.installed $(TRANSFORMERS_4_VENV)/.installed
+	TRANSFORMERS_4=$(TRANSFORMERS_4_VENV)/bin/python \
+	    $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
 
 # Makes the figures of docs/benchmarks.md again, against PyTorch, transformers and TRL.
 bench: $(PEERS_VENV)/.installed
@@ -62,8 +65,13 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 $(PARITY_VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(PARITY_VENV)
-	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.lock torch==2.13.0
+	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.lock torch==2.13.0 peft==0.21.2
 	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	touch $@
+
+$(TRANSFORMERS_4_VENV)/.installed:
+	$(PYTHON) -m venv $(TRANSFORMERS_4_VENV)
+	$(TRANSFORMERS_4_VENV)/bin/pip install $(PIP_FLAGS) torch==2.13.0 'transformers==4.57.*'
 	touch $@
 
 $(PEERS_VENV)/.installed: requirements.lock pyproject.toml
@@ -72,4 +80,4 @@ $(PEERS_VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) $(PEERS_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) $(TRANSFORMERS_4_VENV) $(PEERS_VENV) build dist *.egg-info

@@ -2,8 +2,8 @@
 
 import atexit
 import difflib
-import itertools
 import importlib.util
+import itertools
 import os
 import re
 import signal

@@ -215,12 +215,12 @@ def test_an_adapter_that_keeps_to_the_interface_is_put_on_its_sites():
     assert {x.shape for x in carrier.zero.values()} == {(3 * 128,)}
 
 
-def test_an_adapter_that_cannot_be_merged_is_named(tmp_path):
+def test_an_adapter_that_cannot_be_merged_is_named():
     config = dataclasses.replace(parse(), adapter=broken_adapter("merge"))
     policy = load_policy(config.model, config.adapter)
     run = TrainedRun(config, policy, policy.zero)
     with pytest.raises(InputError, match=r"the adapter's merge raised ZeroDivisionError \(by zero"):
-        export._save(run, put_adapter(policy.pretrained, config.adapter), tmp_path)
+        export._merge(run, put_adapter(policy.pretrained, config.adapter))
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_mistake_of_an_adapter():

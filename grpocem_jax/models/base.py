@@ -118,6 +118,9 @@ class Architecture(Protocol):
     def init_params(self, key: jax.Array, config: Any) -> Params:
         """Random float32 parameters."""
 
+    def layout(self, config: Any) -> Any:
+        """The tensors of its checkpoints and where each goes, a `conversion.Layout`."""
+
     def config_from_hf(self, fields: Mapping[str, Any], where: str) -> Any:
         """Reads a ``config.json``, the file ``where``; refuses what is not implemented."""
 

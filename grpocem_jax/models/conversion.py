@@ -1,5 +1,6 @@
 """Between Hugging Face checkpoints and parameters: fields of a config.json, and tensors."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -217,3 +218,24 @@ def positive(value: Any, field: str, where: str) -> float:
     if type(value) not in (int, float) or not 1e-37 < value < 1e38:
         raise InputError(f"{where}: {field}={value!r}: must be a positive number.")
     return float(value)
+
+
+def stored_dtypes(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.dtype]:
+    """The dtypes in which a checkpoint has the tensors of a layout, by the layout's names.
+
+    They have at most 32 bits, as parameters do.
+
+    Args:
+      state: tensors by name, with any prefix, and with any parts between those of the layout's.
+      layout: that of the checkpoint.
+    """
+    stored = [(name.split(".")[::-1], x.dtype) for name, x in state.items()]
+    dtypes = {}
+    for name in layout.tensors:
+        ends = [name.removeprefix(layout.prefix)] + [HEAD] * (name == layout.tied)
+        for end, (parts, kind) in itertools.product(ends, stored):
+            left = iter(parts)
+            if all(part in left for part in reversed(end.split("."))):
+                dtypes[name] = min(kind, np.dtype(np.float32), key=lambda x: x.itemsize)
+                break
+    return dtypes

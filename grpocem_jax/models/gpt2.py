@@ -121,7 +121,8 @@ class GPT2(nn.Module):
         return norm(x), own
 
 
-def _layout(config: GPT2Config) -> conversion.Layout:
+def layout(config: GPT2Config) -> conversion.Layout:
+    """The tensors of its checkpoints, and where each goes in the parameters."""
     d = config.width
     norm = {"weight": "scale", "bias": "bias"}
     tensors = {
@@ -169,7 +170,7 @@ def build(config: GPT2Config, site_fn: SiteFunction | None = None) -> Model:
         num_layers=config.num_layers,
         cache_heads=config.num_heads,
         head_dim=config.width // config.num_heads,
-        sites=_layout(config).sites(),
+        sites=layout(config).sites(),
     )
 
 
@@ -234,6 +235,7 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,
         "n_positions": config.context_length,
+        "n_ctx": config.context_length,  # what llama.cpp and mlx read
         "n_embd": config.width,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
@@ -246,9 +248,9 @@ def params_from_state(
     state: Mapping[str, np.ndarray], config: GPT2Config, where: str
 ) -> dict[str, Any]:
     """Parameters float32 from a checkpoint's tensors; see `conversion.params_from_state`."""
-    return conversion.params_from_state(state, _layout(config), where)
+    return conversion.params_from_state(state, layout(config), where)
 
 
 def params_to_state(params: Params, config: GPT2Config) -> dict[str, np.ndarray]:
     """The inverse of `params_from_state`, with the names transformers writes; tied head once."""
-    return conversion.params_to_state(params, _layout(config))
+    return conversion.params_to_state(params, layout(config))

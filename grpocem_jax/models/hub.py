@@ -21,9 +21,9 @@ from grpocem_jax.files import (
     write_json,
     write_safetensors,
 )
-from grpocem_jax.models import gpt2, llama
+from grpocem_jax.models import conversion, gpt2, llama
 from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
-from grpocem_jax.models.tokenizer import fitting_tokenizer
+from grpocem_jax.models.tokenizer import fitting_tokenizer, write_tokenizer
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt2": gpt2,
@@ -77,6 +77,9 @@ class Pretrained:
       params: nested dict of float32 arrays on the host.
       tokenizer: a transformers tokenizer; None for random weights of a named shape.
       end_ids: token ids that end a text.
+      folder: where its files lie; None for random weights of a named shape.
+      dtypes: of the tensors in its files, by the names that transformers writes; empty for random
+        weights.
     """
 
     source: str
@@ -86,6 +89,8 @@ class Pretrained:
     params: Params
     tokenizer: Any
     end_ids: tuple[int, ...]
+    folder: Path | None = None
+    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
 
     def build(self, site_fn: SiteFunction | None = None) -> Model:
         """The model's pure functions, see `grpocem_jax.models.base.Model`."""
@@ -128,7 +133,10 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
     stated = _end_ids(folder, fields)
     tokenizer = fitting_tokenizer(folder, config.vocab_size)
     end_ids = _own_end(tokenizer) if stated is None else stated
-    return Pretrained(source, kind, architecture, config, params, tokenizer, end_ids)
+    dtypes = conversion.stored_dtypes(state, architecture.layout(config))
+    return Pretrained(
+        source, kind, architecture, config, params, tokenizer, end_ids, folder, dtypes
+    )
 
 
 def load_outline(source: str) -> Pretrained:
@@ -140,6 +148,7 @@ def load_outline(source: str) -> Pretrained:
     shape = source.removeprefix("random:")
     tokenizer: Any = None
     end_ids: tuple[int, ...] = ()
+    folder: Path | None = None
     if shape in SHAPES:
         architecture, config = SHAPES[shape]
     elif shape and is_folder(folder := expand(shape, "model.source")):
@@ -158,7 +167,7 @@ def load_outline(source: str) -> Pretrained:
         lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape),
         jax.eval_shape(init, jax.random.key(0)),
     )
-    return Pretrained(source, "random", architecture, config, params, tokenizer, end_ids)
+    return Pretrained(source, "random", architecture, config, params, tokenizer, end_ids, folder)
 
 
 def _resolve(source: str) -> tuple[str, Path]:
@@ -380,10 +389,4 @@ def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) 
     fields |= {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
     write_json(folder / "config.json", fields)
     write_safetensors(folder / "model.safetensors", architecture.params_to_state(params, config))
-    try:
-        tokenizer.save_pretrained(str(folder))
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        # The tokenizers library has no class of its own for a file that it cannot write.
-        raise OSError(str(error)) from error
+    write_tokenizer(folder, tokenizer)

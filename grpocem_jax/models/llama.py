@@ -221,7 +221,8 @@ class Llama(nn.Module):
         return nn.RMSNorm(config.rms_norm_epsilon, name="norm")(x), own
 
 
-def _layout(config: LlamaConfig) -> conversion.Layout:
+def layout(config: LlamaConfig) -> conversion.Layout:
+    """The tensors of its checkpoints, and where each goes in the parameters."""
     rows = (config.vocab_size, config.width)
     tensors = {"model.embed_tokens.weight": Tensor(("embed_tokens",), rows)}
     for i in range(config.num_layers):
@@ -272,7 +273,7 @@ def build(config: LlamaConfig, site_fn: SiteFunction | None = None) -> Model:
         num_layers=config.num_layers,
         cache_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        sites=_layout(config).sites(),
+        sites=layout(config).sites(),
     )
 
 
@@ -427,9 +428,9 @@ def params_from_state(
     state: Mapping[str, np.ndarray], config: LlamaConfig, where: str
 ) -> dict[str, Any]:
     """Parameters float32 from a checkpoint's tensors; see `conversion.params_from_state`."""
-    return conversion.params_from_state(state, _layout(config), where)
+    return conversion.params_from_state(state, layout(config), where)
 
 
 def params_to_state(params: Params, config: LlamaConfig) -> dict[str, np.ndarray]:
     """The inverse of `params_from_state`, with the names transformers writes; tied head once."""
-    return conversion.params_to_state(params, _layout(config))
+    return conversion.params_to_state(params, layout(config))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from grpocem_jax.errors import InputError
+from grpocem_jax.files import read_object, write_json
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -101,6 +103,74 @@ def fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
             "belongs to the checkpoint."
         )
     return tokenizer
+
+
+FILES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.*"),
+    "additional_chat_templates/*",
+)
+"""Patterns of the files that make a tokenizer and its chat templates."""
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Writes the files of a tokenizer, in a form that transformers 4 reads as well.
+
+    Args:
+      folder: is there.
+      tokenizer: a transformers tokenizer.
+
+    Raises:
+      OSError: a file that cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # The tokenizers library has no class of its own for a file that it cannot write.
+        raise OSError(str(error)) from error
+    _make_plain(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a tokenizer's files and chat templates, in a form that transformers 4 reads as well.
+
+    Args:
+      source: a checkpoint folder.
+      folder: is there.
+
+    Raises:
+      InputError: a tokenizer_config.json that cannot be read.
+      OSError: a file that cannot be read or written.
+    """
+    for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
+        if path.is_file():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    _make_plain(folder)
+
+
+def _make_plain(folder: Path) -> None:
+    """Puts what transformers 5 alone writes into tokenizer_config.json as transformers 4 has it.
+
+    Both read that.  Other files are alike in both.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    fields = before = read_object(path, fix="fetch the file again")
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields = fields | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields = fields | {"additional_special_tokens": fields["extra_special_tokens"]}
+        del fields["extra_special_tokens"]
+    if isinstance(fields.get("model_specific_special_tokens"), dict):
+        fields = fields | {"extra_special_tokens": fields["model_specific_special_tokens"]}
+        del fields["model_specific_special_tokens"]
+    if fields != before:
+        write_json(path, fields)
 
 
 def continuing(tokenizer: Any) -> Any:
