@@ -18,7 +18,7 @@ from grpocem_jax import memory
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import cache_folder
-from grpocem_jax.terminal import one_line
+from grpocem_jax.terminal import abandon, one_line
 
 # Flags that this module defines are listed in the help of the command that asks for them.
 flags.disclaim_key_flags()
@@ -87,6 +87,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
                 "device with more memory."
             )
         except BrokenPipeError:
+            abandon(sys.stdout)
             _fail("what reads the output has closed it (head does); write it to a file instead.")
         except OSError as error:  # such as a full disk in the middle of a run
             place = f"{error.filename}: " if error.filename else ""

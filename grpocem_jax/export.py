@@ -27,7 +27,7 @@ from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.policy import Carrier, own_code, put_adapter
-from grpocem_jax.terminal import visible
+from grpocem_jax.terminal import say, show
 
 TOLERANCE = 1e-3
 """The largest difference of a logit that is let pass."""
@@ -75,7 +75,7 @@ def export_model(
     if adapter is not None:
         run = run._replace(adapter=load_fitting_adapter(run.config, run.policy, source))
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None)
-    print(visible(screens.exporting(run, source)), file=sys.stderr, flush=True)
+    say(screens.exporting(run, source), sys.stderr)
     # The run's own parameters may be in bfloat16.
     carrier = put_adapter(run.policy.pretrained, run.config.adapter, seed=run.config.seed)
     try:
@@ -254,9 +254,9 @@ def run(
     if repository is not None:
         _check_push(repository)
     exported = export_model(workdir, out, adapter=adapter)
-    print(visible(screens.exported(*exported)), flush=True)
+    show(screens.exported(*exported))
     if repository is not None:
-        print(visible(f"pushed    {_push(exported.folder, repository, private)}"), flush=True)
+        show(f"pushed    {_push(exported.folder, repository, private)}")
     return exported
 
 

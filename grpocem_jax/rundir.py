@@ -18,6 +18,9 @@ from grpocem_jax.terminal import say
 
 NEUTRAL = (
     "cem",
+    "data.find_failing_completion",
+    "data.reward_on_error",
+    "data.reward_retries",
     "data.reward_timeout_s",
     "logging",
     "train.checkpoint_every_minutes",

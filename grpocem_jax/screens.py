@@ -16,7 +16,7 @@ from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
-from grpocem_jax.terminal import one_line, say, unread
+from grpocem_jax.terminal import encodable, one_line, say, unread
 
 
 class Progress:
@@ -52,7 +52,7 @@ class Progress:
     def write(text: str) -> None:
         """Writes text above the bar."""
         with unread(sys.stderr):
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(encodable(text, sys.stderr), file=sys.stderr)
 
     def close(self) -> None:
         """Ends the line of the bar."""

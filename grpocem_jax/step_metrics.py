@@ -46,6 +46,8 @@ def rewards(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> dict[str
         if not np.isnan(values).all():
             record[f"rewards/{name}/mean"] = float(np.nanmean(values))
             record[f"rewards/{name}/std"] = _std(values)
+    if scores.errors is not None:
+        record["reward_errors"] = float(scores.errors)
     return record
 
 
