@@ -64,6 +64,14 @@ class JsonLines:
             self._file.close()
 
 
+def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last records of a file of JSON lines, at most ``count``; none of a file not there."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[-count - 1 :] if line]
+
+
 class CompileClock:
     """Seconds that JAX spent lowering and compiling since `start`; tracing is not in it."""
 

@@ -105,6 +105,39 @@ def generate(
     )
 
 
+class Drawn(NamedTuple):
+    """Completions on the host: tokens int32 and mask bool ``[P, G, N]`` as in `sampling.Rollouts`,
+    and whether all log-probabilities of a completion are finite, bool ``[P, G]``.
+
+    Where they are not, the logits were not either, and the tokens mean nothing.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    finite: np.ndarray
+
+
+def fetch(out: sampling.Rollouts) -> Drawn:
+    """Waits for completions and brings them to the host."""
+    tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
+    return Drawn(tokens, mask, np.isfinite(logps).all(-1))
+
+
+def fetch_finite(policy: Policy, out: sampling.Rollouts) -> Drawn:
+    """`fetch` of completions that are of use only if all their logits are finite.
+
+    Raises:
+      InputError: some are not.
+    """
+    drawn = fetch(out)
+    if not drawn.finite.all():
+        count = f"in {np.sum(~drawn.finite)} of {drawn.finite.size} completions "
+        raise InputError(
+            f"{count}{policy.nonfinite_logits('use another adapter, or other prompts')}."
+        )
+    return drawn
+
+
 def decode(policy: Policy, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
     """Texts ``[P][G]`` of completions ``[P, G, N]``, without the token that ended them."""
     end_ids = np.asarray(policy.end_ids)
@@ -254,7 +287,11 @@ def population_rewards(
       common_random_numbers: candidates share the prompts' keys.
 
     Returns:
-      float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained.
+      float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained, or where
+      their logits are not finite.
+
+    Raises:
+      InputError: what `score` raises; logits of a single adapter that are not finite.
     """
     count = len(jax.tree.leaves(adapters)[0])
     chunk = min(chunk or count, count)
@@ -282,8 +319,11 @@ def population_rewards(
             temperature=generation.temperature,
             own_adapters=True,
         )
-        texts = decode(policy, *jax.device_get((out.tokens, out.mask)))
-        scores = score([*items] * chunk, texts).total.reshape(chunk, len(items), num_samples)
+        # What a single adapter makes is meant to be judged; of many, some may be far out.
+        drawn = fetch(out) if count > 1 else fetch_finite(policy, out)
+        texts = decode(policy, drawn.tokens, drawn.mask)
+        scores = np.where(drawn.finite, score([*items] * chunk, texts).total, np.nan)
+        scores = scores.reshape(chunk, len(items), num_samples)
         present = ~np.isnan(scores)
         total = np.where(present, scores, 0.0).sum(-1)
         means = np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)

@@ -32,7 +32,13 @@ NEUTRAL = (
 )
 """Settings that may change while a run continues: they do not alter what is trained."""
 
+LENGTH = ("train.epochs", "train.max_steps")
+"""Settings of how long a run is, which may change as well: it goes on, or ends sooner."""
+
 ANOTHER = "give another --workdir"
+
+SHOWN = 5
+"""Differences between settings that a message lists."""
 
 OF_A_RUN = ("metrics.jsonl", "completions.jsonl", "summary.json", "checkpoints", "adapter")
 """What a run would write over."""
@@ -65,24 +71,31 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
     stored = trained_settings(read_object(path, fix=ANOTHER))
     given = trained_settings(json.loads(json.dumps(settings)))
     changed = [
-        f"{name} is {stored.get(name)!r} there and {given.get(name)!r} here"
+        f"{name} is {_brief(stored.get(name))} there and {_brief(given.get(name))} here"
         for name in sorted(stored.keys() | given)
         if stored.get(name) != given.get(name)
     ]
     if changed:
+        more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise InputError(
-            f"--workdir={workdir}: holds a run with other settings ({'; '.join(changed)}); give "
+            f"--workdir={workdir}: holds a run with other settings "
+            f"({'; '.join(changed[:SHOWN])}{more}); give "
             "another folder, or the settings of that run to continue it."
         )
     return True
 
 
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def trained_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that alter what is trained, by their names with dots."""
+    """The settings that alter what is trained, how long apart, by their names with dots."""
     return {
         name: value
         for name, value in _flat(settings).items()
-        if not any(name == own or name.startswith(f"{own}.") for own in NEUTRAL)
+        if not any(name == own or name.startswith(f"{own}.") for own in (*NEUTRAL, *LENGTH))
     }
 
 
@@ -161,9 +174,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Signals:
-    """Catches SIGTERM and SIGINT inside a ``with`` block; a second one ends the process at once.
+    """Catches SIGTERM and SIGINT inside a ``with`` block.
 
-    Outside the main thread, where Python allows no handlers, nothing is caught.
+    The first is only noted where `at_once` is not set; the next raises `Interrupted`, and one after
+    that ends the process at once.  Outside the main thread, where Python allows no handlers,
+    nothing is caught.
 
     Attributes:
       received: the first signal, or None.
@@ -173,6 +188,7 @@ class Signals:
 
     received: int | None = None
     at_once: bool = True
+    _raised: bool = False
 
     def __enter__(self) -> "Signals":
         self._before = {}
@@ -186,14 +202,18 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None:
+        if self._raised:
             os._exit(128 + number)
-        self.received = number
+        self._raised = self.at_once or self.received is not None
+        self.received = self.received or number
         name = signal.Signals(number).name
         what = "the same command continues the run"
-        if not self.at_once:
-            what = "the step under way and a checkpoint are finished first"
+        if not self._raised:
+            what = (
+                "the step under way and a checkpoint are finished first; a second signal leaves "
+                "that step out"
+            )
         with contextlib.suppress(RuntimeError):  # it came in the middle of another line
             say(f"\n{name}: {what}", sys.stderr)
-        if self.at_once:
+        if self._raised:
             raise Interrupted(128 + number)

@@ -191,8 +191,9 @@ def closing(
     summary: dict[str, Any],
     config: Config,
     workdir: Path,
+    remarks: Sequence[str] = (),
 ) -> str:
-    """Held-out reward before and after, and what the run took."""
+    """Held-out reward before and after, what the run took, and remarks on it."""
     sampled = f"sampled at T={config.generation.temperature:g}"
     return "\n".join(
         [
@@ -206,6 +207,7 @@ def closing(
             f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
             *_best(summary),
+            *remarks,
             f"adapter and logs are in {workdir}; to adapt it further: "
             f"grpocem-adapt --config CONFIG --workdir {workdir} --prompt TEXT",
         ]

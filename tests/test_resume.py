@@ -109,6 +109,7 @@ def cut_off(workdir, monkeypatch, after, **changes):
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "step", die)
+        patch.setattr(training.Run, "rescue", lambda *args: None)
         with pytest.raises(Killed):
             training.train(settings(**changes), workdir)
     with (workdir / "metrics.jsonl").open("a") as file:
@@ -573,7 +574,7 @@ def test_a_signal_ends_a_run_after_its_step_and_a_checkpoint(
     same_runs(whole, workdir)
 
 
-def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+def test_a_second_signal_leaves_the_step_out_and_a_third_ends_the_process_at_once(monkeypatch):
     def end(status):
         raise Killed(status)
 
@@ -581,6 +582,10 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     with rundir.Signals() as signals:
         signals.at_once = False
         os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(rundir.Interrupted) as interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted.value.code == 128 + signal.SIGINT
         assert signals.received == signal.SIGTERM
         with pytest.raises(Killed, match=str(128 + signal.SIGINT)):
             os.kill(os.getpid(), signal.SIGINT)

@@ -6,6 +6,7 @@ step; the others are called one after the other.
 
 import asyncio
 import copy
+import functools
 import inspect
 import queue
 import sys
@@ -130,11 +131,9 @@ def _attempt(calls: Mapping[int, Call]) -> Iterator[tuple[int, list[Any] | _Fail
     waiting: dict[int, Any] = {}
     try:
         for number, each in calls.items():
-            everything = range(len(each.completions))
+            start = functools.partial(each.start, range(len(each.completions)))
             try:
-                found = _within(
-                    each.task.reward_timeout_s, lambda c=each, r=everything: _listed(c.start(r))
-                )
+                found = _within(each.task.reward_timeout_s, functools.partial(_listed, start))
             except BaseException as error:  # whatever the function's own code may raise
                 yield number, _failure(each, error)
                 continue
@@ -208,9 +207,10 @@ def _line(each: Call, error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     code = getattr(inspect.unwrap(each.function), "__code__", None)
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    frame = (own or frames or [None])[-1]
-    if frame is None or frame.filename == __file__:
+    raised = own or [frame for frame in frames if frame.filename != __file__]
+    if not raised:
         return ""
+    frame = raised[-1]
     return f" in line {frame.lineno} of {Path(frame.filename).name}"
 
 
@@ -220,7 +220,7 @@ def _failing_completion(each: Call) -> str:
     def find() -> int | None:
         for row in range(len(each.completions)):
             try:
-                found = _listed(each.start([row]))
+                found = _listed(functools.partial(each.start, [row]))
                 if _is_asynchronous(found):
                     (found,) = _await_together({0: (found, 0.0)}).values()
                     if isinstance(found, BaseException):
@@ -245,10 +245,13 @@ def _failing_completion(each: Call) -> str:
     )
 
 
-def _listed(value: Any) -> Any:
-    """What a function returned, as a list where it can be iterated over; here a generator runs."""
-    if _is_asynchronous(value):
-        return value
+def _listed(function: Callable[[], Any]) -> Any:
+    """What a function returns, as a list where it can be iterated over; here a generator runs."""
+    value = function()
+    return value if _is_asynchronous(value) else _as_list(value)
+
+
+def _as_list(value: Any) -> Any:
     try:
         iterator = iter(value)
     except TypeError:
@@ -297,7 +300,7 @@ async def _result(value: Any) -> Any:
         value = await value
     if hasattr(value, "__aiter__"):
         return [each async for each in value]
-    return _listed(value)
+    return _as_list(value)
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
