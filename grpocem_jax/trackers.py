@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,6 +156,10 @@ class WeightsAndBiases:
     def __init__(self, project: str, workdir: Path, config: Mapping[str, Any], run_id: str | None):
         import wandb
 
+        options: dict[str, Any] = {"silent": True, "console": "off"}
+        if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):  # since 2025
+            options |= {"finish_timeout": self.FINISH_S, "finish_timeout_raises": True}
+
         def start(mode: Any) -> Any:
             return wandb.init(
                 project=project,
@@ -166,7 +169,7 @@ class WeightsAndBiases:
                 dir=str(workdir),
                 config=dict(config),
                 mode=mode,
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=wandb.Settings(**options),
             )
 
         mode, why = os.environ.get("WANDB_MODE"), "no key"
@@ -181,10 +184,9 @@ class WeightsAndBiases:
             say(f"Weights & Biases goes on offline ({why})", sys.stderr)
             self._run = start(mode)
         self._folder = Path(self._run.dir).parent
-        self.where = {
-            "online": f"Weights & Biases, {self._run.url}",
-            "offline": f"Weights & Biases, offline ({why}): later, wandb sync {self._folder}",
-        }.get(mode, f"Weights & Biases, {mode}")
+        self.where = f"Weights & Biases, {self._run.url if mode == 'online' else mode}"
+        if mode == "offline":
+            self.where += f" ({why}): later, wandb sync {self._folder}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes the values of a step."""
@@ -192,17 +194,6 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """Waits until everything is written, and as long as `FINISH_S` for what is uploaded."""
-        finishing = threading.Thread(target=self._finish, daemon=True)
-        finishing.start()
-        finishing.join(self.FINISH_S)
-        if finishing.is_alive():
-            say(
-                f"Weights & Biases has not got everything after {self.FINISH_S:g} s; later, "
-                f"wandb sync {self._folder}",
-                sys.stderr,
-            )
-
-    def _finish(self) -> None:
         try:
             self._run.finish()
         except Exception as error:  # of many kinds
