@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,17 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
                 "give another folder."
             )
         return False
-    stored = trained_settings(read_object(path, fix=ANOTHER))
-    given = trained_settings(json.loads(json.dumps(settings)))
-    changed = [
-        f"{name} is {_brief(stored.get(name))} there and {_brief(given.get(name))} here"
-        for name in sorted(stored.keys() | given)
-        if stored.get(name) != given.get(name)
-    ]
-    if changed:
+    stored = _but(NEUTRAL, read_object(path, fix=ANOTHER))
+    given = _but(NEUTRAL, json.loads(json.dumps(settings)))
+    changed = [x for x in sorted(stored.keys() | given) if stored.get(x) != given.get(x)]
+    if set(changed) - set(LENGTH):
+        listed = [
+            f"{name} is {_brief(stored.get(name))} there and {_brief(given.get(name))} here"
+            for name in changed[:SHOWN]
+        ]
         more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise InputError(
-            f"--workdir={workdir}: holds a run with other settings "
-            f"({'; '.join(changed[:SHOWN])}{more}); give "
+            f"--workdir={workdir}: holds a run with other settings ({'; '.join(listed)}{more}); give "
             "another folder, or the settings of that run to continue it."
         )
     return True
@@ -92,10 +91,15 @@ def _brief(value: Any) -> str:
 
 def trained_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that alter what is trained, how long apart, by their names with dots."""
+    return _but((*NEUTRAL, *LENGTH), settings)
+
+
+def _but(left_out: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by their names with dots, but for some and whole sections."""
     return {
         name: value
         for name, value in _flat(settings).items()
-        if not any(name == own or name.startswith(f"{own}.") for own in (*NEUTRAL, *LENGTH))
+        if not any(name == own or name.startswith(f"{own}.") for own in left_out)
     }
 
 

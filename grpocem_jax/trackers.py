@@ -150,15 +150,8 @@ class WeightsAndBiases:
     the run is kept on disk too.
     """
 
-    FINISH_S = 120.0
-    """For what is not yet uploaded at the end of a run."""
-
     def __init__(self, project: str, workdir: Path, config: Mapping[str, Any], run_id: str | None):
         import wandb
-
-        options: dict[str, Any] = {"silent": True, "console": "off"}
-        if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):  # since 2025
-            options |= {"finish_timeout": self.FINISH_S, "finish_timeout_raises": True}
 
         def start(mode: Any) -> Any:
             return wandb.init(
@@ -169,7 +162,7 @@ class WeightsAndBiases:
                 dir=str(workdir),
                 config=dict(config),
                 mode=mode,
-                settings=wandb.Settings(**options),
+                settings=wandb.Settings(silent=True, console="off"),
             )
 
         mode, why = os.environ.get("WANDB_MODE"), "no key"
@@ -193,7 +186,7 @@ class WeightsAndBiases:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Waits until everything is written, and as long as `FINISH_S` for what is uploaded."""
+        """Waits until everything is written, and uploaded where that is possible."""
         try:
             self._run.finish()
         except Exception as error:  # of many kinds
