@@ -78,8 +78,8 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
         ]
         more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise InputError(
-            f"--workdir={workdir}: holds a run with other settings ({'; '.join(listed)}{more}); give "
-            "another folder, or the settings of that run to continue it."
+            f"--workdir={workdir}: holds a run with other settings ({'; '.join(listed)}{more}); "
+            "give another folder, or the settings of that run to continue it."
         )
     return True
 
