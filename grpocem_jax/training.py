@@ -173,7 +173,7 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
     )
     sampled, greedy = heldout.gains(config.data.tasks)
     unchanged = [name for name, gain in sampled.items() if gain.gain_ci95 == (0.0, 0.0)]
-    remarks = step_metrics.signal_lines(run.recent, config.generation.temperature, unchanged)
+    remarks = metrics.signal_lines(run.recent, config.generation.temperature, unchanged)
     try:  # saved first, and shown also where it cannot be saved
         results.write(workdir, config, policy, state.adapter, best, heldout, summary)
     finally:
@@ -280,8 +280,8 @@ class Run:
             workdir / "nonfinite.jsonl", position.get("nonfinite_bytes", 0)
         )
         self.recent = collections.deque(
-            metrics.last_lines(workdir / "metrics.jsonl", step_metrics.WINDOW),
-            maxlen=step_metrics.WINDOW,
+            metrics.last_lines(workdir / "metrics.jsonl", metrics.WINDOW),
+            maxlen=metrics.WINDOW,
         )
         self.without_signal: set[str] = set()
         self.differences: list[str] = list(position.get("differences", []))
@@ -459,9 +459,9 @@ class Run:
         line = {name: finite.get(name) for name in record}
         self.metrics.write(line)
         self.recent.append(line)
-        if len(self.recent) == step_metrics.WINDOW:
-            flat = set(step_metrics.without_signal(self.recent))
-            for text in step_metrics.signal_lines(self.recent, record["temperature"]):
+        if len(self.recent) == metrics.WINDOW:
+            flat = set(metrics.without_signal(self.recent))
+            for text in metrics.signal_lines(self.recent, record["temperature"]):
                 if text.split(":")[0] in flat - self.without_signal:
                     say(f"step {record['step']}: {text}", sys.stderr)
             self.without_signal = flat

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
-from grpocem_jax import rollouts, step_metrics
+from grpocem_jax import metrics, rollouts, step_metrics
 from grpocem_jax.errors import InputError
 from grpocem_jax.tasks import scoring
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
@@ -265,19 +265,19 @@ def records(*shares, task="qa"):
 
 
 def test_a_task_is_without_signal_by_its_last_steps():
-    assert step_metrics.without_signal(records(*[0.0] * 5, *[1.0] * 20)) == {"qa": 1.0}
-    assert step_metrics.without_signal(records(*[1.0] * 25, *[0.0] * 3)) == {}
+    assert metrics.without_signal(records(*[0.0] * 5, *[1.0] * 20)) == {"qa": 1.0}
+    assert metrics.without_signal(records(*[1.0] * 25, *[0.0] * 3)) == {}
     # 18 of 20 is the share at which it begins.
-    assert step_metrics.without_signal(records(*[1.0] * 18, 0.0, 0.0)) == {"qa": 0.9}
-    assert step_metrics.without_signal(records(1.0, None, 0.7)) == {}
-    assert step_metrics.without_signal([{"step": 1, "frac_reward_zero_std": 1.0}]) == {}
+    assert metrics.without_signal(records(*[1.0] * 18, 0.0, 0.0)) == {"qa": 0.9}
+    assert metrics.without_signal(records(1.0, None, 0.7)) == {}
+    assert metrics.without_signal([{"step": 1, "frac_reward_zero_std": 1.0}]) == {}
 
 
 def test_what_to_do_without_signal_is_said_and_a_gain_of_zero_explained():
-    (line,) = step_metrics.signal_lines(records(1.0, 1.0), 0.7, ["qa"])
+    (line,) = metrics.signal_lines(records(1.0, 1.0), 0.7, ["qa"])
     for part in ("qa: in the last 2 steps 100%", "gain of exactly 0", "temperature=0.7"):
         assert part in line
-    (line,) = step_metrics.signal_lines(records(1.0, 1.0), None)
+    (line,) = metrics.signal_lines(records(1.0, 1.0), None)
     assert "gain" not in line
 
 
