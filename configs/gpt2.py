@@ -41,6 +41,9 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
     config.data.max_samples = 500
     config.data.bad_lines = "error"
     config.data.reward_timeout_s = 600.0
+    config.data.reward_retries = 0
+    config.data.reward_on_error = "stop"
+    config.data.find_failing_completion = False
     config.data.heldout_samples = 100  # not in the report, which has no held-out set
     config.data.validation_samples = 20
     # "Max length 256" is prompt and completion together.

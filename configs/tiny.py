@@ -31,6 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.max_samples = 500
     config.data.bad_lines = "error"
     config.data.reward_timeout_s = 600.0
+    config.data.reward_retries = 0
+    config.data.reward_on_error = "stop"
+    config.data.find_failing_completion = False
     config.data.heldout_samples = 100
     config.data.validation_samples = 20
     config.data.max_prompt_tokens = 64

@@ -232,7 +232,11 @@ def adapt(
 
     own = user_code.is_reference(settings.fitness)
     name = settings.fitness if own else "likelihood"
-    fix = "return a finite number for it" if own else "give other texts, or another adapter"
+    fix = "give other texts, or another adapter"
+    if own:
+        fix = "return a finite number for it"
+    elif run.policy.dtype == "float16":
+        fix = run.policy.nonfinite_logits("")
     before = _finite(value(run.adapter), name, "to start from", fix)
     fitted, held_back = everything, None
     if settings.gate:
@@ -435,7 +439,8 @@ def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[
     """Greedy completions of prompts, each in a program of its bucket's length.
 
     Raises:
-      InputError: a prompt that is empty, or too long to be completed; a single string.
+      InputError: a prompt that is empty, or too long to be completed; a single string; logits
+        that are not finite.
     """
     if isinstance(prompts, str):
         raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
@@ -455,7 +460,8 @@ def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[
             temperature=run.config.generation.temperature,
             greedy=True,
         )
-        texts.append(rollouts.decode(run.policy, *jax.device_get((out.tokens, out.mask)))[0][0])
+        drawn = rollouts.fetch_finite(run.policy, out)
+        texts.append(rollouts.decode(run.policy, drawn.tokens, drawn.mask)[0][0])
     return texts
 
 
@@ -498,6 +504,9 @@ def log_likelihoods(
       adapters: offsets; with ``own_adapters`` one for each text, a leading axis ``n``.
       texts: the texts.
       own_adapters: whether each text has an adapter of its own.
+
+    Raises:
+      InputError: a text that cannot be used, or logits that are not finite.
     """
     settings = run.config.cem
     encoded = [encode(run.policy, text, settings) for text in texts]
@@ -513,7 +522,11 @@ def log_likelihoods(
         part = devices.divide(run.policy.mesh, part)
         own = jax.tree.map(lambda x, rows=rows: x[rows], adapters) if own_adapters else adapters
         values.append(np.asarray(_values(score, own, part, own_adapters=own_adapters)))
-    return np.concatenate(values)[: len(texts)]
+    found = np.concatenate(values)[: len(texts)]
+    if not np.isfinite(found).all():
+        fix = "give other texts, or another adapter"
+        raise InputError(f"a likelihood is not finite: {run.policy.nonfinite_logits(fix)}.")
+    return found
 
 
 @jax.jit
@@ -553,7 +566,8 @@ def _encode(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray
         raise InputError(
             f"a text of {len(tokens)} tokens is longer than the limit of {limit}, the last of "
             f"cem.buckets={settings.buckets} (the model's context is "
-            f"{policy.model.context}); shorten it or raise the limit."
+            f"{policy.model.context}); shorten it, or end cem.buckets with {len(tokens)} "
+            "or more."
         )
     return tokens, len(prompt) if completion else 1
 

@@ -166,10 +166,21 @@ class Checkpoints:
         """The steps that have a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
+    def wait(self) -> None:
+        """Waits for saves under way; raises what one of them failed with."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def last_step(workdir: Path) -> int:
+    """The step of the last checkpoint of a run directory, whole or not; 0 where there is none."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 @contextlib.contextmanager

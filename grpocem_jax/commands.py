@@ -20,7 +20,7 @@ from grpocem_jax import memory
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import cache_folder, expand
-from grpocem_jax.terminal import one_line, say
+from grpocem_jax.terminal import abandon, one_line, say
 
 # Flags that this module defines are listed in the help of the command that asks for them.
 flags.disclaim_key_flags()
@@ -98,6 +98,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
                 "device with more memory."
             )
         except BrokenPipeError:
+            abandon(sys.stdout)
             _fail("what reads the output has closed it (head does); write it to a file instead.")
         except OSError as error:  # such as a full disk in the middle of a run
             place = f"{error.filename}: " if error.filename else ""

@@ -162,6 +162,24 @@ class DataConfig:
     reward_timeout_s: float = _field(
         "Seconds that one call of a reward function may take; 0 for any time.", _at_least(0)
     )
+    reward_retries: int = _field(
+        "How often a reward function that raises, takes too long or returns too few values is "
+        "called again, after 1, 2, 4, ... seconds, at most a minute.",
+        _at_least(0),
+        default=0,
+    )
+    reward_on_error: str = _field(
+        "What then comes of it, and of a value that is no reward: `stop` ends the run, which the "
+        "same command continues; `abstain` leaves the completions without this reward, counted in "
+        "`reward_errors`.",
+        _one_of("stop", "abstain"),
+        default="stop",
+    )
+    find_failing_completion: bool = _field(
+        "Call a reward function that raised again for each completion by itself, to name the one "
+        "that it raises on.",
+        default=False,
+    )
     sources: Mapping[str, SourceConfig] = _field("The source of each task's examples.")
 
 
@@ -378,7 +396,13 @@ class Config:
     def task(self, name: str) -> Task:
         """The task of this name with the rewards of its source."""
         task = make_task(name, self.data.sources.get(name, SourceConfig()))
-        return dataclasses.replace(task, reward_timeout_s=self.data.reward_timeout_s)
+        names = (
+            "reward_timeout_s",
+            "reward_retries",
+            "reward_on_error",
+            "find_failing_completion",
+        )
+        return dataclasses.replace(task, **{name: getattr(self.data, name) for name in names})
 
     @property
     def prompts_per_step(self) -> int:

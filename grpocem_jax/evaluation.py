@@ -108,7 +108,8 @@ def evaluate(
       ``[n][samples]``.
 
     Raises:
-      InputError: out of device memory, or what `rollouts.score` raises.
+      InputError: out of device memory, logits that are not finite, or what `rollouts.score`
+        raises.
     """
     size = min(config.train.eval_batch_size, max(len(items), 1))
     advice = (
@@ -143,8 +144,8 @@ def evaluate(
                 greedy=greedy,
                 own_adapters=own_adapters,
             )
-            tokens, mask = jax.device_get((out.tokens, out.mask))
-        groups = rollouts.decode(policy, tokens, mask)[: len(rows)]
+            drawn = rollouts.fetch_finite(policy, out)
+        groups = rollouts.decode(policy, drawn.tokens, drawn.mask)[: len(rows)]
         scores = rollouts.score(chosen, groups).total
         for row, group, values in zip(rows, groups, scores, strict=True):
             texts[row] = group

@@ -22,7 +22,7 @@ from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import load_policy
 from grpocem_jax.tasks import Task
-from grpocem_jax.terminal import visible
+from grpocem_jax.terminal import say
 from grpocem_jax.training import train
 
 SNAPSHOTS = 5
@@ -85,7 +85,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
     template = grpo.init_state(policy.zero, config.hyperparameters)
     snapshots = []
     for number, (name, tasks) in enumerate(experts.items(), start=1):
-        print(f"\nexpert {number} of {len(experts)}: {name} ({', '.join(tasks)})", flush=True)
+        say(f"\nexpert {number} of {len(experts)}: {name} ({', '.join(tasks)})")
         own = settings.copy_and_resolve_references()
         own.data.tasks = tasks
         steps = len(tasks) * config.data.max_samples // config.prompts_per_step
@@ -110,7 +110,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         for name in experts:
             checkpoints.copy_adapter(workdir / "runs" / name / "adapter", folder / name)
         checkpoints.save_trajectory(folder, trajectory)
-    print(visible(f"\nlibrary of {len(experts)} experts in {library}"), flush=True)
+    say(f"\nlibrary of {len(experts)} experts in {library}")
     return library
 
 

@@ -32,7 +32,7 @@ from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.models import tokenizer as tokenizers
 from grpocem_jax.policy import Carrier, own_code, put_adapter
-from grpocem_jax.terminal import visible
+from grpocem_jax.terminal import say, show
 
 FORMATS = ("merged", "peft")
 
@@ -112,7 +112,7 @@ def export_model(
     if lora:
         rank = _check_lora(run, rank)
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None, lora=lora)
-    print(visible(screens.exporting(run, source, lora=lora)), file=sys.stderr, flush=True)
+    say(screens.exporting(run, source, lora=lora), sys.stderr)
     # The run's own parameters may be in bfloat16.
     carrier = put_adapter(pretrained, run.config.adapter, seed=run.config.seed)
     try:
@@ -469,9 +469,9 @@ def run(
     exported = export_model(
         workdir, out, adapter=adapter, model=model, format=format, dtype=dtype, rank=rank
     )
-    print(visible(screens.exported(exported)), flush=True)
+    show(screens.exported(exported))
     if repository is not None:
-        print(visible(f"pushed    {_push(exported.folder, repository, private)}"), flush=True)
+        show(f"pushed    {_push(exported.folder, repository, private)}")
     return exported
 
 

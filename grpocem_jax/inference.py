@@ -20,7 +20,7 @@ from grpocem_jax.files import expand, is_file, write_json, writing
 from grpocem_jax.searching import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
-from grpocem_jax.terminal import visible
+from grpocem_jax.terminal import say, show, unread
 
 
 def run(
@@ -96,9 +96,19 @@ def run(
         adaptation.encode(trained.policy, judge, trained.config.cem)
     if save:
         _make_folder(Path(save))
-    print(visible(screens.adapting(trained, workdir)), file=sys.stderr, flush=True)
+    say(screens.adapting(trained, workdir), sys.stderr)
+    # Results are saved before they are shown, and shown also where they cannot be saved.
+    unsaved: InputError | None = None
     if evaluate:
         result = _evaluate(trained)
+        try:
+            with writing(f"--workdir={workdir}", "copy the run to another folder"):
+                write_json(Path(workdir) / "evaluation.json", result)
+            say(f"report    {report.write(workdir)}", sys.stderr)
+        except InputError as error:
+            unsaved = error
+        if not as_json:
+            show(tables.show(result, trained.config))
     else:
         results = []
         pairs = (
@@ -108,25 +118,30 @@ def run(
         )
         for found, text in pairs:
             results.append(_record(trained, found, text, judged))
+            if save and len(results) == 1:
+                try:
+                    _save(trained, found, results[0], save)
+                except InputError as error:
+                    unsaved = error
             if not as_json:
-                print(visible(screens.adapted(results[-1])), flush=True)
+                show(screens.adapted(results[-1]))
         result = {"results": results} if prompts else results[0]
-        if save:
-            config = trained.policy.adapter_config(trained.config.adapter)
-            card = screens.adapted_card(trained, results[-1])
-            with writing(f"--save={save}", "give another folder"):
-                checkpoints.save_adapter(Path(save), found.adapter, config, card)
-            print(visible(f"adapter saved in {save}"), file=sys.stderr)
     if as_json:
         # In ASCII: what moves a cursor or turns the writing direction is an escape of JSON's own.
-        print(json.dumps(result, allow_nan=False))
-    elif evaluate:
-        print(visible(tables.show(result, trained.config)))
-    if evaluate:
-        with writing(f"--workdir={workdir}", "copy the run to another folder"):
-            write_json(Path(workdir) / "evaluation.json", result)
-        print(visible(f"report    {report.write(workdir)}"), file=sys.stderr)
+        print(json.dumps(result, allow_nan=False), flush=True)
+    if unsaved is not None:
+        raise unsaved
     return result
+
+
+def _save(run: TrainedRun, found: Adaptation, record: dict[str, Any], folder: str) -> None:
+    """Saves the adapter found; there is one, also where it completes several prompts."""
+    card = screens.adapted_card(run, record)
+    with writing(f"--save={folder}", "give another folder"):
+        checkpoints.save_adapter(
+            Path(folder), found.adapter, run.policy.adapter_config(run.config.adapter), card
+        )
+    say(f"adapter saved in {folder}", sys.stderr)
 
 
 def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adaptation, str]]:
@@ -175,7 +190,7 @@ def _record(
 def _evaluate(run: TrainedRun) -> dict[str, Any]:
     data = load_data(run.config, run.policy)
     lines = "\n".join(f"data      {line}" for line in data.lines)
-    print(visible(lines), file=sys.stderr, flush=True)
+    say(lines, sys.stderr)
     view = _LiveView("searches", 0)
     result = tables.adapted_tables(
         run,
@@ -287,9 +302,11 @@ class _LiveView:
 
     def close(self) -> None:
         if self.end == "\r" and self.width:
-            print(file=sys.stderr)
+            with unread(sys.stderr):
+                print(file=sys.stderr)
 
     def _print(self, line: str) -> None:
         padding = " " * max(0, self.width - len(line))
         self.width = len(line)
-        print(line + padding, end=self.end, file=sys.stderr, flush=True)
+        with unread(sys.stderr):
+            print(line + padding, end=self.end, file=sys.stderr, flush=True)

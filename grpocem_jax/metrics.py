@@ -5,10 +5,12 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 from grpocem_jax.errors import InputError
 
@@ -62,6 +64,64 @@ class JsonLines:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+
+def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last records of a file of JSON lines, at most ``count``; none of a file not there."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[-count - 1 :] if line]
+
+
+ZERO_STD = "frac_reward_zero_std"
+"""The share of groups with equal rewards, of all tasks; behind it and a slash that of one."""
+
+WINDOW = 20
+"""Steps, the last ones, by which a task is judged to be without signal."""
+
+FLAT = 0.9
+"""Share of a task's groups with equal rewards from which on it is."""
+
+
+def without_signal(records: Collection[Mapping[str, Any]]) -> dict[str, float]:
+    """Tasks nearly all of whose groups had equal rewards, with the share of those groups.
+
+    Args:
+      records: lines of metrics.jsonl; the last `WINDOW` count.
+    """
+    shares: dict[str, list[float]] = {}
+    for record in list(records)[-WINDOW:]:
+        for name, value in record.items():
+            if name.startswith(f"{ZERO_STD}/") and value is not None:
+                shares.setdefault(name.removeprefix(f"{ZERO_STD}/"), []).append(value)
+    means = {task: float(np.mean(values)) for task, values in shares.items()}
+    return {task: share for task, share in means.items() if share >= FLAT}
+
+
+def signal_lines(
+    records: Collection[Mapping[str, Any]],
+    temperature: float | None,
+    unchanged: Collection[str] = (),
+) -> list[str]:
+    """A sentence for each task `without_signal`: what that means, and what to do.
+
+    Args:
+      records: lines of metrics.jsonl.
+      temperature: of the samples, or None where it is not known.
+      unchanged: tasks whose held-out gain is exactly 0.
+    """
+    now = "" if temperature is None else f" than generation.temperature={temperature:g}"
+    steps = min(len(records), WINDOW)
+    last = f"the last {steps} steps" if steps > 1 else "the last step"
+    return [
+        f"{task}: in {last} {share:.0%} of the groups had equal rewards, and such a group teaches "
+        "nothing"
+        + (", hence the held-out gain of exactly 0" if task in unchanged else "")
+        + "; give prompts that are neither too easy nor too hard, a reward that tells answers "
+        f"apart more finely, or a higher temperature{now}."
+        for task, share in without_signal(records).items()
+    ]
 
 
 class CompileClock:

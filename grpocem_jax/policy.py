@@ -64,6 +64,21 @@ class Policy:
         """How many devices work together."""
         return 1 if self.mesh is None else self.mesh.size
 
+    @property
+    def dtype(self) -> str:
+        """The type of the matrices, ``model.dtype``."""
+        found = {str(x.dtype) for x in jax.tree.leaves(self.params)}
+        return next((name for name in ("float16", "bfloat16") if name in found), "float32")
+
+    def nonfinite_logits(self, fix: str) -> str:
+        """That logits are not finite and what to do; ``fix`` where the type is not to blame."""
+        if self.dtype == "float16":
+            fix = (
+                "its largest number is 65504, so set config.model.dtype to 'bfloat16', or to "
+                "'float32'"
+            )
+        return f"the logits are not finite in {self.dtype}; {fix}"
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text from its beginning, with `start_ids` before it; none of no text.
 

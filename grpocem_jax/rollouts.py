@@ -1,21 +1,21 @@
 """Between text and arrays: prompts to padded batches, completions to text, text to rewards."""
 
 import math
-import queue
-import threading
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import devices, sampling, user_code
+from grpocem_jax import devices, sampling
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import HUGEST, GenerationConfig
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import Policy
-from grpocem_jax.tasks import Example, Reward, Task
+from grpocem_jax.tasks import Example, Task, scoring
+from grpocem_jax.terminal import say
 
 
 class Item(NamedTuple):
@@ -108,6 +108,39 @@ def generate(
     )
 
 
+class Drawn(NamedTuple):
+    """Completions on the host: tokens int32 and mask bool ``[P, G, N]`` as in `sampling.Rollouts`,
+    and whether all log-probabilities of a completion are finite, bool ``[P, G]``.
+
+    Where they are not, the logits were not either, and the tokens mean nothing.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    finite: np.ndarray
+
+
+def fetch(out: sampling.Rollouts) -> Drawn:
+    """Waits for completions and brings them to the host."""
+    tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
+    return Drawn(tokens, mask, np.isfinite(logps).all(-1))
+
+
+def fetch_finite(policy: Policy, out: sampling.Rollouts) -> Drawn:
+    """`fetch` of completions that are of use only if all their logits are finite.
+
+    Raises:
+      InputError: some are not.
+    """
+    drawn = fetch(out)
+    if not drawn.finite.all():
+        count = f"in {np.sum(~drawn.finite)} of {drawn.finite.size} completions "
+        raise InputError(
+            f"{count}{policy.nonfinite_logits('use another adapter, or other prompts')}."
+        )
+    return drawn
+
+
 def decode(policy: Policy, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
     """Texts ``[P][G]`` of completions ``[P, G, N]``, without what ended them.
 
@@ -129,117 +162,38 @@ class Scores(NamedTuple):
       total: weighted sum of the functions' rewards, float32 ``[P, G]``; NaN where all abstained.
       functions: by name what each function gave, float32 ``[P, G]``; NaN where it abstained, or
         does not judge the prompt's task.
+      errors: for how many completions a function abstained because it failed, summed over the
+        functions; None where no task asks for that (``data.reward_on_error="abstain"``).
     """
 
     total: np.ndarray
     functions: dict[str, np.ndarray]
+    errors: int | None = None
 
 
-def _call(
-    function: Any, items: Sequence[Item], texts: Sequence[Sequence[str]]
-) -> list[tuple[Any, ...]]:
-    """Calls a reward function once for all samples of some items of one task; values ``[P][G]``."""
-    size, name = len(texts[0]), Reward(function).name
-    examples = [item.example for item in items for _ in range(size)]
-    completions = [text for group in texts for text in group]
-    names = dict.fromkeys(name for example in examples for name in example.columns)
-    if items[0].task.own:
-        names.pop("prompt")
+def _call(function: Any, items: Sequence[Item], texts: Sequence[Sequence[str]]) -> scoring.Call:
+    """The call of a reward function for all samples of some items of one task."""
+    examples = [item.example for item in items for _ in texts[0]]
+    return scoring.Call(function, items[0].task, examples, [x for group in texts for x in group])
 
-    def call(rows: Sequence[int]) -> Any:
-        values = function(
-            prompts=[examples[row].prompt for row in rows],
-            completions=[completions[row] for row in rows],
-            **{name: [examples[row].columns.get(name) for row in rows] for name in names},
-        )
+
+def _rewards(call: scoring.Call, values: Sequence[Any]) -> tuple[list[float], int]:
+    """The rewards that a call returned, and how many of its values are none."""
+    rewards, wrong = [], []
+    for value, example, completion in zip(values, call.examples, call.completions, strict=True):
         try:
-            iterator = iter(values)
-        except TypeError:
-            return values
-        # The code of a generator runs here.
-        return list(iterator)
-
-    everything, limit = range(len(examples)), items[0].task.reward_timeout_s
-    try:
-        values = _within(limit, lambda: call(everything))
-    except _TimeLimitError:
-        raise InputError(
-            f"The reward function {name} took more than data.reward_timeout_s={limit:g} for "
-            f"{len(examples)} completions of the task {items[0].task.name}; make it faster, or "
-            "raise the limit."
-        ) from None
-    except (Exception, SystemExit) as error:  # whatever the function's own code may raise
-        kind, message = user_code.failure(error)
-        try:
-            where = _within(limit, lambda: _first_failure(call, everything))
-            place = (
-                "on the whole batch, though on no completion by itself"
-                if where is None
-                else f"on the completion {completions[where]!r} of the prompt "
-                f"{examples[where].prompt!r}"
-            )
-        except _TimeLimitError:
-            place = (
-                "on the whole batch, and looking for the completion took more than "
-                f"data.reward_timeout_s={limit:g}"
-            )
-        raise InputError(
-            f"The reward function {name} raised {kind} ({message}) {place}; it gets prompts, "
-            f"completions and the columns {', '.join(names) or '(none)'} as keywords."
-        ) from error
-    if not isinstance(values, list):
-        raise InputError(
-            f"The reward function {name} returned {type(values).__name__}; it must return a list "
-            "with a number or None for each completion."
-        )
-    if len(values) != len(examples):
-        raise InputError(
-            f"The reward function {name} returned {len(values)} values for "
-            f"{len(examples)} completions; it must return one for each."
-        )
-    return [tuple(values[i : i + size]) for i in range(0, len(values), size)]
+            rewards.append(_reward(value, call.name, example.prompt, completion))
+        except InputError as error:
+            if call.task.reward_on_error == "stop":
+                raise
+            rewards.append(math.nan)
+            wrong.append(error)
+    if wrong:
+        say(f"{len(wrong)} of {len(values)} completions abstain: {wrong[0]}", sys.stderr)
+    return rewards, len(wrong)
 
 
-class _TimeLimitError(Exception):
-    pass
-
-
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What the function returns or raises; `_TimeLimitError` if that takes longer.
-
-    The thread of a function that hangs is left behind, and does not keep the process alive.
-    """
-    if not seconds:
-        return function()
-    results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put((True, function()))
-        except BaseException as error:
-            results.put((False, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        good, value = results.get(timeout=min(seconds, threading.TIMEOUT_MAX))
-    except queue.Empty:
-        raise _TimeLimitError from None
-    if not good:
-        raise value
-    return value
-
-
-def _first_failure(call: Any, rows: Sequence[int]) -> int | None:
-    for row in rows:
-        try:
-            call([row])
-        except (Exception, SystemExit) as error:
-            user_code.failure(error)  # a signal is none of the row's
-            return row
-    return None
-
-
-def _reward(value: Any, name: str, item: Item, completion: str) -> float:
+def _reward(value: Any, name: str, prompt: str, completion: str) -> float:
     """A reward as a number, NaN where the function abstained."""
     if value is None:
         return math.nan
@@ -255,7 +209,7 @@ def _reward(value: Any, name: str, item: Item, completion: str) -> float:
             shown = f"a value of type {type(value).__name__}"
         raise InputError(
             f"The reward function {name} returned {shown} for the completion {completion!r} of "
-            f"the prompt {item.example.prompt!r}; rewards are finite numbers, or None."
+            f"the prompt {prompt!r}; rewards are finite numbers, or None."
         )
     return number
 
@@ -279,27 +233,38 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
     shape = (len(items), len(texts[0]))
     total = np.full(shape, np.nan, np.float32)
     functions: dict[str, np.ndarray] = {}
-    for rows in _by_task(items).values():
-        chosen, parts = [items[r] for r in rows], [texts[r] for r in rows]
-        for reward in chosen[0].task.rewards:
-            values = functions.setdefault(reward.name, np.full(shape, np.nan, np.float32))
-            found = _call(reward.function, chosen, parts)
-            for row, item, group, completions in zip(rows, chosen, found, parts, strict=True):
-                for sample, (value, text) in enumerate(zip(group, completions, strict=True)):
-                    values[row, sample] = _reward(value, reward.name, item, text)
-            before = total[rows]
-            with np.errstate(over="ignore"):
-                own = reward.weight * values[rows]
-                # The sum of those that did not abstain.
-                sums = np.where(np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own))
-            if np.isinf(sums).any():
-                raise InputError(
-                    f"The rewards of the task {chosen[0].task.name} with the weight "
-                    f"{reward.weight:g} of {reward.name} add up to more than float32 holds; lower "
-                    "the rewards, or their weights."
-                )
-            total[rows] = sums
-    return Scores(total, functions)
+    judged = [
+        (reward, rows)
+        for rows in _by_task(items).values()
+        for reward in items[rows[0]].task.rewards
+    ]
+    calls = [
+        _call(reward.function, [items[r] for r in rows], [texts[r] for r in rows])
+        for reward, rows in judged
+    ]
+    errors = 0
+    for (reward, rows), call, found in zip(judged, calls, scoring.call(calls), strict=True):
+        values = functions.setdefault(reward.name, np.full(shape, np.nan, np.float32))
+        if found is None:
+            errors += len(call.completions)
+        else:
+            numbers, wrong = _rewards(call, found)
+            errors += wrong
+            values[rows] = np.reshape(numbers, (len(rows), -1))
+        before = total[rows]
+        with np.errstate(over="ignore"):
+            own = reward.weight * values[rows]
+            # The sum of those that did not abstain.
+            sums = np.where(np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own))
+        if np.isinf(sums).any():
+            raise InputError(
+                f"The rewards of the task {call.task.name} with the weight {reward.weight:g} of "
+                f"{reward.name} add up to more than float32 holds; lower the rewards, or their "
+                "weights."
+            )
+        total[rows] = sums
+    counted = any(item.task.reward_on_error == "abstain" for item in items)
+    return Scores(total, functions, errors if counted else None)
 
 
 def population_rewards(
@@ -328,7 +293,11 @@ def population_rewards(
       common_random_numbers: candidates share the prompts' keys.
 
     Returns:
-      float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained.
+      float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained, or where
+      their logits are not finite.
+
+    Raises:
+      InputError: what `score` raises; logits of a single adapter that are not finite.
     """
     count = len(jax.tree.leaves(adapters)[0])
     chunk = min(chunk or count, count)
@@ -356,8 +325,11 @@ def population_rewards(
             temperature=generation.temperature,
             own_adapters=True,
         )
-        texts = decode(policy, *jax.device_get((out.tokens, out.mask)))
-        scores = score([*items] * chunk, texts).total.reshape(chunk, len(items), num_samples)
+        # What a single adapter makes is meant to be judged; of many, some may be far out.
+        drawn = fetch(out) if count > 1 else fetch_finite(policy, out)
+        texts = decode(policy, drawn.tokens, drawn.mask)
+        scores = np.where(drawn.finite, score([*items] * chunk, texts).total, np.nan)
+        scores = scores.reshape(chunk, len(items), num_samples)
         present = ~np.isnan(scores)
         total = np.where(present, scores, 0.0).sum(-1)
         means = np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)
@@ -402,7 +374,10 @@ def score_steps(
                     rewards[row, sample, last] = outcomes[row, sample]
                     ends[row, sample, last] = True
             continue
-        for row, group in zip(rows, _call(function, chosen, parts), strict=True):
+        (found,) = scoring.call([_call(function, chosen, parts)])
+        samples = len(parts[0])
+        for number, row in enumerate(rows):
+            group = [()] * samples if found is None else found[number * samples :][:samples]
             for sample, steps in enumerate(group):
                 ids = tokens[row, sample, : lengths[row, sample]]
                 for step, index in zip(

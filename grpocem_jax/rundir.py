@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from grpocem_jax.terminal import say
 
 NEUTRAL = (
     "cem",
+    "data.find_failing_completion",
+    "data.reward_on_error",
+    "data.reward_retries",
     "data.reward_timeout_s",
     "logging",
     "model.source",
@@ -35,7 +38,13 @@ NEUTRAL = (
 
 A model may move; that its weights are the same is known by their hash (`check_identity`)."""
 
+LENGTH = ("train.epochs", "train.max_steps")
+"""Settings of how long a run is, which may change as well: it goes on, or ends sooner."""
+
 ANOTHER = "give another --workdir"
+
+SHOWN = 5
+"""Differences between settings that a message lists."""
 
 OF_A_RUN = ("metrics.jsonl", "completions.jsonl", "summary.json", "checkpoints", "adapter")
 """What a run would write over."""
@@ -65,17 +74,18 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
                 "give another folder."
             )
         return False
-    stored = trained_settings(_complete(read_object(path, fix=ANOTHER)))
-    given = trained_settings(json.loads(json.dumps(settings)))
-    changed = [
-        f"{name} is {stored.get(name)!r} there and {given.get(name)!r} here"
-        for name in sorted(stored.keys() | given)
-        if stored.get(name) != given.get(name)
-    ]
-    if changed:
+    stored = _but(NEUTRAL, _complete(read_object(path, fix=ANOTHER)))
+    given = _but(NEUTRAL, json.loads(json.dumps(settings)))
+    changed = [x for x in sorted(stored.keys() | given) if stored.get(x) != given.get(x)]
+    if set(changed) - set(LENGTH):
+        listed = [
+            f"{name} is {_brief(stored.get(name))} there and {_brief(given.get(name))} here"
+            for name in changed[:SHOWN]
+        ]
+        more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise InputError(
-            f"--workdir={workdir}: holds a run with other settings ({'; '.join(changed)}); give "
-            "another folder, or the settings of that run to continue it."
+            f"--workdir={workdir}: holds a run with other settings ({'; '.join(listed)}{more}); "
+            "give another folder, or the settings of that run to continue it."
         )
     return True
 
@@ -89,12 +99,22 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def trained_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that alter what is trained, by their names with dots."""
+    """The settings that alter what is trained, how long apart, by their names with dots."""
+    return _but((*NEUTRAL, *LENGTH), settings)
+
+
+def _but(left_out: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by their names with dots, but for some and whole sections."""
     return {
         name: value
         for name, value in _flat(settings).items()
-        if not any(name == own or name.startswith(f"{own}.") for own in NEUTRAL)
+        if not any(name == own or name.startswith(f"{own}.") for own in left_out)
     }
 
 
@@ -173,9 +193,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Signals:
-    """Catches SIGTERM and SIGINT inside a ``with`` block; a second one ends the process at once.
+    """Catches SIGTERM and SIGINT inside a ``with`` block.
 
-    Outside the main thread, where Python allows no handlers, nothing is caught.
+    The first is only noted where `at_once` is not set; the next raises `Interrupted`, and one after
+    that ends the process at once.  Outside the main thread, where Python allows no handlers,
+    nothing is caught.
 
     Attributes:
       received: the first signal, or None.
@@ -185,6 +207,7 @@ class Signals:
 
     received: int | None = None
     at_once: bool = True
+    _raised: bool = False
 
     def __enter__(self) -> "Signals":
         self._before = {}
@@ -198,14 +221,18 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None:
+        if self._raised:
             os._exit(128 + number)
-        self.received = number
+        self._raised = self.at_once or self.received is not None
+        self.received = self.received or number
         name = signal.Signals(number).name
         what = "the same command continues the run"
-        if not self.at_once:
-            what = "the step under way and a checkpoint are finished first"
+        if not self._raised:
+            what = (
+                "the step under way and a checkpoint are finished first; a second signal leaves "
+                "that step out"
+            )
         with contextlib.suppress(RuntimeError):  # it came in the middle of another line
             say(f"\n{name}: {what}", sys.stderr)
-        if self.at_once:
+        if self._raised:
             raise Interrupted(128 + number)

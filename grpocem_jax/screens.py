@@ -16,7 +16,7 @@ from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
-from grpocem_jax.terminal import one_line, say, unread
+from grpocem_jax.terminal import encodable, one_line, say, unread
 
 
 class Progress:
@@ -52,7 +52,7 @@ class Progress:
     def write(text: str) -> None:
         """Writes text above the bar."""
         with unread(sys.stderr):
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(encodable(text, sys.stderr), file=sys.stderr)
 
     def close(self) -> None:
         """Ends the line of the bar."""
@@ -223,8 +223,9 @@ def closing(
     summary: dict[str, Any],
     config: Config,
     workdir: Path,
+    remarks: Sequence[str] = (),
 ) -> str:
-    """Held-out reward before and after, and what the run took."""
+    """Held-out reward before and after, what the run took, and remarks on it."""
     sampled = f"sampled at T={config.generation.temperature:g}"
     return "\n".join(
         [
@@ -238,6 +239,7 @@ def closing(
             f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
             *_best(summary),
+            *remarks,
             f"adapter and logs are in {workdir}; to adapt it further: "
             f"grpocem-adapt --config CONFIG --workdir {workdir} --prompt TEXT",
         ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import grpo, rollouts
+from grpocem_jax import grpo, metrics, rollouts
 
 
 def lengths(counts: np.ndarray, unended: np.ndarray) -> dict[str, float]:
@@ -36,9 +36,11 @@ def rewards(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> dict[str
     record = {
         "reward": float(np.nanmean(total)) if present.any() else 0.0,
         "reward_std": _std(total),
-        "frac_reward_zero_std": float(flat.mean()),
+        metrics.ZERO_STD: float(flat.mean()),
     }
     tasks = np.array([item.task.name for item in items])
+    for name in dict.fromkeys(tasks.tolist()):
+        record[f"{metrics.ZERO_STD}/{name}"] = float(flat[tasks == name].mean())
     parts = {name: total[tasks == name] for name in dict.fromkeys(tasks.tolist())}
     if any(len(item.task.rewards) > 1 for item in items):
         parts |= {name: values for name, values in scores.functions.items() if name not in parts}
@@ -46,6 +48,8 @@ def rewards(items: Sequence[rollouts.Item], scores: rollouts.Scores) -> dict[str
         if not np.isnan(values).all():
             record[f"rewards/{name}/mean"] = float(np.nanmean(values))
             record[f"rewards/{name}/std"] = _std(values)
+    if scores.errors is not None:
+        record["reward_errors"] = float(scores.errors)
     return record
 
 

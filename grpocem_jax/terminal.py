@@ -1,7 +1,6 @@
 """Text from outside on a terminal: its control characters are shown, not obeyed."""
 
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -22,20 +21,49 @@ def visible(text: str) -> str:
     return "\n".join(map(one_line, text.split("\n")))
 
 
+def encodable(text: str, file: TextIO | None) -> str:
+    """Text with what the encoding of a file lacks as escapes, as Latin-1 lacks most letters."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    except (LookupError, UnicodeError):  # an encoding that Python does not know, or no text
+        return ascii(text)[1:-1]
+
+
 @contextlib.contextmanager
 def unread(file: TextIO) -> Iterator[None]:
-    """Lets a run go on unseen where nobody reads any more what the block writes to a file."""
+    """Lets a run go on unseen where what the block writes to a file cannot be written any more.
+
+    A pipe may be closed, a terminal gone, the disk of a log full: what a run shows on its way is
+    not worth its work.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a terminal that is gone
-            raise
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), file.fileno())
+    except (OSError, ValueError):  # a ValueError of a file that was closed
+        abandon(file)
+
+
+def abandon(file: TextIO) -> None:
+    """Sends what is still to be written to a file, and what will be, nowhere."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
 
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints `visible` text at once, on standard output or ``file``; see `unread`."""
     file = file or sys.stdout
     with unread(file):
-        print(visible(text), file=file, flush=True)
+        _print(text, file)
+
+
+def show(text: str) -> None:
+    """Prints a result, `visible`, on standard output.
+
+    Raises:
+      OSError: nobody reads it any more, or it cannot be written.
+    """
+    _print(text, sys.stdout)
+
+
+def _print(text: str, file: TextIO | None) -> None:
+    print(encodable(visible(text), file), file=file, flush=True)

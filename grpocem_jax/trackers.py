@@ -5,14 +5,17 @@ their dashboards fit; held-out reward after training is ``eval/reward`` and
 ``eval/rewards/TASK/mean``.
 """
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from grpocem_jax.config import LoggingConfig
 from grpocem_jax.errors import InputError
+from grpocem_jax.terminal import say
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
@@ -63,11 +66,61 @@ def start(
     """
     made: list[Tracker] = []
     for name in settings.report_to:
+        tracker = _Guarded(name)
         if name == "tensorboard":
-            made.append(TensorBoard(workdir, first_step))
+            tracker.start(lambda: TensorBoard(workdir, first_step))
         else:
-            made.append(WeightsAndBiases(settings.project, workdir, config, run_id))
+            tracker.start(lambda: WeightsAndBiases(settings.project, workdir, config, run_id))
+        made.append(tracker)
     return made
+
+
+class _Guarded:
+    """A tracker that says once that it failed and is left alone from then on.
+
+    metrics.jsonl has everything that a tracker gets, so a run is never stopped for one.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.where = name, ""
+        self._tracker: Tracker | None = None
+
+    def start(self, make: Callable[[], Tracker]) -> None:
+        """Makes the tracker."""
+        with self._failures():
+            self._tracker = make()
+            self.where = self._tracker.where
+        if self._tracker is None:
+            self.where = f"{self.name} could not be started"
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Writes the values of a step."""
+        with self._failures():
+            if self._tracker is not None:
+                self._tracker.log(values, step)
+
+    def close(self) -> None:
+        """Writes what is still to be written."""
+        with self._failures():
+            if self._tracker is not None:
+                self._tracker.close()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the packages may raise
+            self._tracker = None
+            say(
+                f"{self.name} failed and is left out from here on ({_reason(error)}); the run goes "
+                "on, and metrics.jsonl has all metrics",
+                sys.stderr,
+            )
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 class TensorBoard:
@@ -93,35 +146,52 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run at Weights & Biases; on disk only where no key is at hand, without asking for one.
 
-    ``WANDB_MODE`` decides where it is set.
+    ``WANDB_MODE`` decides where it is set. Where the server cannot be reached, or refuses the key,
+    the run is kept on disk too.
     """
 
     def __init__(self, project: str, workdir: Path, config: Mapping[str, Any], run_id: str | None):
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE")
-        if mode is None:
-            mode = "online" if wandb.login(prompt=False) else "offline"
-        self._run = wandb.init(
-            project=project,
-            name=workdir.name,
-            id=run_id,
-            resume=None if run_id is None else "allow",
-            dir=str(workdir),
-            config=dict(config),
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        folder = Path(self._run.dir).parent
-        self.where = {
-            "online": f"Weights & Biases, {self._run.url}",
-            "offline": f"Weights & Biases, offline (no key): later, wandb sync {folder}",
-        }.get(mode, f"Weights & Biases, {mode}")
+        def start(mode: Any) -> Any:
+            return wandb.init(
+                project=project,
+                name=workdir.name,
+                id=run_id,
+                resume=None if run_id is None else "allow",
+                dir=str(workdir),
+                config=dict(config),
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+        mode, why = os.environ.get("WANDB_MODE"), "no key"
+        try:
+            if mode is None:
+                mode = "online" if wandb.login(prompt=False) else "offline"
+            self._run = start(mode)
+        except Exception as error:  # of many kinds, from requests to wandb's own
+            if mode in ("offline", "disabled", "dryrun"):
+                raise
+            mode, why = "offline", f"online it failed: {_reason(error)}"
+            say(f"Weights & Biases goes on offline ({why})", sys.stderr)
+            self._run = start(mode)
+        self._folder = Path(self._run.dir).parent
+        self.where = f"Weights & Biases, {self._run.url if mode == 'online' else mode}"
+        if mode == "offline":
+            self.where += f" ({why}): later, wandb sync {self._folder}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes the values of a step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._run.finish()
+        """Waits until everything is written, and uploaded where that is possible."""
+        try:
+            self._run.finish()
+        except Exception as error:  # of many kinds
+            say(
+                f"Weights & Biases has not got everything ({_reason(error)}); later, "
+                f"wandb sync {self._folder}",
+                sys.stderr,
+            )

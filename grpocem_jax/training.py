@@ -1,11 +1,13 @@
 """Training: the course of a run from its config to its summary."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,13 @@ from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, read_object, writing
+from grpocem_jax.likelihood import completion_logps
+from grpocem_jax.models.base import Model, Params
 from grpocem_jax.policy import Policy, load_policy
 from grpocem_jax.terminal import say
+
+LARGE_KL = 1e6
+"""A mean k3 estimate from which on something is wrong: a token some 14 nats apart or more."""
 
 
 def train(
@@ -45,7 +52,8 @@ def train(
     """Trains an adapter and measures what it did to held-out reward.
 
     A run directory that holds a run of the same settings continues it from its last checkpoint; the
-    result is bit for bit that of a run that was never interrupted.
+    result is bit for bit that of a run that was never interrupted. A finished run goes on where
+    ``train.max_steps`` or ``train.epochs`` are larger than before.
 
     Args:
       settings: a config, such as those in configs/.
@@ -64,9 +72,9 @@ def train(
     settings = with_defaults(settings)
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
-    complete = None
+    complete, done = None, 0
     if rundir.check_settings(workdir, settings.to_dict()):
-        complete = _complete_summary(workdir)
+        complete, done = _complete_summary(workdir), checkpoints.last_step(workdir)
     trackers.check(config.logging)
     policy = load_policy(
         config.model,
@@ -86,8 +94,23 @@ def train(
             "grpo.group_size); give more data or a smaller step."
         )
     identity = {"model": policy.pretrained.sha256, "data": data.sha256}
+    total = total_steps(config, len(train_items))
+    finished = None if complete is None else complete.get("steps")
+    trained = max(done, finished) if isinstance(finished, int) else done
+    if total < trained:
+        raise InputError(
+            f"--workdir={workdir}: the run there has done {trained} steps, but "
+            f"train.max_steps={config.train.max_steps} and train.epochs={config.train.epochs} give "
+            f"{total}; give as many or more, or another folder."
+        )
     if complete is not None:
         rundir.check_identity(workdir, identity)
+    if total > trained > done:
+        raise InputError(
+            f"--workdir={workdir}: the run there ended after {trained} steps, but its checkpoint "
+            "of that step is not there to go on from; give another folder."
+        )
+    if complete is not None and finished in (total, None):
         page = workdir / "report" / "index.html"
         if not is_file(page):  # the run was cut off before it was drawn
             page = report.write(workdir)
@@ -97,6 +120,7 @@ def train(
         writing(f"--workdir={workdir}", "make room; the same command continues the run"),
         rundir.claim(workdir, settings.to_dict(), identity) as claimed,
         rundir.Signals() as signals,
+        contextlib.ExitStack() as at_last,
     ):
         config_hash = checkpoints.config_hash(rundir.trained_settings(settings.to_dict()))
         key, eval_key = jax.random.split(jax.random.key(config.seed))
@@ -111,10 +135,14 @@ def train(
             run_id=claimed["id"],
             first_step=run.first_step + 1,
         )
+        for log in run.logs:
+            at_last.callback(log.close)
         first = screens.first(config, policy, data.lines, workdir, [x.where for x in run.logs])
         say(first)
         if run.first_step:
             say(f"resumed   after step {run.first_step}")
+        for difference in run.differences:
+            say(f"differs   {difference}")
         return _finish(run, data, eval_key, started)
 
 
@@ -141,22 +169,26 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
             "best_adapter": None if best is None else run.best,
             "resumed_after_step": run.first_step,
             "skipped_updates": run.skipped,
+            "continued": run.differences,
             "micro_batch": run.micro_batch.size,
             "seconds": time.perf_counter() - started,
             "train_seconds": train_seconds,
             "compile_seconds": clock.seconds,
         },
     )
-    results.write(workdir, config, policy, state.adapter, best, heldout, summary)
     sampled, greedy = heldout.gains(config.data.tasks)
+    unchanged = [name for name, gain in sampled.items() if gain.gain_ci95 == (0.0, 0.0)]
+    remarks = metrics.signal_lines(run.recent, config.generation.temperature, unchanged)
+    try:  # saved first, and shown also where it cannot be saved
+        results.write(workdir, config, policy, state.adapter, best, heldout, summary)
+    finally:
+        say(screens.closing(sampled, greedy, summary, config, workdir, remarks))
     named = {
         "eval/reward" if name == "overall" else f"eval/rewards/{name}/mean": gain.after
         for name, gain in sampled.items()
     }
     for log in run.logs:
         log.log(named, int(state.step))
-        log.close()
-    say(screens.closing(sampled, greedy, summary, config, workdir))
     say(f"report    {report.write(workdir)}")
     return summary
 
@@ -167,6 +199,12 @@ def _complete_summary(workdir: Path) -> dict[str, Any] | None:
     if not is_file(path) or not is_file(workdir / "adapter" / "adapter_model.safetensors"):
         return None
     return read_object(path, fix="delete it to have it made again")
+
+
+def total_steps(config: Config, num_items: int) -> int:
+    """Optimizer steps of a run with so many training prompts."""
+    steps = num_items // config.prompts_per_step * config.train.epochs
+    return min(steps, config.train.max_steps or steps)
 
 
 def _check_length(config: Config, policy: Policy) -> None:
@@ -190,6 +228,9 @@ class Run:
       validation_items: prompts to compare checkpoints by; none are compared where it is empty.
       validation_key: PRNG key of their completions, the same each time.
       best: step and ``eval_reward`` of the best checkpoint so far, or None.
+      recent: the last lines of metrics.jsonl.
+      differences: what makes the result of a run that went on beyond its first end another one
+        than that of a run as long from the start, in sentences; none as a rule.
     """
 
     validation_items: Sequence[rollouts.Item] = ()
@@ -209,8 +250,7 @@ class Run:
         self.config, self.policy, self.items, self.key = config, policy, items, key
         self.workdir, self.config_hash = workdir, config_hash
         self.steps_per_epoch = len(items) // config.prompts_per_step
-        steps = self.steps_per_epoch * config.train.epochs
-        self.total_steps = min(steps, config.train.max_steps or steps)
+        self.total_steps = total_steps(config, len(items))
         self.logs: Sequence[trackers.Tracker] = ()
         self.checkpoints = checkpoints.Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = grpo.init_state(policy.zero, config.hyperparameters)
@@ -236,21 +276,50 @@ class Run:
         self.metrics = metrics.JsonLines(
             workdir / "metrics.jsonl", position.get("metrics_bytes", 0)
         )
-        self.completions = metrics.JsonLines(
-            workdir / "completions.jsonl", position.get("completions_bytes", 0)
-        )
+        shown = position.get("completions_bytes", 0)
+        if self.first_step < self.total_steps:
+            shown = position.get("completions_bytes_but_of_the_end", shown)
+        self.completions = metrics.JsonLines(workdir / "completions.jsonl", shown)
+        self.shown_before = shown
         self.nonfinite = metrics.JsonLines(
             workdir / "nonfinite.jsonl", position.get("nonfinite_bytes", 0)
         )
+        self.recent = collections.deque(
+            metrics.last_lines(workdir / "metrics.jsonl", metrics.WINDOW),
+            maxlen=metrics.WINDOW,
+        )
+        self.without_signal: set[str] = set()
+        self.differences: list[str] = list(position.get("differences", []))
+        planned = position.get("total_steps", self.total_steps)
+        if planned != self.total_steps:
+            self.differences += self._differences(planned)
+
+    def _differences(self, planned: int) -> list[str]:
+        """What a run begun with another length did otherwise than one of this length does."""
+        generation, every, done = self.config.generation, self.config.train, self.first_step
+        found = []
+        if generation.temperature != generation.final_temperature:
+            found.append(
+                f"the temperatures of steps 1 to {done} were those of a run of {planned} steps, "
+                f"not of {self.total_steps}"
+            )
+        if every.evaluate_every_steps and done == planned and done % every.evaluate_every_steps:
+            found.append(
+                f"the adapter of step {done} was judged by the validation prompts as the last one"
+            )
+        return found
 
     def train(self) -> grpo.TrainState:
         """Runs the steps that are left and returns the last state.
 
         Raises:
           Interrupted: a signal came; the step under way and its checkpoint were finished.
-          InputError: too many updates in a row were skipped.
+          InputError: too many updates in a row were skipped; whatever a reward function raises.
+            Whatever ends it, the last step that was completed has a checkpoint first.
         """
         state, saved = self.state, time.monotonic()
+        completed = saved_step = self.first_step
+        position = self.position(completed)
         progress = screens.Progress(self.total_steps)
         signals = self.signals
         signals.at_once = False
@@ -260,14 +329,27 @@ class Run:
             for close in (self.checkpoints, *logs, progress):
                 last.callback(close.close)
             last.callback(setattr, signals, "at_once", True)
+
+            def save() -> None:
+                for log in logs:
+                    log.sync()
+                self.checkpoints.save(state, self.key, position)
+
+            def save_after(kind: Any, error: Any, trace: Any) -> None:
+                del trace
+                if kind is not None and completed > saved_step:
+                    self.rescue(save, completed)
+
+            last.push(save_after)
             for step in range(self.first_step, self.total_steps):
                 started = time.perf_counter()
-                state, record = self.step(state, step)
+                new, record = self.step(state, step)
                 record["step_time"] = time.perf_counter() - started
                 if self.evaluation_due(step + 1):
-                    record["eval_reward"] = self.evaluate(state)
+                    record["eval_reward"] = self.evaluate(new)
                 self.log(record)
                 self.check_finite(step, bool(record["skipped"]))
+                state, completed, position = new, step + 1, self.position(step + 1)
                 progress.update(
                     step + 1,
                     reward=f"{record['reward']:.3f}",
@@ -275,10 +357,8 @@ class Run:
                     tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
                 )
                 if signals.received or self.checkpoint_due(step + 1, saved):
-                    for log in logs:
-                        log.sync()
-                    self.checkpoints.save(state, self.key, self.position(step + 1))
-                    saved = time.monotonic()
+                    save()
+                    saved, saved_step = time.monotonic(), step + 1
                 if signals.received:
                     break
         if signals.received:
@@ -289,6 +369,25 @@ class Run:
             )
             raise rundir.Interrupted(128 + signals.received)
         return state
+
+    def rescue(self, save: Callable[[], None], step: int) -> None:
+        """Saves where something else went wrong, which is then not hidden by what goes wrong here.
+
+        Args:
+          save: saves a checkpoint.
+          step: whose it is.
+        """
+        try:
+            save()
+            self.checkpoints.wait()
+        except Exception as error:  # Orbax and what lies below it raise errors of many families
+            say(f"step {step} could not be saved ({type(error).__name__}: {error})", sys.stderr)
+        else:
+            say(
+                f"saved after step {step} of {self.total_steps}; the same command continues the "
+                "run from there",
+                sys.stderr,
+            )
 
     def checkpoint_due(self, done: int, saved: float) -> bool:
         """Whether a checkpoint belongs after ``done`` steps, the last one being of ``saved``."""
@@ -301,6 +400,10 @@ class Run:
             or bool(every and done % every == 0)
             or bool(minutes and time.monotonic() - saved >= 60 * minutes)
         )
+
+    def at_the_end_only(self, done: int) -> bool:
+        """Whether the completions of step ``done`` are shown only because it is the last."""
+        return done == self.total_steps and (done - 1) % self.config.logging.interval != 0
 
     def evaluation_due(self, done: int) -> bool:
         """Whether the adapter after ``done`` steps is judged by the validation prompts."""
@@ -343,6 +446,12 @@ class Run:
             "micro_batch": self.micro_batch.size,
             "metrics_bytes": self.metrics.size,
             "completions_bytes": self.completions.size,
+            # Without what was shown because it was the end, which a longer run does not show.
+            "completions_bytes_but_of_the_end": self.shown_before
+            if self.at_the_end_only(done)
+            else self.completions.size,
+            "total_steps": self.total_steps,
+            "differences": self.differences,
             "nonfinite_bytes": self.nonfinite.size,
         }
 
@@ -352,7 +461,15 @@ class Run:
         if memory is not None:
             record["device_memory_peak_bytes"] = memory
         finite = {name: x for name, x in record.items() if np.isfinite(x)}
-        self.metrics.write({name: finite.get(name) for name in record})
+        line = {name: finite.get(name) for name in record}
+        self.metrics.write(line)
+        self.recent.append(line)
+        if len(self.recent) == metrics.WINDOW:
+            flat = set(metrics.without_signal(self.recent))
+            for text in metrics.signal_lines(self.recent, record["temperature"]):
+                if text.split(":")[0] in flat - self.without_signal:
+                    say(f"step {record['step']}: {text}", sys.stderr)
+            self.without_signal = flat
         for log in self.logs:
             numbers = {f"train/{name}": x for name, x in finite.items() if name != "step"}
             log.log(numbers, record["step"])
@@ -389,7 +506,11 @@ class Run:
                 num_samples=config.grpo.group_size,
                 temperature=temperature,
             )
-            tokens, mask = jax.device_get((out.tokens, out.mask))
+            drawn = rollouts.fetch(out)
+        if not drawn.finite.any() and self.policy.dtype == "float16":
+            fix = self.policy.nonfinite_logits("")
+            raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
+        tokens, mask = drawn.tokens, drawn.mask
         texts = rollouts.decode(self.policy, tokens, mask)
         scores = rollouts.score(items, texts)
         rewards = scores.total
@@ -415,6 +536,7 @@ class Run:
             )
             return jax.block_until_ready(updated)
 
+        before = state
         state, update = self.micro_batch.run(attempt)
         self.step_tokens = int(mask.sum() + prompts.mask.sum() * config.grpo.group_size)
         self.num_tokens += self.step_tokens
@@ -427,6 +549,8 @@ class Run:
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
+        self.trouble = self.find_trouble(record, drawn, before, batch, temperature)
+        self.shown_before = self.completions.size
         if step % config.logging.interval == 0 or step + 1 == self.total_steps:
             self.show(step + 1, items, texts, rewards, np.asarray(advantages))
         return state, record
@@ -444,17 +568,55 @@ class Run:
         if not skipped:
             return
         self.skipped += 1
-        say(f"step {step + 1}: loss or gradient is not finite; update skipped", sys.stderr)
+        what, fix = self.trouble
+        say(f"step {step + 1}: {what}; update skipped", sys.stderr)
         for item in self.batch(step):
             prompt = {"step": step + 1, "task": item.task.name, "prompt": item.example.prompt}
             self.nonfinite.write(prompt)
         if self.skipped_in_a_row > self.config.train.max_skipped_updates:
             raise InputError(
-                f"train.max_skipped_updates={self.config.train.max_skipped_updates}: loss or "
-                f"gradient was not finite {self.skipped_in_a_row} times in a row, at last in step "
-                f"{step + 1}; lower train.learning_rate={self.config.train.learning_rate} in a new "
-                f"run, or look at the prompts in {self.workdir / 'nonfinite.jsonl'}."
+                f"train.max_skipped_updates={self.config.train.max_skipped_updates}: updates were "
+                f"not finite {self.skipped_in_a_row} times in a row, at last in step {step + 1} "
+                f"({what}); {fix} in a new run, or look at the prompts in "
+                f"{self.workdir / 'nonfinite.jsonl'}."
             )
+
+    def find_trouble(
+        self,
+        record: Mapping[str, float],
+        drawn: rollouts.Drawn,
+        state: grpo.TrainState,
+        batch: grpo.Batch,
+        temperature: float,
+    ) -> tuple[str, str]:
+        """Why an update was skipped, and what to do; two empty strings where it was not.
+
+        A KL term that is finite and very large is said here and now.
+        """
+        rate, kl = self.config.train.learning_rate, record["kl"]
+        lower = f"lower train.learning_rate={rate:g} to {rate / 4:g}"
+        half = f"set model.dtype={self.policy.dtype!r} to 'bfloat16' or 'float32'"
+        if not drawn.finite.all():
+            what = f"the logits are not finite in {self.policy.dtype}"
+            return what, half if self.policy.dtype == "float16" else lower
+        if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:
+            largest = float(
+                largest_log_ratio(
+                    self.policy.params, state.adapter, batch, temperature, model=self.policy.model
+                )
+            )
+            what = (
+                f"the KL term is {kl:.3g}, as a token is {largest:.0f} nats more probable under "
+                "the base model than under the policy"
+            )
+            beta = self.config.grpo.beta
+            fix = f"{lower}, or raise grpo.beta={beta:g} to {4 * beta:g}"
+            if not record["skipped"]:
+                say(f"step {record['step']}: {what}; {fix} in a new run", sys.stderr)
+            return what, fix
+        if self.policy.dtype == "float16":
+            return "loss or gradient is not finite in float16", half
+        return "loss or gradient is not finite", lower
 
     def advantages(
         self,
@@ -514,6 +676,28 @@ def shorter_completions(length: int) -> str:
     if length == 1:
         return "take a smaller model, or a device with more memory"
     return f"lower generation.max_new_tokens={length} to {length // 2}"
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def largest_log_ratio(
+    params: Params,
+    adapter: Offsets,
+    batch: grpo.Batch,
+    temperature: float,
+    *,
+    model: Model,
+) -> jax.Array:
+    """Largest ``log pi_ref - log pi`` of a token of a step's completions, float32 ``[]``."""
+    zero = jax.tree.map(jnp.zeros_like, adapter)
+
+    def of_prompt(row: grpo.Batch) -> jax.Array:
+        inputs = (row.prompts, row.prompt_mask, row.completions, row.mask, temperature)
+        reference, policy = (
+            completion_logps(model, params, offsets, *inputs)[0] for offsets in (zero, adapter)
+        )
+        return jnp.max(jnp.where(row.mask, reference - policy, -jnp.inf))
+
+    return jnp.max(jax.lax.map(of_prompt, batch))
 
 
 def micro_batch(config: Config, size: int) -> memory.Chunk:

@@ -215,7 +215,7 @@ def test_a_run_of_which_no_report_can_be_made_is_named(change, fragment, refused
         (write("config.json", b""), "config.json: cannot be read as JSON"),
         (write("config.json", b"\xff"), "config.json: cannot be read"),
         (write("config.json", [1]), "config.json: is no JSON object"),
-        (setting("train", "epochs", 7), "train.epochs is 7 there and 1 here"),
+        (setting("train", "weight_decay", 0.5), "train.weight_decay is 0.5 there and 0.01 here"),
         (edit("config.json", seed=8), "seed is 8 there and 0 here"),
         (edit("config.json", extra=8), "extra is 8 there and None here"),
         (write("run.json", b"{"), "run.json: cannot be read as JSON"),

@@ -110,6 +110,7 @@ def cut_off(workdir, monkeypatch, after, **changes):
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "step", die)
+        patch.setattr(training.Run, "rescue", lambda *args: None)
         with pytest.raises(Killed):
             training.train(settings(**changes), workdir)
     with (workdir / "metrics.jsonl").open("a") as file:
@@ -574,7 +575,7 @@ def test_a_signal_ends_a_run_after_its_step_and_a_checkpoint(
     same_runs(whole, workdir)
 
 
-def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+def test_a_second_signal_leaves_the_step_out_and_a_third_ends_the_process_at_once(monkeypatch):
     def end(status):
         raise Killed(status)
 
@@ -583,8 +584,166 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
         signals.at_once = False
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
+        with pytest.raises(rundir.Interrupted) as interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted.value.code == 128 + signal.SIGINT
+        assert signals.received == signal.SIGTERM
         with pytest.raises(Killed, match=str(128 + signal.SIGINT)):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_signal_during_a_reward_saves_the_steps_before(
+    whole, tmp_path, monkeypatch, capsys
+):
+    score, workdir, calls = training.rollouts.score, tmp_path / "run", []
+
+    def waits(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.rollouts, "score", waits)
+        with pytest.raises(rundir.Interrupted):
+            training.train(settings(), workdir)
+    assert "a second signal leaves that step out" in capsys.readouterr().err
+    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+    same_runs(whole, workdir)
+
+
+# Whatever ends a run
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("rollouts.score", InputError("The reward function judge raised ConnectionError.")),
+        ("rollouts.generate", RuntimeError("the device is gone")),
+        ("rollouts.decode", KeyboardInterrupt()),
+        ("step_metrics.rewards", MemoryError()),
+    ],
+)
+def test_whatever_ends_a_run_its_last_step_is_saved_first(
+    where, error, whole, tmp_path, monkeypatch, capsys
+):
+    module, name = where.split(".")
+    module, workdir, calls = getattr(training, module), tmp_path / "run", []
+    original = getattr(module, name)
+
+    def fails(*args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise error
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fails)
+        with pytest.raises(type(error)) as raised:
+            training.train(settings(), workdir)
+    assert raised.value is error
+    # Steps 1 to 3 are done; `checkpoint_every_steps` has saved the second only.
+    assert "saved after step 3 of 6; the same command continues" in capsys.readouterr().err
+    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+    same_runs(whole, workdir)
+
+
+def test_a_log_on_a_full_disk_costs_the_step_under_way_only(whole, tmp_path, monkeypatch):
+    write, workdir = metrics.JsonLines.write, tmp_path / "run"
+
+    def full(self, record):
+        if record.get("step") == 4:
+            full_disk()
+        write(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.JsonLines, "write", full)
+        with pytest.raises(InputError, match=r"No space left on device.*same command continues"):
+            training.train(settings(), workdir)
+    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+    same_runs(whole, workdir)
+
+
+def test_a_checkpoint_that_fails_too_does_not_hide_what_ended_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    def fails(*args):
+        raise InputError("The reward function judge raised ConnectionError.")
+
+    step = training.Run.step
+    monkeypatch.setattr(
+        training.Run, "step", lambda self, state, n: fails() if n == 1 else step(self, state, n)
+    )
+    monkeypatch.setattr(training.checkpoints.Checkpoints, "save", full_disk)
+    with pytest.raises(InputError, match="judge raised ConnectionError"):
+        training.train(settings(), tmp_path / "run")
+    assert "step 1 could not be saved (OSError" in capsys.readouterr().err
+
+
+# A finished run that goes on
+
+
+@pytest.mark.parametrize("length", [{"train.max_steps": 4}, {"train.max_steps": 1}])
+def test_a_finished_run_goes_on_to_the_bits_of_one_that_had_all_steps_at_once(
+    length, whole, tmp_path, capsys
+):
+    workdir, before = tmp_path / "run", length["train.max_steps"]
+    training.train(settings(**length), workdir)
+    assert "is complete" not in capsys.readouterr().out
+    summary = training.train(settings(), workdir)
+    assert (summary["resumed_after_step"], summary["steps"]) == (before, STEPS)
+    assert summary["continued"] == []
+    same_runs(whole, workdir)
+    assert json.loads((workdir / "config.json").read_text())["train"]["max_steps"] == STEPS
+    capsys.readouterr()
+    training.train(settings(), workdir)
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_more_epochs_go_on_too_and_fewer_steps_than_were_done_are_refused(tmp_path):
+    # 32 prompts in steps of 4 are 8 steps an epoch.
+    workdir, length = tmp_path / "run", {"train.max_steps": 0, "data.max_samples": 8}
+    training.train(settings(**length), workdir)
+    summary = training.train(settings(**length, **{"train.epochs": 2}), workdir)
+    assert (summary["resumed_after_step"], summary["steps"]) == (2, 4)
+    stored = (workdir / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"has done 4 steps, but train.max_steps=0 .* give 2"):
+        training.train(settings(**length), workdir)
+    assert (workdir / "config.json").read_bytes() == stored
+
+
+def test_what_differs_in_a_run_that_goes_on_is_said(tmp_path, capsys):
+    changes = {"generation.final_temperature": 0.5, "train.evaluate_every_steps": 2}
+    workdir = tmp_path / "run"
+    training.train(settings(**changes, **{"train.max_steps": 1}), workdir)
+    capsys.readouterr()
+    summary = training.train(settings(**changes, **{"train.max_steps": 3}), workdir)
+    first, second = summary["continued"]
+    assert "temperatures of steps 1 to 1 were those of a run of 1 steps, not of 3" in first
+    assert "step 1 was judged" in second
+    assert f"differs   {first}" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_started_over(tmp_path):
+    workdir = tmp_path / "run"
+    training.train(settings(**{"train.max_steps": 1}), workdir)
+    adapter = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(InputError, match=r"ended after 1 steps, but its checkpoint .* not there"):
+        training.train(settings(), workdir)
+    assert (workdir / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_of_many_other_settings_the_first_five_are_listed(tmp_path):
+    stored = {f"setting_{n}": "x" * 500 for n in range(9)}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError) as error:
+        rundir.check_settings(tmp_path, dict.fromkeys(stored, "y"))
+    assert "setting_4 is 'xxx" in str(error.value)
+    assert "setting_5" not in str(error.value)
+    assert "; and 4 more)" in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 # Disks

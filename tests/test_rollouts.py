@@ -32,6 +32,11 @@ def items(task, *prompts):
     return rollouts.encode(POLICY, task, examples)
 
 
+def finding(task):
+    """The task, with a search for the completion that a reward raises on."""
+    return dataclasses.replace(task, find_failing_completion=True)
+
+
 def completions(*groups):
     length = max(len(text) for group in groups for text in group)
     tokens = np.zeros((len(groups), len(groups[0]), length), np.int32)
@@ -148,7 +153,7 @@ def test_a_reward_that_raises_is_named_with_the_sample_it_raises_on():
         return [1 / len(c.strip()) for c in completions]
 
     with pytest.raises(InputError) as error:
-        rollouts.score(items(make_task(divides), "x", "y"), [["a", "b"], ["c", " "]])
+        rollouts.score(items(finding(make_task(divides)), "x", "y"), [["a", "b"], ["c", " "]])
     assert "divides raised ZeroDivisionError" in str(error.value)
     assert "on the completion ' ' of the prompt 'y'" in str(error.value)
 
@@ -180,7 +185,7 @@ def hostile(prompts, completions, **columns):
     ],
 )
 def test_generators_exits_and_errors_without_words_are_named_with_the_sample(function, said, limit):
-    task = dataclasses.replace(make_task(function), reward_timeout_s=limit)
+    task = dataclasses.replace(finding(make_task(function)), reward_timeout_s=limit)
     scores = rollouts.score(items(task, "x"), [["a", "b"]])
     np.testing.assert_array_equal(scores.total, [[1.0, 1.0]])
     with pytest.raises(InputError) as error:
@@ -198,7 +203,7 @@ def test_a_signal_ends_the_run_where_it_comes_inside_a_reward(end, rows):
         raise end
 
     with pytest.raises(type(end)) as error:
-        rollouts.score(items(make_task(interrupted), "x"), [["a", "b"]])
+        rollouts.score(items(finding(make_task(interrupted)), "x"), [["a", "b"]])
     assert error.value is end
 
 
@@ -208,15 +213,15 @@ def test_a_reward_that_raises_on_the_batch_alone_says_so():
             raise RuntimeError("too many")
         return [0.0]
 
-    with pytest.raises(InputError, match=r"picky raised RuntimeError .* on the whole batch"):
-        rollouts.score(items(make_task(picky), "x"), [["a", "b"]])
+    with pytest.raises(InputError, match=r"picky raised RuntimeError .* though on no completion"):
+        rollouts.score(items(finding(make_task(picky)), "x"), [["a", "b"]])
 
 
 def test_a_reward_that_returns_no_list_is_named():
     def nothing(prompts, completions, **columns):
         return None
 
-    with pytest.raises(InputError, match="nothing returned NoneType; it must return a list"):
+    with pytest.raises(InputError, match=r"nothing returned NoneType .*; it must return a list"):
         rollouts.score(items(make_task(nothing), "x"), [["a", "b"]])
 
 
@@ -283,10 +288,10 @@ def test_the_time_limit_bounds_the_search_for_the_sample_a_reward_raises_on():
         forever.wait(60)
         return [0.0]
 
-    task = dataclasses.replace(make_task(hangs), reward_timeout_s=0.05)
+    task = dataclasses.replace(finding(make_task(hangs)), reward_timeout_s=0.05)
     started = time.monotonic()
     with pytest.raises(
-        InputError, match=r"hangs raised RuntimeError \(too many\) on the whole"
+        InputError, match=r"hangs raised RuntimeError \(too many\) .* for 2 completions"
     ) as e:
         rollouts.score(items(task, "x"), [["a", "b"]])
     forever.set()

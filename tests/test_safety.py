@@ -1,15 +1,19 @@
 """Nothing from outside is run, and nothing of it reaches a terminal as more than text."""
 
 import ast
+import errno
+import io
 import json
+import os
 import shutil
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, evaluation, inference, training
+from grpocem_jax import adaptation, evaluation, inference, terminal, training
 from grpocem_jax.adaptation import Adaptation
 from grpocem_jax.config_files import load_config
 from grpocem_jax.terminal import one_line, visible
@@ -98,6 +102,31 @@ def test_shown_text_has_no_control_and_says_what_was_there(text):
 def _cheap_programs():
     with cheap_programs():
         yield
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("how", [terminal.say, terminal.show])
+def test_what_a_terminal_cannot_show_is_an_escape(how, encoding, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    how("é 日本 \U0001f600 …")
+    shown = raw.getvalue().decode(encoding).rstrip("\r\n")
+    # Whatever is not an escape is as it was.
+    assert shown.encode("latin-1", "backslashreplace").decode("unicode_escape") == "é 日本 😀 …"
+    assert ("日" in shown) == (encoding == "utf-8")
+    assert ("é" in shown) == (encoding != "ascii")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE, errno.EIO])
+def test_what_a_run_shows_may_fail_and_a_result_may_not(number, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    terminal.say("step 3")
+    with pytest.raises(OSError, match=os.strerror(number)):
+        terminal.show("the result")
 
 
 def assert_plain(text):

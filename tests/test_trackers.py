@@ -2,6 +2,8 @@
 
 import importlib.util
 import struct
+import sys
+import types
 
 import pytest
 
@@ -63,3 +65,91 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_fix(name, monkeypatch
         trackers.check(settings(name))
     assert f"report_to names {name!r}" in str(error.value)
     assert "pip install 'grpocem_jax[logging]'" in str(error.value)
+
+
+class Broken:
+    """A tracker that fails where it is told to."""
+
+    where = "nowhere"
+
+    def __init__(self, fails, calls):
+        self.fails, self.calls = fails, calls
+        self.call("start")
+
+    def call(self, name):
+        self.calls.append(name)
+        if name == self.fails:
+            raise ConnectionError("the network is gone")
+
+    def log(self, values, step):
+        self.call("log")
+
+    def close(self):
+        self.call("close")
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"),
+    [
+        ("start", ["start"]),
+        ("log", ["start", "log"]),
+        ("close", ["start", "log", "log", "close"]),
+    ],
+)
+def test_a_tracker_that_fails_is_said_once_and_left_out(
+    fails, expected, tmp_path, monkeypatch, capsys
+):
+    calls = []
+    monkeypatch.setattr(trackers, "TensorBoard", lambda *args: Broken(fails, calls))
+    (log,) = trackers.start(settings("tensorboard"), tmp_path, {})
+    log.log(VALUES, 1)
+    log.log(VALUES, 2)
+    log.close()
+    assert calls == expected
+    assert capsys.readouterr().err.count("tensorboard failed and is left out from here on") == 1
+    assert log.where
+
+
+@pytest.mark.parametrize(("fails", "mode"), [("login", None), ("init", None), ("init", "online")])
+def test_weights_and_biases_without_a_network_goes_on_offline_and_says_so(
+    fails, mode, tmp_path, monkeypatch, capsys
+):
+    modes = []
+
+    def login(**options):
+        if fails == "login":
+            raise TimeoutError("no answer")
+        return True
+
+    def init(*, mode, **options):
+        modes.append(mode)
+        if mode == "online":
+            raise ConnectionError("no route to host")
+        return types.SimpleNamespace(
+            dir=str(tmp_path / "wandb" / "offline-run-1" / "files"), finish=lambda: None
+        )
+
+    fake = types.SimpleNamespace(login=login, init=init, Settings=lambda **options: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    (log,) = trackers.start(settings("wandb"), tmp_path, {})
+    assert modes[-1] == "offline"
+    assert f"wandb sync {tmp_path / 'wandb' / 'offline-run-1'}" in log.where
+    assert "Weights & Biases goes on offline (online it failed: " in capsys.readouterr().err
+    log.close()
+
+
+def test_an_upload_that_fails_at_the_end_is_said_with_the_command_that_makes_up_for_it(
+    tmp_path, capsys
+):
+    def finish():
+        raise TimeoutError("still uploading")
+
+    tracker = object.__new__(trackers.WeightsAndBiases)
+    tracker._run = types.SimpleNamespace(finish=finish)
+    tracker._folder = tmp_path / "run-1"
+    tracker.close()
+    err = capsys.readouterr().err
+    assert f"(TimeoutError: still uploading); later, wandb sync {tmp_path / 'run-1'}" in err

@@ -4,7 +4,7 @@ from absl import flags
 
 from grpocem_jax import commands, report
 from grpocem_jax.errors import InputError
-from grpocem_jax.terminal import visible
+from grpocem_jax.terminal import show
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
     del argv
     if not WORKDIR.value:
         raise InputError("--workdir is missing; give a run directory.")
-    print(visible(str(report.write(WORKDIR.value))))
+    show(str(report.write(WORKDIR.value)))
 
 
 if __name__ == "__main__":

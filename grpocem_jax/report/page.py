@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from grpocem_jax import metrics
 from grpocem_jax.report import courses, panels, plots, sites
 from grpocem_jax.report.panels import Panel, Table, exact, interval
 from grpocem_jax.report.record import Record
@@ -226,6 +227,11 @@ def notices(record: Record) -> list[str]:
         found.append(
             "The model is the tiny one that comes with the package, not a published language model."
         )
+    found += summary.get("continued", [])
+    gains = summary.get("heldout", {})
+    unchanged = [name for name, own in gains.items() if list(own["gain_ci95"]) == [0.0, 0.0]]
+    temperature = record.setting("generation", "temperature")
+    found += metrics.signal_lines(record.metrics, temperature, unchanged)
     builtin = [name for name, own in summary.get("builtin_data", {}).items() if own]
     if builtin:
         found.append(

@@ -58,6 +58,11 @@ class Task:
         ``completion`` the reference where the data set has one, and the reward functions get every
         other column as it is.
       reward_timeout_s: seconds that one call of a reward function may take; 0 for any time.
+      reward_retries: how often a call that fails is tried again.
+      reward_on_error: what then comes of a failed call: "stop" raises, "abstain" leaves its
+        completions without this reward.
+      find_failing_completion: whether a function that raised is called again for each completion
+        by itself, to name the one that it raises on.
     """
 
     name: str
@@ -69,6 +74,9 @@ class Task:
     reference: str | None = None
     own: bool = False
     reward_timeout_s: float = 0.0
+    reward_retries: int = 0
+    reward_on_error: str = "stop"
+    find_failing_completion: bool = False
 
     @property
     def text_columns(self) -> tuple[str, ...]:
