@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import flags
 from safetensors import SafetensorError
 
 from grpocem_jax import checkpoints, commands, files, screens
-from grpocem_jax.adaptation import TrainedRun, load_fitting_adapter, load_run
+from grpocem_jax.adaptation import TrainedRun, load_run
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
@@ -53,7 +54,11 @@ class Exported(NamedTuple):
 
 
 def export_model(
-    workdir: str | Path, out: str | Path, *, adapter: str | Path | None = None
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    settings: ml_collections.ConfigDict | None = None,
 ) -> Exported:
     """Merges the adapter of a run into its model and writes both as a Hugging Face folder.
 
@@ -62,6 +67,7 @@ def export_model(
       out: the folder to make; must not exist. It is there only if everything went well.
       adapter: folder of another adapter of the same model and settings, as ``adapt.py --save``
         writes it; by default the run's own.
+      settings: other settings than the run's own.
 
     Raises:
       InputError: ``out`` exists or cannot be written; there is no trained run; the adapter is of
@@ -71,9 +77,7 @@ def export_model(
     workdir, out = Path(workdir), Path(out)
     _check_new(out)
     source = workdir / "adapter" if adapter is None else Path(adapter)
-    run = load_run(workdir)
-    if adapter is not None:
-        run = run._replace(adapter=load_fitting_adapter(run.config, run.policy, source))
+    run = load_run(workdir, settings, adapter=adapter)
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None)
     print(visible(screens.exporting(run, source)), file=sys.stderr, flush=True)
     # The run's own parameters may be in bfloat16.
@@ -234,6 +238,7 @@ def run(
     *,
     workdir: str | None,
     out: str | None,
+    settings: ml_collections.ConfigDict | None = None,
     adapter: str | None = None,
     repository: str | None = None,
     private: bool = False,
@@ -253,7 +258,7 @@ def run(
     _check_new(Path(out))
     if repository is not None:
         _check_push(repository)
-    exported = export_model(workdir, out, adapter=adapter)
+    exported = export_model(workdir, out, adapter=adapter, settings=settings)
     print(visible(screens.exported(*exported)), flush=True)
     if repository is not None:
         print(visible(f"pushed    {_push(exported.folder, repository, private)}"), flush=True)
@@ -262,6 +267,7 @@ def run(
 
 def main() -> None:
     """The command."""
+    config = commands.define_config(of_run=True)
     workdir = flags.DEFINE_string("workdir", None, "Run directory with a trained adapter.")
     out = flags.DEFINE_string("out", None, "Folder to make; must not exist.")
     adapter = flags.DEFINE_string(
@@ -275,6 +281,7 @@ def main() -> None:
         lambda argv: run(
             workdir=workdir.value,
             out=out.value,
+            settings=config.value,
             adapter=adapter.value,
             repository=repository.value,
             private=private.value,

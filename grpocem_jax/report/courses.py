@@ -1,5 +1,6 @@
 """Panels of what changes over the steps of a training or the generations of a search."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,7 +162,7 @@ def rewards(record: Record) -> Panel:
         sentences.append(sentence(course("reward on validation prompts", steps, validation)))
     marked = [
         f"{task} {gains[task]['before']:.3f} and {gains[task]['after']:.3f}"
-        for task in found
+        for task in (*found, "overall")
         if task in gains
     ]
     if marked:
@@ -190,6 +191,15 @@ def rewards(record: Record) -> Panel:
                 surface = plots.colour("surface")
                 axes.plot([0], [gains[task]["before"]], markerfacecolor=surface, **edge)
                 axes.plot([1], [gains[task]["after"]], **edge)
+        if len(found) > 1 and not np.isnan(over_all).all():
+            mean = moving_mean(over_all, window)
+            places, ink = kept(mean[:, None]), plots.colour("ink")
+            axes.plot(steps[places], mean[places], color=ink, linewidth=2.2, label="overall")
+            if "overall" in gains:
+                edge = {"color": ink, "transform": axes.get_yaxis_transform(), "clip_on": False}
+                surface = plots.colour("surface")
+                axes.plot([0], [gains["overall"]["before"]], "o", markerfacecolor=surface, **edge)
+                axes.plot([1], [gains["overall"]["after"]], "o", **edge)
         if judged.any():
             x, y, grey = steps[judged], validation[judged], plots.colour("muted")
             axes.plot(x, y, ".--", color=grey, label="validation, all")
@@ -205,7 +215,7 @@ def rewards(record: Record) -> Panel:
 def convergence(record: Record) -> Panel:
     """Fitness over the generations of the searches of ``adapt.py --evaluate``."""
     name, title = "cem_convergence", "CEM convergence"
-    command = f"grpocem-adapt --config CONFIG --workdir {record.workdir} --evaluate"
+    command = f"grpocem-adapt --workdir {shlex.quote(str(record.workdir))} --evaluate"
     if not record.evaluation:
         return Panel(name, title, "No adaptation was evaluated. This does it:", command=command)
     found = record.evaluation.get("convergence", {})
