@@ -48,7 +48,11 @@ def adapt() -> None:
         "and with cem.fitness=reward their reward.",
     )
     evaluate = flags.DEFINE_bool("evaluate", False, "The report's tables on held-out prompts.")
-    save = flags.DEFINE_string("save", None, "Folder to make for the adapted adapter; relative to the current directory.")
+    save = flags.DEFINE_string(
+        "save",
+        None,
+        "Folder to make for the adapted adapter; relative to the current directory.",
+    )
     as_json = flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
 
     def main(argv: list[str]) -> None:

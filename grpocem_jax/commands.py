@@ -58,8 +58,14 @@ def define_config(default: str | None = None, *, of_run: bool = False) -> Any:
     return holder
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
-    """Runs a command's ``main`` under absl; mistakes end it with one sentence and status 2."""
+def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> None:
+    """Runs a command's ``main`` under absl; mistakes end it with one sentence and status 2.
+
+    Args:
+      main: is given what is no flag, behind the program's name.
+      arguments: whether the command takes such arguments, flags before and after them.
+    """
+    flags.FLAGS.set_gnu_getopt(arguments)
     for flag in flags.FLAGS.get_flags_for_module(main.__module__):
         # Flags defined in a module of the package are what --help of the command is asked about.
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
@@ -69,7 +75,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
         logging.set_verbosity(logging.FATAL)
         sys.excepthook = _excepthook
         keep_compiled_programs()
-        if len(argv) > 1:
+        if len(argv) > 1 and not arguments:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
         config = flags.FLAGS["config"] if "config" in flags.FLAGS else None
         if config is not None and config.value is None and not config.parser.of_run:

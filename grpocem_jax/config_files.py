@@ -111,7 +111,8 @@ def _typed(value: Any, kind: Any) -> Any:
     it."""
     if isinstance(value, Mapping):
         hints = typing.get_type_hints(kind) if isinstance(kind, type) else {}
-        return {name: _typed(each, hints.get(name)) for name, each in value.items()}
+        (*_, others) = typing.get_args(kind) or (kind if kind is Any else None,)
+        return {name: _typed(each, hints.get(name, others)) for name, each in value.items()}
     if value is None and isinstance(kind, types.UnionType):
         (held,) = (each for each in typing.get_args(kind) if each is not type(None))
         return config_dict.placeholder(held)

@@ -381,8 +381,9 @@ class _LiveView:
         held = history.held_back[-1]
         gate = "" if np.isnan(held) else f"  held-back gain at least {held:+.3f}"
         self.line = (
-            f"best {history.best[-1]:.3f}  mean {history.mean[-1]:.3f}{gate} ({self.unit})  "
-            f"sigma {history.std[-1]:.3f}"
+            f"best {history.best[-1]:.3f}  mean {history.mean[-1]:.3f}{gate} ({self.unit})"
+            # A gradient has none.
+            + (f"  sigma {history.std[-1]:.3f}" if history.std[-1] else "")
         )
         self.done, self.reported = done, time.monotonic()
         if self.sparse and done < self.generations:

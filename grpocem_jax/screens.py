@@ -191,7 +191,7 @@ def _found(record: dict[str, Any]) -> list[str]:
 
 
 def adapted_many(summary: dict[str, Any]) -> str:
-    """The searches of several prompts together; the argument is ``summary`` of the command's JSON."""
+    """The searches of several prompts together, from ``summary`` of the command's JSON."""
     mean = summary["mean_gain"]
     gain = "" if mean is None else f", mean gain {mean:+.3f} ({_measured(summary['fitness_unit'])})"
     return (

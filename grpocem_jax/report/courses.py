@@ -42,7 +42,8 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _window(steps: int, share: int) -> int:
+def smoothing_window(steps: int, share: int) -> int:
+    """Places of a moving mean over one ``share``-th of so many steps, odd."""
     return 2 * (steps // (2 * share)) + 1
 
 
@@ -111,7 +112,7 @@ def curves(
     no_metric = f"metrics.jsonl has no {' and no '.join(absent)}." if absent else ""
     if not found:
         return Panel(name, title, missing or f"There is nothing to draw: {no_metric}")
-    window = _window(len(steps), 20) if smooth else 1
+    window = smoothing_window(len(steps), 20) if smooth else 1
     sentences = [sentence(course(label, steps, y, unit)) for label, y in found.items()]
     if window > 1:
         sentences.append(f"The line is the mean over {window} steps, the pale one each step.")
@@ -150,7 +151,7 @@ def rewards(record: Record) -> Panel:
         return Panel(
             name, title, "There is nothing to draw: metrics.jsonl has no rewards/TASK/mean."
         )
-    window = _window(len(steps), 8)
+    window = smoothing_window(len(steps), 8)
     gains = record.summary.get("heldout", {})
     over_all = record.series("reward")
     sentences = []
