@@ -420,6 +420,6 @@ class _LiveView:
         with self.lock, unread(sys.stderr):
             if self.terminal:  # a longer line could not be rewritten
                 line = line[: shutil.get_terminal_size().columns - 1]
-            padding = " " * max(0, self.width - len(line))
+            padding = " " * max(0, self.width - len(line)) if self.terminal else ""
             self.width = len(line)
             print(line + padding, end=self.end, file=sys.stderr, flush=True)
