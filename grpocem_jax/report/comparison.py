@@ -116,10 +116,11 @@ def show(runs: Sequence[Run]) -> str:
     lines += ["", "settings that differ"]
     different = differing(runs)
     for name, values in different.items():
-        own = collections.defaultdict(list)
+        having = collections.defaultdict(list)
         for run, value in zip(runs, values, strict=True):
-            own[value].append(run.name)
-        lines.append(f"  {name}: " + "; ".join(f"{v} ({', '.join(r)})" for v, r in own.items()))
+            having[value].append(run.name)
+        said = [f"{value} ({', '.join(those)})" for value, those in having.items()]
+        lines.append(f"  {name}: {'; '.join(said)}")
     if not different:
         lines.append("  none")
     for key, how in KINDS.items():

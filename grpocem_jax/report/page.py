@@ -334,17 +334,14 @@ def samples(record: Record) -> tuple[list[str], list[Sample]]:
     chosen: list[tuple[int, Mapping[str, Any], float | None]] = []
     for number, own in enumerate(lines.values()):
         changes = [_change(line) for line in own]
-        known = [i for i, change in enumerate(changes) if change is not None]
-        ranked = sorted(known, key=lambda i, own=changes: own[i])
+        known = sorted((x, i) for i, x in enumerate(changes) if x is not None)
+        ranked = [i for _, i in known]
         kept = {*range(min(SAMPLES, len(own))), *ranked[:EXTREMES], *ranked[-EXTREMES:]}
         chosen += [(number, own[i], changes[i]) for i in sorted(kept)]
     ranks = []
     for sign in (-1, 1):
-        order = sorted(
-            range(len(chosen)),
-            key=lambda i, sign=sign: (chosen[i][2] is None, sign * (chosen[i][2] or 0.0)),
-        )
-        ranks.append({i: rank for rank, i in enumerate(order)})
+        order = sorted((x is None, sign * (x or 0.0), i) for i, (_, _, x) in enumerate(chosen))
+        ranks.append({i: rank for rank, (*_, i) in enumerate(order)})
     return list(lines), [
         Sample(
             task,
