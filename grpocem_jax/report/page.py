@@ -349,10 +349,8 @@ def samples(record: Record) -> tuple[list[str], list[Sample]]:
             # Completions begin with the space between words.
             _shown(line.get("greedy_before")).removeprefix(" "),
             _shown(line.get("greedy_after")).removeprefix(" "),
-            *(
-                "–" if line.get(key) is None else f"{line[key]:.3g}"
-                for key in ("greedy_reward_before", "greedy_reward_after")
-            ),
+            _reward(line.get("greedy_reward_before")),
+            _reward(line.get("greedy_reward_after")),
             "" if change is None else f"reward {change:+.3g}" if change else "reward unchanged",
             place,
             ranks[0][place],
@@ -360,6 +358,10 @@ def samples(record: Record) -> tuple[list[str], list[Sample]]:
         )
         for place, (task, line, change) in enumerate(chosen)
     ]
+
+
+def _reward(value: Any) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _change(line: Mapping[str, Any]) -> float | None:
