@@ -137,7 +137,7 @@ def test_every_line_with_a_number_of_the_search_names_its_unit(adapt, tmp_path, 
     rows = [example.columns for example in question_examples()]
     texts = EXAMPLES if fitness == "likelihood" else rows
     file = write_rows(tmp_path / "rows.jsonl", texts)
-    changes = REWARD if fitness == "reward" else {}
+    changes = REWARD if fitness == "reward" else {"cem.gate": False}
     result, out, err = adapt(changes, examples=file, heldout=file)
     unit = {"likelihood": "nats/token", "reward": "reward"}[fitness]
     assert result["fitness_unit"] == unit
