@@ -5,7 +5,7 @@
 #   docker build -t grpocem .
 #   docker run --rm --gpus all -v grpocem:/data grpocem --config gpt2:tuned --workdir runs/mine
 #   docker run --rm -it --gpus all -v grpocem:/data --entrypoint grpocem-adapt grpocem \
-#       --config gpt2:tuned --workdir runs/mine --prompt "The city council"
+#       --workdir runs/mine --prompt "The city council"
 #
 # The volume keeps the runs, what came from the Hugging Face Hub, and compiled programs. To use a
 # folder of the host instead: --user "$(id -u):$(id -g)" -v "$PWD/data:/data".

@@ -1,6 +1,6 @@
 """A fitness of one's own: the likelihood of the text's worst token instead of the mean.
 
-    python adapt.py --config configs/tiny.py --workdir runs/TRAINED --prompt "..." \\
+    python adapt.py --workdir runs/TRAINED --prompt "..." \\
         --config.cem.fitness=examples.custom_fitness:worst_token
 """
 

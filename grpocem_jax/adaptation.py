@@ -34,6 +34,7 @@ from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
 from grpocem_jax.config import CEMConfig, Config, parse_config
+from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, read_object
 from grpocem_jax.policy import Policy, load_policy
@@ -89,7 +90,7 @@ def load_run(
     workdir: str | Path,
     settings: ml_collections.ConfigDict | None = None,
     *,
-    adapter: str = "adapter",
+    adapter: str | Path | None = None,
     model: str | None = None,
 ) -> TrainedRun:
     """Loads a trained run.
@@ -97,29 +98,36 @@ def load_run(
     Args:
       workdir: a run directory.
       settings: other settings than the run's own.
-      adapter: a folder in it: ``adapter``, trained to the end, or ``best_adapter``, that of the
-        checkpoint that did best on validation prompts (``train.evaluate_every_steps``).
+      adapter: the folder of another adapter of the same model and settings than the one that the
+        run ended with, ``workdir/adapter``: what ``grpocem-adapt --save`` wrote, or
+        ``workdir/best_adapter``, that of the checkpoint that did best on validation prompts
+        (``train.evaluate_every_steps``).
       model: where the base model lies now, in place of ``model.source`` of the settings; its
         weights must be those that the adapter was trained on.
+
+    Both paths are relative to the current directory, as those of `load_adapter` and ``--save``.
 
     Raises:
       InputError: no run there, no base model at its place, no trained adapter in it, or one of
         another model or shape.
     """
     workdir = expand(workdir, "--workdir")
-    if not is_file(workdir / adapter / "adapter_model.safetensors"):
+    folder = workdir / "adapter" if adapter is None else expand(adapter, "adapter")
+    if not is_file(folder / "adapter_model.safetensors"):
+        if adapter is None:
+            raise InputError(
+                f"--workdir={workdir}: holds no trained adapter in adapter/; train one with "
+                f"grpocem-train --config CONFIG --workdir {workdir}."
+            )
+        inside = workdir / folder
+        there = is_file(inside / "adapter_model.safetensors")
+        hint = f"give {str(inside)!r}" if there else "correct it"
         raise InputError(
-            f"--workdir={workdir}: holds no trained adapter in {adapter}/; train one with "
-            f"grpocem-train --config CONFIG --workdir {workdir}."
+            f"adapter={str(folder)!r}: there is no adapter; the path is relative to the current "
+            f"directory, so {hint}."
         )
     if settings is None:
-        stored = read_object(workdir / "config.json", fix="give another run")
-        try:
-            settings = ml_collections.ConfigDict(stored)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{workdir / 'config.json'}: holds no settings ({error}); give another run."
-            ) from None
+        settings = load_config(str(workdir / "config.json"))
     config = parse_config(settings)
     if model is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, source=model))
@@ -139,7 +147,7 @@ def load_run(
             f"{str(error).rstrip('.')}; where the run's base model lies elsewhere now, give its "
             "place with --model."
         ) from error
-    return TrainedRun(config, policy, load_fitting_adapter(config, policy, workdir / adapter))
+    return TrainedRun(config, policy, load_fitting_adapter(config, policy, folder))
 
 
 def load_fitting_adapter(config: Config, policy: Policy, folder: Path) -> Offsets:

@@ -248,7 +248,8 @@ def load_adapter(
     """Reads the offsets of a saved adapter.
 
     Args:
-      folder: an ``adapter/`` folder.
+      folder: a folder that `save_adapter` wrote, such as ``runs/TRAINED/adapter`` or that of
+        ``grpocem-adapt --save``; relative to the current directory.
       template: offsets of the same shape, `Policy.zero`.
       base_sha256: `Pretrained.sha256` of the model it is for; None does not compare.
 

@@ -29,7 +29,7 @@ def train() -> None:
 
 def adapt() -> None:
     """Adapts a trained adapter at inference."""
-    config = commands.define_config()
+    config = commands.define_config(of_run=True)
     workdir = flags.DEFINE_string("workdir", None, "Run directory with a trained adapter.")
     prompt = flags.DEFINE_string("prompt", None, "The prompt to adapt to and to complete.")
     prompts = flags.DEFINE_string(
@@ -42,10 +42,17 @@ def adapt() -> None:
         "line), or .jsonl with text, with prompt and completion, or with the columns of cem.task.",
     )
     heldout = flags.DEFINE_string(
-        "heldout", None, "File of texts that only judge: their likelihood before and after."
+        "heldout",
+        None,
+        "File of texts that only judge, in the forms of --examples: likelihood before and after, "
+        "and with cem.fitness=reward their reward.",
     )
     evaluate = flags.DEFINE_bool("evaluate", False, "The report's tables on held-out prompts.")
-    save = flags.DEFINE_string("save", None, "Folder to save the adapted adapter in.")
+    save = flags.DEFINE_string(
+        "save",
+        None,
+        "Folder to make for the adapted adapter; relative to the current directory.",
+    )
     model = flags.DEFINE_string("model", None, commands.MODEL_HELP)
     as_json = flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
 

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 from grpocem_jax import memory
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import cache_folder, expand
+from grpocem_jax.files import cache_folder, expand, is_file
 from grpocem_jax.terminal import abandon, one_line, say
 
 # Flags that this module defines are listed in the help of the command that asks for them.
@@ -30,6 +31,9 @@ MODEL_HELP = "Hub id or folder of the base model, if it is no longer where the r
 
 
 class _ConfigParser(flags.ArgumentParser):
+    def __init__(self, of_run: bool):
+        self.of_run = of_run
+
     def parse(self, argument: str) -> ml_collections.ConfigDict:
         given = {}
         arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
@@ -40,29 +44,44 @@ class _ConfigParser(flags.ArgumentParser):
         return load_config(argument, flags=given).lock()
 
 
-def define_config(default: str | None = None) -> Any:
+def define_config(default: str | None = None, *, of_run: bool = False) -> Any:
     """Defines ``--config``, of which every field is a flag too: ``--config.seed=1``.
 
     Args:
       default: what `load_config` takes; None where the command cannot do without the flag.
+      of_run: whether the flag may be left out because the run in ``--workdir`` knows its settings;
+        ``--config.seed=1`` changes those then.
 
     Returns:
-      absl's holder of the flag, its ``value`` a locked ConfigDict.
+      absl's holder of the flag, its ``value`` a locked ConfigDict; with ``of_run`` None where
+      neither the flag nor a run with a config.json is given.
     """
+    of_package = "a file, or one of those in the package (tiny, gpt2, gpt2:tuned, llama)."
     holder = config_flags.DEFINE_config_file(
         "config",
         None,
-        "Config: a file, or one of those in the package (tiny, gpt2, gpt2:tuned, llama).",
+        f"Config, in place of the run's own: {of_package}" if of_run else f"Config: {of_package}",
     )
     # ml_collections knows files only.
-    flags.FLAGS["config"].parser = _ConfigParser()
+    flags.FLAGS["config"].parser = _ConfigParser(of_run)
     if default is not None:
         flags.set_default(holder, default)
     return holder
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
-    """Runs a command's ``main`` under absl; mistakes end it with one sentence and status 2."""
+def _of_run(config: Any) -> bool:
+    """Whether a command's ``--config`` may be left out, see `define_config`."""
+    return bool(config.parser.of_run)
+
+
+def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> None:
+    """Runs a command's ``main`` under absl; mistakes end it with one sentence and status 2.
+
+    Args:
+      main: is given what is no flag, behind the program's name.
+      arguments: whether the command takes such arguments, flags before and after them.
+    """
+    flags.FLAGS.set_gnu_getopt(arguments)
     for flag in flags.FLAGS.get_flags_for_module(main.__module__):
         # Flags defined in a module of the package are what --help of the command is asked about.
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
@@ -71,9 +90,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
         # Orbax reports every step of a save, and errors with a traceback before it raises them.
         logging.set_verbosity(logging.FATAL)
         sys.excepthook = _excepthook
-        if len(argv) > 1:
+        if len(argv) > 1 and not arguments:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
-        if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
+        config = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
+        if config is not None and config.value is None and not _of_run(config):
             _fail("--config is missing; start with --config tiny.")
         try:
             jax.devices()
@@ -177,6 +197,7 @@ def parse_flags(argv: list[str]) -> list[str]:
       InputError: an unknown flag, a value of another type, or a config that cannot be used.
     """
     try:
+        _default_to_run(argv)
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
         name, *suggestion = _lines(error) or [""]
@@ -208,6 +229,36 @@ def parse_flags(argv: list[str]) -> list[str]:
                 "a whole (docs/config.md)."
             ) from None
         raise InputError(f"{_one_line(error)}; see --help and docs/config.md.") from None
+
+
+def _default_to_run(argv: list[str]) -> None:
+    """Makes the settings of the run in ``--workdir`` those of ``--config`` where it is left out.
+
+    Before the flags are parsed: which of the overrides are flags depends on it.
+    """
+    config = flags.FLAGS["config"] if "config" in flags.FLAGS else None  # noqa: SIM401
+    if config is None or not _of_run(config) or _given(argv, "config") is not None:
+        return
+    workdir = _given(argv, "workdir") or ""
+    path = Path(workdir) / "config.json"
+    if workdir and is_file(path):
+        flags.FLAGS.set_default("config", str(path))
+    elif workdir and any(_OVERRIDE.match(argument) for argument in argv):
+        raise InputError(
+            f"--workdir={workdir}: holds no run whose settings could be changed (there is no "
+            "config.json); give another, or --config."
+        )
+
+
+def _given(argv: list[str], name: str) -> str | None:
+    """The last value of a flag on a command line that is not parsed yet, None without one."""
+    found = None
+    for place, argument in enumerate(argv[1:], start=1):
+        match = re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL)
+        if match:
+            after = argv[place + 1] if place + 1 < len(argv) else ""
+            found = after if match[1] is None else match[1]
+    return found
 
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.")

@@ -1,17 +1,26 @@
-"""Config files: Python files with a ``get_config``, some of which come with the package."""
+"""Config files: Python files with a ``get_config``, some of which come with the package, and the
+``config.json`` of a run."""
 
 import importlib.util
 import sys
 import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from grpocem_jax import user_code
-from grpocem_jax.config import lay_defaults
+from grpocem_jax.config import Config, lay_defaults
 from grpocem_jax.errors import InputError
-from grpocem_jax.files import expand, is_file
+from grpocem_jax.files import expand, is_file, is_folder, read_object
+
+CODE = "code_folders"
+"""The field of run.json with the folders in which the run's own functions were looked for."""
+
+_code_folders: list[str] = []
 
 
 def config_folder() -> Path:
@@ -31,22 +40,23 @@ def load_config(
 
     Args:
       name: a file (``configs/gpt2.py``), or the name of one that comes with the package (``tiny``,
-        ``gpt2``); behind a colon the argument of its ``get_config`` (``gpt2:tuned``).
-      flags: what the command line gives, by names of fields with dots.
+        ``gpt2``); behind a colon the argument of its ``get_config`` (``gpt2:tuned``). Or the
+        ``config.json`` of a run: its settings, with the folders in which the run found its modules.
 
     Raises:
       InputError: no such file, or one that fails, exits or returns no config; an InputError of the
         file's own as it is.
     """
+    if name.endswith(".json"):
+        return _load_run_config(expand(name, "--config"), flags)
     file, *argument = name.split(":", 1)
     path = _find(file)
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{file}: is no Python file; a config is one with a get_config().")
     module = importlib.util.module_from_spec(spec)
-    beside = str(path.resolve().parent)
-    if beside not in sys.path and path.parent != config_folder():
-        sys.path.append(beside)
+    if path.parent != config_folder():
+        _look_in(str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*argument)
@@ -66,6 +76,55 @@ def load_config(
         config = ml_collections.ConfigDict(config)
     lay_defaults(config, flags)
     return config
+
+
+def code_folders() -> list[str]:
+    """The folders of the config files loaded so far, where functions named in them may lie."""
+    return list(_code_folders)
+
+
+def _look_in(folder: str) -> None:
+    if folder not in _code_folders:
+        _code_folders.append(folder)
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def _load_run_config(
+    path: Path, flags: Mapping[str, str] = types.MappingProxyType({})
+) -> ml_collections.ConfigDict:
+    """The settings that a run was made with.
+
+    Raises:
+      InputError: no such file, or one that holds no settings.
+    """
+    fix = "give another run"
+    stored = read_object(path, fix=fix)
+    try:
+        settings = ml_collections.ConfigDict(_typed(stored, Config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: holds no settings ({error}); {fix}.") from None
+    if is_file(path.with_name("run.json")):
+        folders = read_object(path.with_name("run.json"), fix=fix).get(CODE)
+        for folder in folders if isinstance(folders, list) else []:
+            if isinstance(folder, str) and is_folder(folder):
+                _look_in(folder)
+    lay_defaults(settings, flags)
+    return settings
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """What JSON does not keep: tuples, and the type of what is None, without which no flag can set
+    it."""
+    if isinstance(value, Mapping):
+        hints = typing.get_type_hints(kind) if isinstance(kind, type) else {}
+        (*_, others) = typing.get_args(kind) or (kind if kind is Any else None,)
+        return {name: _typed(each, hints.get(name, others)) for name, each in value.items()}
+    if value is None and isinstance(kind, types.UnionType):
+        (held,) = (each for each in typing.get_args(kind) if each is not type(None))
+        return config_dict.placeholder(held)
+    # Options of one's own adapter are handed over as they are.
+    return tuple(value) if isinstance(value, list) and kind is not Any else value
 
 
 def _find(file: str) -> Path:

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import flags
 from safetensors import SafetensorError
 
 from grpocem_jax import checkpoints, commands, files, peft, screens
-from grpocem_jax.adaptation import TrainedRun, load_fitting_adapter, load_run
+from grpocem_jax.adaptation import TrainedRun, load_run
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
@@ -80,6 +81,7 @@ def export_model(
     format: str = "merged",
     dtype: str | None = None,
     rank: int | None = None,
+    settings: ml_collections.ConfigDict | None = None,
 ) -> Exported:
     """Writes the model of a run, merged into a Hugging Face folder or as a LoRA for PEFT.
 
@@ -94,6 +96,7 @@ def export_model(
       rank: of the LoRA, 1 to the smaller side of the largest adapted map, which is the default and
         exact. Smaller ranks keep the largest singular values of each map's change.
       model: where the base model lies now, if not where the run found it.
+      settings: other settings than the run's own.
 
     Raises:
       InputError: ``out`` exists or cannot be written; there is no trained run; the adapter is of
@@ -104,9 +107,7 @@ def export_model(
     workdir, out = files.expand(workdir, "--workdir"), files.expand(out, "--out")
     _check_new(out)
     source = workdir / "adapter" if adapter is None else files.expand(adapter, "--adapter")
-    run = load_run(workdir, model=model)
-    if adapter is not None:
-        run = run._replace(adapter=load_fitting_adapter(run.config, run.policy, source))
+    run = load_run(workdir, settings, adapter=adapter, model=model)
     pretrained = run.policy.pretrained
     lora = format == "peft"
     if lora:
@@ -442,6 +443,7 @@ def run(
     *,
     workdir: str | None,
     out: str | None,
+    settings: ml_collections.ConfigDict | None = None,
     adapter: str | None = None,
     model: str | None = None,
     format: str = "merged",
@@ -467,7 +469,14 @@ def run(
     if repository is not None:
         _check_push(repository)
     exported = export_model(
-        workdir, out, adapter=adapter, model=model, format=format, dtype=dtype, rank=rank
+        workdir,
+        out,
+        adapter=adapter,
+        settings=settings,
+        model=model,
+        format=format,
+        dtype=dtype,
+        rank=rank,
     )
     show(screens.exported(exported))
     if repository is not None:
@@ -477,6 +486,7 @@ def run(
 
 def main() -> None:
     """The command."""
+    config = commands.define_config(of_run=True)
     workdir = flags.DEFINE_string("workdir", None, "Run directory with a trained adapter.")
     out = flags.DEFINE_string("out", None, "Folder to make; must not exist.")
     adapter = flags.DEFINE_string(
@@ -500,6 +510,7 @@ def main() -> None:
         lambda argv: run(
             workdir=workdir.value,
             out=out.value,
+            settings=config.value,
             adapter=adapter.value,
             model=model.value,
             format=format.value,

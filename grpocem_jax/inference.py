@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from grpocem_jax import adaptation, checkpoints, report, rollouts, screens, tables
+from grpocem_jax import adaptation, checkpoints, evaluation, report, rollouts, screens, tables
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.config import CEMConfig
 from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, write_json, writing
@@ -24,7 +28,7 @@ from grpocem_jax.terminal import say, show, unread
 
 
 def run(
-    settings: ml_collections.ConfigDict,
+    settings: ml_collections.ConfigDict | None,
     *,
     workdir: str | None,
     prompt: str | None = None,
@@ -36,7 +40,7 @@ def run(
     model: str | None = None,
     as_json: bool = False,
 ) -> dict[str, Any]:
-    """Runs the command; arguments are its flags.
+    """Runs the command; arguments are its flags, ``settings`` None those of the run.
 
     Returns:
       what ``--json`` prints.
@@ -91,9 +95,7 @@ def run(
     # What cannot be used is refused before the first search.
     for text in texts:
         adaptation.count_tokens(trained, text)
-    judged = [] if heldout is None else _texts(Path(heldout))
-    for judge in judged:
-        adaptation.encode(trained.policy, judge, trained.config.cem)
+    judge = _Judge(trained) if heldout is None else _judge(trained, Path(heldout))
     if save:
         _make_folder(Path(save))
     say(screens.adapting(trained, workdir), sys.stderr)
@@ -116,16 +118,24 @@ def run(
             if examples is None
             else _adapt_to_file(trained, texts, Path(examples))
         )
+        last = None
         for found, text in pairs:
-            results.append(_record(trained, found, text, judged))
+            results.append(_record(trained, found, text, judge))
             if save and len(results) == 1:
                 try:
                     _save(trained, found, results[0], save)
                 except InputError as error:
                     unsaved = error
             if not as_json:
-                show(screens.adapted(results[-1]))
-        result = {"results": results} if prompts else results[0]
+                show(screens.adapted(results[-1], search=found is not last))
+            last = found
+        result = results[0]
+        if prompts:
+            result = {"results": results}
+            if examples is None:
+                result["summary"] = _summary(results)
+                if not as_json and len(results) > 1:
+                    show(screens.adapted_many(result["summary"]))
     if as_json:
         # In ASCII: what moves a cursor or turns the writing direction is an escape of JSON's own.
         print(json.dumps(result, allow_nan=False), flush=True)
@@ -149,37 +159,120 @@ def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adapt
     space = adaptation.make_space(run.policy, run.adapter, run.config.cem)
     for number, prompt in enumerate(prompts, start=1):
         where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""
-        view = _LiveView(where, run.config.cem.generations)
-        yield adaptation.adapt(run, prompt, space=space, on_chunk=view.show), prompt
-        view.close()
+        with _LiveView(where, run.config.cem) as view:
+            found = adaptation.adapt(run, prompt, space=space, on_chunk=view.show)
+        yield found, prompt
 
 
 def _adapt_to_file(
     run: TrainedRun, prompts: Sequence[str], examples: Path
 ) -> Iterator[tuple[Adaptation, str]]:
     """Adapts once, to all examples of a file, for all prompts."""
-    view = _LiveView("examples", run.config.cem.generations)
     if run.config.cem.fitness == "reward":
-        task = run.config.task(run.config.cem.task)
-        source = run.config.data.sources.get(task.name, SourceConfig())
-        chosen = [example_of(task, row, source) for row in file_rows(examples)]
-        items = rollouts.encode(run.policy, task, chosen)
-        found = adaptation.adapt_to_reward(run, items, on_chunk=view.show)
+        items = _items(run, examples)
+        with _LiveView("examples", run.config.cem) as view:
+            found = adaptation.adapt_to_reward(run, items, on_chunk=view.show)
     else:
-        found = adaptation.adapt(run, _texts(examples), on_chunk=view.show)
-    view.close()
+        texts = _texts(examples)
+        with _LiveView("examples", run.config.cem) as view:
+            found = adaptation.adapt(run, texts, on_chunk=view.show)
     for prompt in prompts or [""]:
         yield found, prompt
 
 
-def _record(
-    run: TrainedRun, found: Adaptation, prompt: str, judged: Sequence[Text]
-) -> dict[str, Any]:
+def _items(run: TrainedRun, file: Path) -> list[rollouts.Item]:
+    """The rows of a file as prompts of ``cem.task``, with the columns that its reward reads."""
+    task = run.config.task(run.config.cem.task)
+    source = run.config.data.sources.get(task.name, SourceConfig())
+    chosen = [example_of(task, row, source) for row in file_rows(file)]
+    return rollouts.encode(run.policy, task, chosen)
+
+
+@dataclasses.dataclass
+class _Judge:
+    """What ``--heldout`` measures: log-likelihoods of texts, rewards of prompts, or both.
+
+    What it said of an adapter is kept: one adapter may answer many prompts.
+    """
+
+    run: TrainedRun
+    texts: Sequence[Text] = ()
+    items: Sequence[rollouts.Item] = ()
+    _known: dict[int, tuple[Any, float | None, np.ndarray | None]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def record(self, adapter: Any) -> dict[str, Any]:
+        """The fields of ``--json`` on held-out text, before and with an adapter."""
+        fields: dict[str, Any] = {}
+        (_, nats, rewards), (_, own_nats, own_rewards) = map(
+            self._measure, (self.run.adapter, adapter)
+        )
+        if nats is not None:
+            fields |= {"heldout_before": nats, "heldout_after": own_nats}
+        if rewards is not None and own_rewards is not None:
+            name = self.run.config.cem.task
+            gains = evaluation.compare([name], [name] * len(rewards), rewards, own_rewards)
+            gain = gains.get("overall")
+            fields |= {
+                "heldout_reward_before": gain and gain.before,
+                "heldout_reward_after": gain and gain.after,
+                "heldout_reward_gain_ci95": gain and list(gain.gain_ci95),
+            }
+        return fields
+
+    def _measure(self, adapter: Any) -> tuple[Any, float | None, np.ndarray | None]:
+        run, nats, rewards = self.run, None, None
+        if id(adapter) not in self._known:
+            if self.texts:
+                nats = float(np.mean(adaptation.log_likelihoods(run, adapter, self.texts)))
+            if self.items:
+                key = jax.random.key(run.config.seed)
+                rewards, _ = evaluation.evaluate(
+                    run.policy, adapter, self.items, key, run.config, greedy=False
+                )
+            # The adapter is kept as well, so that no other gets its id.
+            self._known[id(adapter)] = (adapter, nats, rewards)
+        return self._known[id(adapter)]
+
+
+def _judge(run: TrainedRun, file: Path) -> _Judge:
+    """Reads ``--heldout``, before any search.
+
+    Where the fitness is a reward, rows with the columns of the task are judged by it, and by the
+    likelihood of their references where they have them; rows of text by likelihood alone.
+    """
+    items: list[rollouts.Item] = []
+    texts: Sequence[Text | None]
+    if run.config.cem.fitness == "reward":
+        try:
+            items = _items(run, file)
+            texts = [tables.reference_text(item) for item in items]
+        except InputError as error:
+            try:
+                texts = _texts(file)
+            except InputError:
+                raise error from None
+    else:
+        texts = _texts(file)
+    longest = run.config.data.max_prompt_tokens
+    for number, item in enumerate(items, start=1):
+        adaptation.check_room(run, len(item.tokens))
+        if len(item.tokens) > longest:
+            raise InputError(
+                f"{file}: prompt {number} has {len(item.tokens)} tokens, but "
+                f"config.data.max_prompt_tokens={longest}; shorten it, or raise that."
+            )
+    judged = [text for text in texts if text is not None]
+    for text in judged:
+        adaptation.encode(run.policy, text, run.config.cem)
+    return _Judge(run, judged if len(judged) == len(texts) else (), items)
+
+
+def _record(run: TrainedRun, found: Adaptation, prompt: str, judge: _Judge) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": prompt, **adaptation.summary(found)}
-    if judged:
-        for when, adapter in (("before", run.adapter), ("after", found.adapter)):
-            values = adaptation.log_likelihoods(run, adapter, judged)
-            record[f"heldout_{when}"] = float(np.mean(values))
+    record["fitness_unit"] = screens.unit(run.config.cem.fitness)
+    record |= judge.record(found.adapter)
     # A prompt may fill the context and still be adapted to.
     fits = prompt != "" and adaptation.count_tokens(run, prompt) <= adaptation.room(run)
     for when, adapter in (("before", run.adapter), ("after", found.adapter)):
@@ -187,19 +280,36 @@ def _record(
     return record
 
 
+def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What came of the searches for several prompts, together."""
+    gains = [
+        record["fitness_after"] - record["fitness_before"]
+        for record in results
+        if record["fitness_before"] is not None
+    ]
+    return {
+        "prompts": len(results),
+        "adapted": sum(record["adapted"] for record in results),
+        "changed": sum(record["text_before"] != record["text_after"] for record in results),
+        "mean_gain": float(np.mean(gains)) if gains else None,
+        "fitness_unit": results[0]["fitness_unit"],
+        "seconds": sum(record["seconds"] for record in results),
+        "compile_seconds": sum(record["compile_seconds"] for record in results),
+    }
+
+
 def _evaluate(run: TrainedRun) -> dict[str, Any]:
     data = load_data(run.config, run.policy)
     lines = "\n".join(f"data      {line}" for line in data.lines)
     say(lines, sys.stderr)
-    view = _LiveView("searches", 0)
-    result = tables.adapted_tables(
-        run,
-        data.train,
-        data.heldout,
-        key=jax.random.key(run.config.seed),
-        progress=view.count,
-    )
-    view.close()
+    with _LiveView("searches", run.config.cem) as view:
+        result = tables.adapted_tables(
+            run,
+            data.train,
+            data.heldout,
+            key=jax.random.key(run.config.seed),
+            progress=view.count,
+        )
     return {**result, "cem": dataclasses.asdict(run.config.cem)}
 
 
@@ -275,38 +385,81 @@ def _make_folder(folder: Path) -> None:
 class _LiveView:
     """Progress on stderr: one line that is rewritten on a terminal, a line now and then in a file.
 
-    The search calls `show` between chunks of generations; nothing is asked of the device for it.
+    The search calls `show` between chunks of generations.  In between, where a generation takes
+    long, a thread shows how long it has been under way, and how long those before took; nothing is
+    asked of the device for it.  Used as a context.
     """
 
-    def __init__(self, title: str, generations: int):
-        self.title, self.generations = title, generations
-        self.end = "\r" if sys.stderr.isatty() else "\n"
+    interval_s = 1.0, 30.0
+    """Seconds between such lines, on a terminal and in a file."""
+
+    def __init__(self, title: str, settings: CEMConfig):
+        self.title, self.generations = title, settings.generations
+        self.unit = screens.unit(settings.fitness)
+        self.terminal = sys.stderr.isatty()
+        self.end = "\r" if self.terminal else "\n"
         self.width = 0
         # Of many prompts a file gets the last line of each.
-        self.sparse = self.end == "\n" and title.startswith("prompt")
+        self.sparse = not self.terminal and title.startswith("prompt")
+        self.done, self.line = 0, ""
+        self.started = self.reported = time.monotonic()
+        self.lock, self.closed = threading.Lock(), threading.Event()
 
-    def show(self, done: int, history: History) -> None:
-        if self.sparse and done < self.generations:
-            return
-        held = history.held_back[-1]
-        gate = "" if np.isnan(held) else f"  held-back gain at least {held:+.3f}"
-        title = f"{self.title}  " if self.title else ""
-        self._print(
-            f"{title}generation {done}/{self.generations}  best {history.best[-1]:.3f}  "
-            f"mean {history.mean[-1]:.3f}  sigma {history.std[-1]:.3f}{gate}"
-        )
+    def __enter__(self) -> "_LiveView":
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
 
-    def count(self, done: int, of: int) -> None:
-        if self.end == "\r" or done % max(1, of // 20) == 0 or done == of:
-            self._print(f"{self.title} {done}/{of}")
-
-    def close(self) -> None:
-        if self.end == "\r" and self.width:
+    def __exit__(self, *error: object) -> None:
+        self.closed.set()
+        self.thread.join()
+        if self.terminal and self.width:
             with unread(sys.stderr):
                 print(file=sys.stderr)
 
+    def show(self, done: int, history: History) -> None:
+        held = history.held_back[-1]
+        gate = "" if np.isnan(held) else f"  held-back gain at least {held:+.3f}"
+        self.line = (
+            f"best {history.best[-1]:.3f}  mean {history.mean[-1]:.3f}{gate} ({self.unit})"
+            # A gradient has none.
+            + (f"  sigma {history.std[-1]:.3f}" if history.std[-1] else "")
+        )
+        self.done, self.reported = done, time.monotonic()
+        if self.sparse and done < self.generations:
+            return
+        self._print(f"{self._title()}generation {done}/{self.generations}  {self.line}")
+
+    def count(self, done: int, of: int) -> None:
+        self.done, self.reported = done, time.monotonic()
+        if self.terminal or done % max(1, of // 20) == 0 or done == of:
+            self._print(f"{self.title} {done}/{of}")
+
+    def under_way(self, now: float) -> str:
+        """What can be said of the generation under way: how long, of about how long."""
+        waited = now - self.reported
+        if not self.done:
+            return f"{self._title()}under way for {waited:.0f} s, compilation included"
+        each = (self.reported - self.started) / self.done
+        return (
+            f"{self._title()}{waited:.0f} s since generation {self.done}/{self.generations}, at "
+            f"about {each:.0f} s for each  {self.line}"
+        )
+
+    def _watch(self) -> None:
+        interval = self.interval_s[0 if self.terminal else 1]
+        while not self.closed.wait(interval):
+            now = time.monotonic()
+            if now - self.reported >= interval and self.title != "searches":
+                self._print(self.under_way(now))
+
+    def _title(self) -> str:
+        return f"{self.title}  " if self.title else ""
+
     def _print(self, line: str) -> None:
-        padding = " " * max(0, self.width - len(line))
-        self.width = len(line)
-        with unread(sys.stderr):
+        with self.lock, unread(sys.stderr):
+            if self.terminal:  # a longer line could not be rewritten
+                line = line[: shutil.get_terminal_size().columns - 1]
+            padding = " " * max(0, self.width - len(line)) if self.terminal else ""
+            self.width = len(line)
             print(line + padding, end=self.end, file=sys.stderr, flush=True)

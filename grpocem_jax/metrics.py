@@ -5,6 +5,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -153,6 +156,38 @@ def peak_memory_bytes() -> int | None:
     """The largest memory in use on the first device, or None where the backend does not say."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def invocation() -> dict[str, Any]:
+    """The command line and what code it ran, for run.json.
+
+    Returns:
+      ``command``; ``version`` of the package; ``commit`` of the checkout that it lies in, with
+      ``-dirty`` behind it where files there differ, None of an installed package.
+    """
+    script, *arguments = sys.argv or [""]
+    start = f"python {script}" if script.endswith(".py") else Path(script).name
+    version = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("grpocem_jax")
+    return {
+        "command": " ".join([start, *map(shlex.quote, arguments)]),
+        "version": version,
+        "commit": _commit(Path(__file__).parents[1]),
+    }
+
+
+def _commit(folder: Path) -> str | None:
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
 
 
 def environment() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_collections
 
+from grpocem_jax import config_files, metrics
 from grpocem_jax.config import with_defaults
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, is_folder, read_object, write_json
@@ -141,7 +142,7 @@ def check_identity(workdir: Path, identity: Mapping[str, str]) -> dict[str, Any]
 @contextlib.contextmanager
 def claim(
     workdir: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     """Takes a run directory for this process, until the block ends or the process does.
 
     Args:
@@ -150,7 +151,8 @@ def claim(
       identity: hashes of what the run is trained on, by name; kept in run.json.
 
     Yields:
-      the identity with the ``id`` that the run got at its start.
+      the contents of run.json: the identity with the ``id`` that the run got at its start, the
+      command that started it (`metrics.invocation`) and where that looked for modules.
 
     Raises:
       InputError: a folder that cannot be written, another process in it, or another identity.
@@ -177,7 +179,8 @@ def claim(
         if check_settings(workdir, settings):
             stored = check_identity(workdir, identity)
         else:
-            stored = {**identity, "id": uuid.uuid4().hex[:8]}
+            started = {**metrics.invocation(), config_files.CODE: config_files.code_folders()}
+            stored = {**identity, "id": uuid.uuid4().hex[:8], **started}
             write_json(workdir / "run.json", stored)
         write_json(workdir / "config.json", settings)
         yield stored

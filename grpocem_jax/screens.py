@@ -1,6 +1,8 @@
 """What a person reads: the first screen, completions on the way, the closing table, the card."""
 
 import math
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -9,25 +11,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from grpocem_jax import evaluation, rollouts
 from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
-from grpocem_jax.terminal import encodable, one_line, say, unread
+from grpocem_jax.terminal import encodable, in_notebook, messages, one_line, say, unread
 
 
 class Progress:
-    """Progress on stderr: a bar on a terminal; in a file a line at first, every half minute, and at
-    last, without control characters."""
+    """Progress on stderr: a bar on a terminal, one of its own in a notebook; in a file a line at
+    first, every half minute, and at last, without control characters."""
 
     interval_s = 30.0
 
     def __init__(self, total: int):
+        shown = sys.stderr.isatty() or in_notebook()
         self._bar = tqdm(
-            total=total, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=total, unit="step", dynamic_ncols=True, disable=not shown, file=messages()
         )
         self._total, self._shown = total, -math.inf
         self._first: tuple[int, float] | None = None
@@ -52,7 +55,7 @@ class Progress:
     def write(text: str) -> None:
         """Writes text above the bar."""
         with unread(sys.stderr):
-            tqdm.write(encodable(text, sys.stderr), file=sys.stderr)
+            tqdm.write(encodable(text, messages()), file=messages())
 
     def close(self) -> None:
         """Ends the line of the bar."""
@@ -150,43 +153,93 @@ def exported(result: Any) -> str:
     return "\n".join(lines)
 
 
-def adapted(record: dict[str, Any]) -> str:
-    """One adapted prompt: fitness and text before and after."""
-    verdict = {
-        "start": "not adapted: " + (record["note"] or "nothing did better on held-back text"),
-    }.get(record["returned"], f"adapted: the {record['returned']} of the search")
-    gain = record["held_back_gain"]
-    held = f", held-back {gain:+.3f}" if gain else ""
-    before, after = record["fitness_before"], record["fitness_after"]
-    lines = [""]
-    if before is not None:
-        lines.append(f"fitness   {before:.3f} before, {after:.3f} after{held}")
-    if "heldout_before" in record:
-        lines.append(
-            f"held out  {record['heldout_before']:.3f} before, {record['heldout_after']:.3f} after"
-        )
-    lines += [
-        f"search    {record['generations']} generations, {record['candidates']} candidates in "
-        f"{record['seconds']:.2f} s, and {record['compile_seconds']:.1f} s to compile"
-        + (", converged" if record["converged"] else ""),
-        f"result    {verdict}",
-    ]
+def unit(fitness: str) -> str:
+    """The unit of what a search maximises, by ``cem.fitness``: a fitness of the user's own is named
+    after itself."""
+    return {"likelihood": "nats/token", "reward": "reward"}.get(fitness, fitness)
+
+
+def _measured(of: str) -> str:
+    """What numbers in a `unit` are, to stand behind them."""
+    if of == "nats/token":
+        return "log-likelihood, nats per token"
+    return "mean reward" if of == "reward" else f"value of {of}"
+
+
+def adapted(record: dict[str, Any], *, search: bool = True) -> str:
+    """One adapted prompt: fitness and text before and after, each number with its unit.
+
+    Args:
+      record: as ``adapt.py --json`` prints it.
+      search: whether the search is described; else only the prompt and its completions, as of a
+        further prompt after one search for all.
+    """
+    lines = ["", *(_found(record) if search else [])]
     if record["prompt"]:
         lines.append(f"prompt    {one_line(record['prompt'])}")
-    if record["text_before"] is not None:
-        lines += [
-            f"before   >{one_line(record['text_before'])}",
-            f"after    >{one_line(record['text_after'])}",
-        ]
+    before, after = record["text_before"], record["text_after"]
+    if before is not None:
+        lines.append(f"before   >{one_line(before)}")
+        lines.append(
+            "after     the same completion, unchanged"
+            if before == after
+            else f"after    >{one_line(after)}"
+        )
     elif record["prompt"]:
         lines.append("          fills the context, so there is no room for a completion")
     return "\n".join(lines)
 
 
+def _found(record: dict[str, Any]) -> list[str]:
+    """What a search found, in lines."""
+    verdict = {
+        "start": "not adapted: " + (record["note"] or "nothing did better on held-back text"),
+    }.get(record["returned"], f"adapted: the {record['returned']} of the search")
+    what, gain, lines = _measured(record["fitness_unit"]), record["held_back_gain"], []
+    before, after = record["fitness_before"], record["fitness_after"]
+    if before is not None:
+        lines.append(f"fitness   {before:.3f} before, {after:.3f} after ({what})")
+    if gain:
+        lines.append(f"held back {gain:+.3f} on the part that judged the search ({what})")
+    if record.get("heldout_reward_before") is not None:
+        low, high = record["heldout_reward_gain_ci95"]
+        lines.append(
+            f"held out  {record['heldout_reward_before']:.3f} before, "
+            f"{record['heldout_reward_after']:.3f} after, 95% interval of the gain "
+            f"[{low:+.3f}, {high:+.3f}] (mean reward)"
+        )
+    if "heldout_before" in record:
+        lines.append(
+            f"held out  {record['heldout_before']:.3f} before, {record['heldout_after']:.3f} after "
+            f"({_measured('nats/token')})"
+        )
+    return [
+        *lines,
+        f"search    {record['generations']} generations, {record['candidates']} candidates in "
+        f"{record['seconds']:.2f} s, and {record['compile_seconds']:.1f} s to compile"
+        + (", converged" if record["converged"] else ""),
+        f"result    {verdict}",
+    ]
+
+
+def adapted_many(summary: dict[str, Any]) -> str:
+    """The searches of several prompts together, from ``summary`` of the command's JSON."""
+    mean = summary["mean_gain"]
+    gain = "" if mean is None else f", mean gain {mean:+.3f} ({_measured(summary['fitness_unit'])})"
+    return (
+        f"\nin all    {summary['adapted']} of {summary['prompts']} prompts adapted{gain}, "
+        f"{summary['changed']} completions changed; {summary['seconds']:.1f} s of search and "
+        f"{summary['compile_seconds']:.1f} s to compile"
+    )
+
+
 def adapted_card(run: TrainedRun, record: dict[str, Any]) -> str:
     """README.md of a folder that holds an adapted adapter."""
     before, after = record["fitness_before"], record["fitness_after"]
-    change = f"; fitness {before:.3f} before, {after:.3f} after" if before is not None else ""
+    change = ""
+    if before is not None:
+        what = _measured(record["fitness_unit"])
+        change = f"; {what}: {before:.3f} before, {after:.3f} after"
     return "\n".join(
         [
             f"# Adapter of {run.policy.pretrained.source}, adapted further",
@@ -240,10 +293,32 @@ def closing(
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
             *_best(summary),
             *remarks,
-            f"adapter and logs are in {workdir}; to adapt it further: "
-            f"grpocem-adapt --config CONFIG --workdir {workdir} --prompt TEXT",
+            f"adapter and logs are in {workdir}; adapt it to a prompt, measure adaptation on the "
+            "held-out prompts, or export the model:",
+            *(f"    {command}" for command in _next_commands(workdir)),
         ]
     )
+
+
+def _next_commands(workdir: Path) -> list[str]:
+    """What can be done with a run that has ended, as commands to paste."""
+    run = shlex.quote(str(workdir))
+    adapt, export = map(installed, ("grpocem-adapt", "grpocem-export"))
+    return [
+        f"{adapt} --workdir {run} --prompt 'Once upon a time, there was a little dog.'",
+        f"{adapt} --workdir {run} --evaluate --config.cem.support=8",
+        f"{export} --workdir {run} --out {shlex.quote(str(workdir / 'exported'))}",
+    ]
+
+
+def installed(name: str) -> str:
+    """A command of the package as the shell finds it: by name, or by its path where the environment
+    that runs now is not the active one."""
+    found, own = shutil.which(name), Path(sys.executable).with_name(name)
+    if not own.is_file() or (found is not None and Path(found) == own):
+        return name
+    here = Path.cwd()
+    return shlex.quote(str(own.relative_to(here) if own.is_relative_to(here) else own))
 
 
 def _best(summary: dict[str, Any]) -> list[str]:

@@ -160,8 +160,8 @@ def search(
         fitness has parameters, they lie on each of them.
       budget_s: seconds; the search stops at the first chance after them. Chunks grow and shrink
         with the time that is left. Compilation does not count.
-      on_chunk: called with the number of generations done and their history, at least every tenth
-        of them.
+      on_chunk: called with the number of generations done and their history, after the first and
+        at least every tenth of them.
 
     Returns:
       `SearchResult`; with the gate its adapter may be the start.
@@ -208,7 +208,8 @@ def search(
             affordable = int((budget_s - spent) / (spent / done)) if done else 1
             limit = min(limit, done + max(1, affordable))
         if on_chunk is not None:
-            limit = min(limit, done + max(1, generations // 10))
+            # The first by itself: how long one takes is then known.
+            limit = min(limit, done + max(1, generations // 10) if done else 1)
         loop = advance(loop, limit)
         done = int(loop.state.generation)
         if on_chunk is not None:

@@ -181,8 +181,9 @@ def show(tables: dict[str, Any], config: Any) -> str:
             for task, gain in tables[name].items()
         }
         lines += [screens.table(gains, title), ""]
+    lines.append(f"adaptation, fitness in {screens.unit(config.cem.fitness)}")
     lines.append(
-        f"{'adaptation':<20}{'fitness':>9}{'after':>9}{'adapted':>9}{'converged':>10}"
+        f"{'':<20}{'fitness':>9}{'after':>9}{'adapted':>9}{'converged':>10}"
         f"{'generations':>12}{'seconds':>9}{'held-out nats/token':>25}"
     )
     for name, row in tables["adaptation"].items():

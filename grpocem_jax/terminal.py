@@ -49,9 +49,22 @@ def abandon(file: TextIO) -> None:
         os.dup2(nowhere.fileno(), file.fileno())
 
 
+def in_notebook() -> bool:
+    """Whether a notebook shows the output, which has what is on standard error in red blocks."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", {})
+
+
+def messages() -> TextIO:
+    """Where progress goes: standard error, and standard output in a notebook."""
+    return sys.stdout if in_notebook() else sys.stderr
+
+
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints `visible` text at once, on standard output or ``file``; see `unread`."""
     file = file or sys.stdout
+    if file is sys.stderr:
+        file = messages()
     with unread(file):
         _print(text, file)
 

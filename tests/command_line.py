@@ -13,7 +13,7 @@ import sys
 import pytest
 from absl import flags
 
-from grpocem_jax import cli, commands, export, searching, training
+from grpocem_jax import cli, commands, compare, export, searching, training
 from tests.conftest import ROOT
 from tests.test_adaptation import no_search, write_run
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "train": cli.train,
     "adapt": cli.adapt,
     "export": export.main,
+    "compare": compare.main,
     "report": lambda: runpy.run_module("grpocem_jax.report", run_name="__main__"),
     "experts": lambda: runpy.run_path(
         str(ROOT / "grpocem_jax" / "experts.py"), run_name="__main__"

@@ -17,8 +17,10 @@ import grpocem_jax as gj
 from examples import custom_adapter
 from examples.own_task import rewards
 from examples.stories import rewards as stories
+from grpocem_jax import adaptation
 from grpocem_jax.adapters import base
 from tests.conftest import ROOT, SITES
+from tests.test_adaptation import get_config, tiny_policy, write_run
 
 
 def short(settings, tasks=None):
@@ -232,3 +234,24 @@ def test_the_notebook_runs(own_run, tmp_path, monkeypatch, capsys):
     assert names["result"].candidates == 10 * 10
     assert names["exported"].difference < 1e-3
     assert "candidates/s" in capsys.readouterr().out
+
+
+def test_the_recipes_of_the_readme_help_with_other_recipes(tmp_path):
+    """On the model as published, with a fifth of the steps of the README."""
+    loaded, _ = tiny_policy()
+    folder = write_run(tmp_path, offsets=loaded.zero)
+    settings = get_config(**{"cem.method": "gradient", "cem.generations": 10})
+    run = adaptation.load_run(folder, settings)
+    texts, others = (
+        (ROOT / "examples" / "adapt" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        for name in ("recipes", "other_recipes")
+    )
+    assert (len(texts), len(others)) == (8, 8)
+    assert not set(texts) & set(others)
+    found = adaptation.adapt(run, texts)
+    judged = [adaptation.Text(text) for text in others]
+    before, after = (
+        adaptation.log_likelihoods(run, adapter, judged) for adapter in (run.adapter, found.adapter)
+    )
+    assert (after > before).all()
+    assert (after - before).mean() > 0.2

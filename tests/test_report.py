@@ -350,16 +350,84 @@ def test_the_head_says_what_came_of_it_and_what_not_to_believe(page):
         assert fact in head
 
 
-def test_samples_are_the_first_three_of_each_task_with_the_rewards_of_their_texts(page):
+def test_samples_have_their_texts_rewards_and_changes(page):
     text = page.text("samples")
-    for number in range(3):
+    for number in range(4):
         assert f"fine prompt {number}" in text
         assert f"fine before {number}" in text
         assert f"fine after {number}" in text
-    assert "prompt 3" not in text
     assert "Before reward -0.25" in text
     assert "After reward 0.125" in text
     assert "After reward –" in text
+    assert "reward +0.125" in text
+
+
+def judged(task, changes):
+    """Lines of heldout.jsonl; a change of None is a completion without a reward after."""
+    return [
+        {
+            "task": task,
+            "prompt": f"{task} {number}",
+            "greedy_before": "a",
+            "greedy_after": "b",
+            "greedy_reward_before": 0.25,
+            "greedy_reward_after": None if change is None else 0.25 + change,
+        }
+        for number, change in enumerate(changes)
+    ]
+
+
+def test_samples_are_the_first_and_the_largest_changes_ranked_both_ways(tmp_path):
+    count = page_module.SAMPLES + 2 * page_module.EXTREMES + 10
+    changes = [0.0] * count
+    changes[0], changes[1], changes[-1], changes[-2], changes[-3] = None, 0.25, -0.5, 0.75, 0.125
+    run = read(tmp_path)
+    run.heldout[:] = [*judged("one", changes), *judged("two", [0.5, -0.25])]
+    tasks, found = page_module.samples(run)
+    assert tasks == ["one", "two"]
+    prompts = [sample.prompt for sample in found]
+    assert prompts[: page_module.SAMPLES] == [f"one {n}" for n in range(page_module.SAMPLES)]
+    assert {f"one {count - n}" for n in (1, 2, 3)} < set(prompts)
+    assert len(found) < count
+    best = [s.prompt for s in sorted(found, key=lambda s: s.gain_rank)]
+    assert best[:4] == [f"one {count - 2}", "two 0", "one 1", f"one {count - 3}"]
+    assert best[-1] == "one 0"
+    worst = [s.prompt for s in sorted(found, key=lambda s: s.loss_rank)]
+    assert worst[:2] == [f"one {count - 1}", "two 1"]
+    assert worst[-1] == "one 0"
+    assert [s.place for s in found] == list(range(len(found)))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_breaks_of_samples_are_line_breaks_and_other_controls_are_escapes(tmp_path, end):
+    run = read(tmp_path, text=f"first{end}second\tthird")
+    _, (sample, *_) = page_module.samples(run)
+    assert sample.prompt == "first\nsecond\\tthird prompt 0"
+    assert sample.after == "first\nsecond\\tthird after 0"
+
+
+def test_the_head_has_command_commit_and_steps_per_second(tmp_path):
+    lines = [
+        {**line, "step_time": seconds, "num_tokens": 100 * line["step"]}
+        for line, seconds in zip(metric_lines(3), (9.0, 0.5, 0.4), strict=True)
+    ]
+    folder = write_run(tmp_path / "run", metrics=lines)
+    started = {"command": "grpocem-train --config '<b>'", "version": "9.8", "commit": "abc-dirty"}
+    (folder / "run.json").write_text(json.dumps(started))
+    facts = dict(page_module.facts(record.read(folder)))
+    # The median step took 0.5 s, and each step has 100 tokens.
+    assert facts["Speed"] == "2 steps per second (0.5 s each), 200 tokens per second"
+    assert facts["Code"] == "grpocem_jax 9.8, commit abc-dirty"
+    assert facts["Command"] == started["command"]
+    source = report.write(folder).read_text()
+    assert "&#39;&lt;b&gt;&#39;" in source
+
+
+def test_the_overall_curve_is_beside_those_of_several_tasks(tmp_path):
+    assert "overall" in drawn(courses.rewards(read(tmp_path))).svg
+    single = [{k: v for k, v in x.items() if "rewards/sent" not in k} for x in metric_lines()]
+    run = read(tmp_path / "single", metrics=single)
+    assert "overall" not in drawn(courses.rewards(run)).svg
 
 
 # Files
@@ -433,7 +501,7 @@ def bare(tmp_path_factory):
         (["spectrum"], "no singular values"),
         (["offsets"], "no trained adapter"),
         (["cem_convergence"], "No adaptation was evaluated"),
-        (["cem_convergence"], "grpocem-adapt --config CONFIG --workdir {run} --evaluate"),
+        (["cem_convergence"], "grpocem-adapt --workdir {run} --evaluate"),
         (["samples"], "there is no heldout.jsonl"),
     ],
 )
@@ -738,6 +806,40 @@ def test_every_panel_is_drawn_with_something_in_it(run, visit):
     for name, (whole, *parts) in boxes.items():
         assert whole > 300, name
         assert sum(size > 0 for size in parts) > 10, name
+
+
+def test_samples_are_filtered_by_task_and_sorted_by_change(tmp_path, visit):
+    folder = write_run(tmp_path / "run")
+    write_lines(folder / "heldout.jsonl", [*judged("a", [0.0, 0.5]), *judged("b", [-0.5, 0.25])])
+    shown = visit(report.write(folder))
+
+    def prompts():
+        """Prompts from the top, of what can be seen."""
+        return shown.evaluate(
+            """() => [...document.querySelectorAll('.sample')].filter(x => x.offsetParent)
+                .sort((x, y) => x.getBoundingClientRect().top - y.getBoundingClientRect().top)
+                .map(x => x.querySelector('.prompt').innerText.replace(/^Prompt: */, ''))"""
+        )
+
+    assert [x.strip() for x in prompts()] == ["a 0", "a 1", "b 0", "b 1"]
+    shown.get_by_label("largest gain first").check()
+    assert [x.strip() for x in prompts()] == ["a 1", "b 1", "a 0", "b 0"]
+    shown.get_by_label("b", exact=True).check()
+    assert [x.strip() for x in prompts()] == ["b 1", "b 0"]
+    shown.get_by_label("largest loss first").check()
+    assert [x.strip() for x in prompts()] == ["b 0", "b 1"]
+    assert shown.problems == []
+
+
+def test_labels_of_ticks_can_be_read_on_a_phone(run, visit):
+    sizes = visit(run / "report" / "index.html", 375).evaluate(
+        """() => [...document.querySelectorAll('.panel svg text')].map(x =>
+            parseFloat(getComputedStyle(x).fontSize)
+            * x.ownerSVGElement.getBoundingClientRect().width
+            / x.ownerSVGElement.viewBox.baseVal.width)"""
+    )
+    assert len(sizes) > 50
+    assert min(sizes) >= 11.5
 
 
 @pytest.mark.parametrize("width", [360, 700, 1280])

@@ -413,7 +413,7 @@ def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_aga
     assert judged == [None, 0.25, None, 0.75, None, 0.5]
     assert summary["best_adapter"] == {"step": 4, "eval_reward": 0.75}
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"4", "6"}
-    run = adaptation.load_run(workdir, adapter="best_adapter")
+    run = adaptation.load_run(workdir, adapter=workdir / "best_adapter")
     template = grpo.init_state(run.policy.zero, run.config.hyperparameters)
     stored = checkpoints.Checkpoints(workdir)
     for name, values in stored.restore(template, 4)[0].adapter.items():

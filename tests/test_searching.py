@@ -114,8 +114,8 @@ def test_a_search_in_chunks_is_the_search_in_one_piece_bit_for_bit(function):
     chunks = run(function, on_chunk=lambda done, history: calls.append((done, history)))
     same(chunks.adapter, whole.adapter)
     same(chunks.history, whole.history)
-    # At least every tenth of the generations.
-    assert [done for done, _ in calls] == list(range(3, 31, 3))
+    # The first of the generations, and at least every tenth.
+    assert [done for done, _ in calls] == [1, *range(4, 31, 3), 30]
     for done, history in calls:
         same(history, jax.tree.map(lambda x, n=done: x[:n], whole.history))
 

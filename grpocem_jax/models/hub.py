@@ -151,7 +151,8 @@ def load_outline(source: str) -> Pretrained:
     folder: Path | None = None
     if shape in SHAPES:
         architecture, config = SHAPES[shape]
-    elif shape and is_folder(folder := expand(shape, "model.source")):
+    elif shape and is_folder(place := expand(shape, "model.source")):
+        folder = place
         architecture, config, fields = _read_config(folder)
         stated = _end_ids(folder, fields)
         if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")):

@@ -1,5 +1,6 @@
 """Panels of what changes over the steps of a training or the generations of a search."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,8 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _window(steps: int, share: int) -> int:
+def smoothing_window(steps: int, share: int) -> int:
+    """Places of a moving mean over one ``share``-th of so many steps, odd."""
     return 2 * (steps // (2 * share)) + 1
 
 
@@ -110,7 +112,7 @@ def curves(
     no_metric = f"metrics.jsonl has no {' and no '.join(absent)}." if absent else ""
     if not found:
         return Panel(name, title, missing or f"There is nothing to draw: {no_metric}")
-    window = _window(len(steps), 20) if smooth else 1
+    window = smoothing_window(len(steps), 20) if smooth else 1
     sentences = [sentence(course(label, steps, y, unit)) for label, y in found.items()]
     if window > 1:
         sentences.append(f"The line is the mean over {window} steps, the pale one each step.")
@@ -149,7 +151,7 @@ def rewards(record: Record) -> Panel:
         return Panel(
             name, title, "There is nothing to draw: metrics.jsonl has no rewards/TASK/mean."
         )
-    window = _window(len(steps), 8)
+    window = smoothing_window(len(steps), 8)
     gains = record.summary.get("heldout", {})
     over_all = record.series("reward")
     sentences = []
@@ -161,7 +163,7 @@ def rewards(record: Record) -> Panel:
         sentences.append(sentence(course("reward on validation prompts", steps, validation)))
     marked = [
         f"{task} {gains[task]['before']:.3f} and {gains[task]['after']:.3f}"
-        for task in found
+        for task in (*found, "overall")
         if task in gains
     ]
     if marked:
@@ -190,6 +192,15 @@ def rewards(record: Record) -> Panel:
                 surface = plots.colour("surface")
                 axes.plot([0], [gains[task]["before"]], markerfacecolor=surface, **edge)
                 axes.plot([1], [gains[task]["after"]], **edge)
+        if len(found) > 1 and not np.isnan(over_all).all():
+            mean = moving_mean(over_all, window)
+            places, ink = kept(mean[:, None]), plots.colour("ink")
+            axes.plot(steps[places], mean[places], color=ink, linewidth=2.2, label="overall")
+            if "overall" in gains:
+                edge = {"color": ink, "transform": axes.get_yaxis_transform(), "clip_on": False}
+                surface = plots.colour("surface")
+                axes.plot([0], [gains["overall"]["before"]], "o", markerfacecolor=surface, **edge)
+                axes.plot([1], [gains["overall"]["after"]], "o", **edge)
         if judged.any():
             x, y, grey = steps[judged], validation[judged], plots.colour("muted")
             axes.plot(x, y, ".--", color=grey, label="validation, all")
@@ -205,7 +216,7 @@ def rewards(record: Record) -> Panel:
 def convergence(record: Record) -> Panel:
     """Fitness over the generations of the searches of ``adapt.py --evaluate``."""
     name, title = "cem_convergence", "CEM convergence"
-    command = f"grpocem-adapt --config CONFIG --workdir {record.workdir} --evaluate"
+    command = f"grpocem-adapt --workdir {shlex.quote(str(record.workdir))} --evaluate"
     if not record.evaluation:
         return Panel(name, title, "No adaptation was evaluated. This does it:", command=command)
     found = record.evaluation.get("convergence", {})

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 
 from grpocem_jax import metrics
 from grpocem_jax.report import courses, panels, plots, sites
 from grpocem_jax.report.panels import Panel, Table, exact, interval
 from grpocem_jax.report.record import Record
-from grpocem_jax.terminal import one_line
+from grpocem_jax.terminal import one_line, visible
 
-SAMPLES = 3
-"""Prompts of each task that are shown; heldout.jsonl has all."""
+SAMPLES = 12
+"""The first prompts of each task that are shown; heldout.jsonl has all."""
+
+EXTREMES = 6
+"""Prompts of each task that are shown because their reward rose the most, and fell the most."""
 
 LONGEST = 600
 """Characters of a text that are shown."""
@@ -33,13 +37,31 @@ class Section(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A held-out prompt with its greedy completions and their rewards."""
+    """A held-out prompt with its greedy completions and their rewards.
 
+    Attributes:
+      task: the number of its task.
+      prompt: its text, as all texts with control characters as escapes but for line breaks.
+      before: the completion before training.
+      after: the completion after it.
+      reward_before: its reward in words, a dash for none.
+      reward_after: the same after training.
+      change: the difference of the two in words; "" where one of them is not there.
+      place: its place among all samples as they come.
+      gain_rank: its place where the largest gain comes first; one without a change comes last.
+      loss_rank: its place where the largest loss comes first.
+    """
+
+    task: int
     prompt: str
     before: str
     after: str
     reward_before: str
     reward_after: str
+    change: str
+    place: int
+    gain_rank: int
+    loss_rank: int
 
 
 def make(record: Record) -> tuple[str, dict[str, bytes]]:
@@ -51,25 +73,42 @@ def make(record: Record) -> tuple[str, dict[str, bytes]]:
         for panel in section.panels
         if panel.draw is not None
     }
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["one_line"] = one_line
-    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
-    html = template.render(
-        style=(folder / "page.css").read_text(encoding="utf-8"),
-        colours=plots.COLOURS,
+    tasks, shown = samples(record)
+    html = fill(
+        "page.html",
+        {name: plot.svg for name, plot in rendered.items()},
+        title=f"{record.workdir.resolve().name}: report",
         run=record.workdir.resolve().name,
         conclusions=conclusions(record),
         notices=notices(record),
         facts=facts(record),
         sections=found,
-        samples=samples(record),
-        plots={name: plot.svg for name, plot in rendered.items()},
-        settings=Table("Settings of the run", ["setting", "value"], list(_flat(record.config))),
+        tasks=tasks,
+        samples=shown,
+        most=SAMPLES,
+        extremes=EXTREMES,
+        settings=Table("Settings of the run", ["setting", "value"], list(flat(record.config))),
     )
     return html, {name: plot.png for name, plot in rendered.items()}
+
+
+def fill(template: str, plots_by_panel: Mapping[str, str], **values: Any) -> str:
+    """A page of the templates beside this module, whole by itself."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["one_line"] = one_line
+    return environment.get_template(template).render(
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        colours=plots.COLOURS,
+        plots=plots_by_panel,
+        **values,
+    )
 
 
 def sections(record: Record) -> list[Section]:
@@ -171,7 +210,8 @@ def _adaptation(record: Record) -> Section:
         [task, *(exact(row.get(key)) for key in columns)]
         for task, row in found.get("adaptation", {}).items()
     ]
-    caption = "Searches by task: means, with log-likelihoods per token in nats"
+    unit = "fitness is mean reward; " if found.get("cem", {}).get("fitness") == "reward" else ""
+    caption = f"Searches by task: means, {unit}with log-likelihoods per token in nats"
     return Section(name, title, shown, [Table(caption, ["task", *columns.values()], rows)])
 
 
@@ -263,6 +303,10 @@ def facts(record: Record) -> list[tuple[str, str]]:
         "Time": summary.get("seconds")
         and f"{summary['seconds']:.0f} s, of them {summary['train_seconds']:.0f} s of training and "
         f"{summary['compile_seconds']:.0f} s of compilation",
+        "Speed": speed(record),
+        "Code": (version := record.run.get("version"))
+        and f"grpocem_jax {version}"
+        + (f", commit {record.run['commit']}" if record.run.get("commit") else ""),
         "Versions": summary.get("versions")
         and ", ".join(
             [
@@ -270,42 +314,80 @@ def facts(record: Record) -> list[tuple[str, str]]:
                 f"Python {summary.get('python')}",
             ]
         ),
+        "Command": record.run.get("command"),
     }
     return [(name, one_line(str(value))) for name, value in found.items() if value is not None]
 
 
-def samples(record: Record) -> dict[str, list[Sample]]:
-    """The first held-out prompts of each task, in their order, whatever came of them."""
-    found: dict[str, list[Sample]] = {}
+def speed(record: Record) -> str | None:
+    """Steps and tokens a second by the median step, which compilation does not slow."""
+    times = record.series("step_time")
+    present = times[~np.isnan(times)]
+    if not len(present) or not np.median(present) > 0:
+        return None
+    median = float(np.median(present))
+    tokens = np.diff(record.series("num_tokens"), prepend=0.0)
+    known = tokens[~np.isnan(tokens)]
+    rate = f", {np.median(known) / median:,.0f} tokens per second" if len(known) else ""
+    return f"{1 / median:.3g} steps per second ({median:.3g} s each){rate}"
+
+
+def samples(record: Record) -> tuple[list[str], list[Sample]]:
+    """The tasks, and prompts of each: the first ones, and those of the largest changes."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
     for line in record.heldout:
-        listed = found.setdefault(str(line.get("task")), [])
-        if len(listed) < SAMPLES:
-            listed.append(
-                Sample(
-                    _shown(line.get("prompt"), end=True),
-                    # Completions begin with the space between words.
-                    _shown(line.get("greedy_before")).removeprefix(" "),
-                    _shown(line.get("greedy_after")).removeprefix(" "),
-                    *(
-                        "–" if line.get(key) is None else f"{line[key]:.3g}"
-                        for key in ("greedy_reward_before", "greedy_reward_after")
-                    ),
-                )
-            )
-    return found
+        lines.setdefault(str(line.get("task")), []).append(line)
+    chosen: list[tuple[int, Mapping[str, Any], float | None]] = []
+    for number, own in enumerate(lines.values()):
+        changes = [_change(line) for line in own]
+        known = sorted((x, i) for i, x in enumerate(changes) if x is not None)
+        ranked = [i for _, i in known]
+        kept = {*range(min(SAMPLES, len(own))), *ranked[:EXTREMES], *ranked[-EXTREMES:]}
+        chosen += [(number, own[i], changes[i]) for i in sorted(kept)]
+    ranks = []
+    for sign in (-1, 1):
+        order = sorted((x is None, sign * (x or 0.0), i) for i, (_, _, x) in enumerate(chosen))
+        ranks.append({i: rank for rank, (*_, i) in enumerate(order)})
+    return list(lines), [
+        Sample(
+            task,
+            _shown(line.get("prompt"), end=True),
+            # Completions begin with the space between words.
+            _shown(line.get("greedy_before")).removeprefix(" "),
+            _shown(line.get("greedy_after")).removeprefix(" "),
+            _reward(line.get("greedy_reward_before")),
+            _reward(line.get("greedy_reward_after")),
+            "" if change is None else f"reward {change:+.3g}" if change else "reward unchanged",
+            place,
+            ranks[0][place],
+            ranks[1][place],
+        )
+        for place, (task, line, change) in enumerate(chosen)
+    ]
+
+
+def _reward(value: Any) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _change(line: Mapping[str, Any]) -> float | None:
+    """By how much the reward of the greedy completion changed; None where there is none."""
+    before, after = line.get("greedy_reward_before"), line.get("greedy_reward_after")
+    return None if before is None or after is None else after - before
 
 
 def _shown(text: Any, *, end: bool = False) -> str:
-    """A text on one line with control characters as escapes, cut where it is long."""
-    text = one_line(str(text))
+    """A text with its line breaks, other control characters as escapes, cut where it is long."""
+    text = visible(str(text).replace("\r\n", "\n"))
     if len(text) <= LONGEST:
         return text
     return f"…{text[-LONGEST:]}" if end else f"{text[:LONGEST]}…"
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The settings with their names with dots, values as text."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", one_line(str(value))

@@ -34,7 +34,7 @@ page's own variables take their place in the SVG."""
 HUES = tuple(name for name in COLOURS if name.startswith("hue"))
 MARKERS = "osD^vPX*"
 LONGEST_LABEL = 18
-WIDTH = 4.2  # inches; text is of the page's size on a column and still legible on a phone
+WIDTH = 3.5  # inches: text is of the page's size on a column, and 12 pixels on a phone of 375
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 Draw = Callable[[Figure], None]
@@ -58,9 +58,9 @@ def marker(number: int) -> str:
 STYLE = {
     "font.size": 9,
     "axes.labelsize": 9,
-    "legend.fontsize": 8.5,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "text.color": colour("ink"),
     "axes.labelcolor": colour("muted"),
     "axes.edgecolor": colour("grid"),
@@ -173,7 +173,7 @@ def step_axis(axes: Axes, name: str = "step") -> None:
     axes.grid(visible=False, axis="x")
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
+def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """The legend of the axes, below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
@@ -212,11 +212,12 @@ def before_after(
     axes.set_ylim(len(names) - 0.5, -0.5)
     for row, gain in enumerate(after - before):
         text = f"{gain:+.3f}".replace("-", "−")
-        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set_xlabel("mean reward")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(visible=False, axis="y")
     labels = [words[0], words[1], "95% interval of the gain"]
-    figure.legend([hollow, full, bars], labels, loc="outside lower center", ncols=3)
+    figure.legend([hollow, full, bars], labels, loc="outside lower center", ncols=2)
 
 
 def bars(figure: Figure, names: Sequence[str], counts: dict[str, list[int]]) -> None:
@@ -226,7 +227,7 @@ def bars(figure: Figure, names: Sequence[str], counts: dict[str, list[int]]) -> 
     for number, (kind, values) in enumerate(counts.items()):
         places = rows - 0.4 + thick * (number + 0.5)
         drawn = axes.barh(places, values, thick * 0.9, color=hue(number), label=kind)
-        axes.bar_label(drawn, [f"{value:,}" for value in values], padding=3, fontsize=8.5)
+        axes.bar_label(drawn, [f"{value:,}" for value in values], padding=3, fontsize=9)
     axes.set_yticks(rows, [label(name) for name in names])
     axes.tick_params(axis="y", labelcolor=colour("ink"))
     axes.set_ylim(len(names) - 0.5, -0.5)

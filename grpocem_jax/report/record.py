@@ -20,6 +20,7 @@ class Record:
     Attributes:
       workdir: the directory.
       config: config.json.
+      run: run.json, with the command that started the run.
       summary: summary.json, which a run writes at its end.
       metrics: the lines of metrics.jsonl, one a step.
       heldout: the lines of heldout.jsonl, one a held-out prompt.
@@ -30,6 +31,7 @@ class Record:
 
     workdir: Path
     config: dict[str, Any]
+    run: dict[str, Any]
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
@@ -69,6 +71,7 @@ def read(workdir: Path) -> Record:
     return Record(
         workdir=workdir,
         config=_object(workdir / "config.json"),
+        run=_object(workdir / "run.json"),
         summary=_object(workdir / "summary.json"),
         metrics=_lines(workdir / "metrics.jsonl"),
         heldout=_lines(workdir / "heldout.jsonl"),
