@@ -33,6 +33,11 @@ class _ConfigParser(flags.ArgumentParser):
         return load_config(argument).lock()
 
 
+def _of_run(config: flags.Flag) -> bool:
+    """Whether ``--config`` may be left out where ``--workdir`` has a run."""
+    return isinstance(config.parser, _ConfigParser) and config.parser.of_run
+
+
 def define_config(default: str | None = None, *, of_run: bool = False) -> Any:
     """Defines ``--config``, of which every field is a flag too: ``--config.seed=1``.
 
@@ -78,7 +83,7 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> None:
         if len(argv) > 1 and not arguments:
             _fail(f"{argv[1]!r} is not a flag; see --help.")
         config = flags.FLAGS["config"] if "config" in flags.FLAGS else None
-        if config is not None and config.value is None and not config.parser.of_run:
+        if config is not None and config.value is None and not _of_run(config):
             _fail("--config is missing; start with --config tiny.")
         try:
             jax.devices()
@@ -193,7 +198,7 @@ def _default_to_run(argv: list[str]) -> None:
     Before the flags are parsed: which of the overrides are flags depends on it.
     """
     config = flags.FLAGS["config"] if "config" in flags.FLAGS else None
-    if config is None or not config.parser.of_run or _given(argv, "config") is not None:
+    if config is None or not _of_run(config) or _given(argv, "config") is not None:
         return
     workdir = _given(argv, "workdir") or ""
     path = Path(workdir) / "config.json"

@@ -185,7 +185,7 @@ class _Judge:
         )
         if nats is not None:
             fields |= {"heldout_before": nats, "heldout_after": own_nats}
-        if rewards is not None:
+        if rewards is not None and own_rewards is not None:
             name = self.run.config.cem.task
             gains = evaluation.compare([name], [name] * len(rewards), rewards, own_rewards)
             gain = gains.get("overall")
