@@ -44,6 +44,11 @@ class _ConfigParser(flags.ArgumentParser):
         return load_config(argument, flags=given).lock()
 
 
+def _of_run(config: flags.Flag) -> bool:
+    """Whether ``--config`` may be left out where ``--workdir`` has a run."""
+    return isinstance(config.parser, _ConfigParser) and config.parser.of_run
+
+
 def define_config(default: str | None = None, *, of_run: bool = False) -> Any:
     """Defines ``--config``, of which every field is a flag too: ``--config.seed=1``.
 
@@ -67,11 +72,6 @@ def define_config(default: str | None = None, *, of_run: bool = False) -> Any:
     if default is not None:
         flags.set_default(holder, default)
     return holder
-
-
-def _of_run(config: Any) -> bool:
-    """Whether a command's ``--config`` may be left out, see `define_config`."""
-    return bool(config.parser.of_run)
 
 
 def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> None:
