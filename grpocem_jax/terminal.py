@@ -22,12 +22,12 @@ def visible(text: str) -> str:
 
 
 def encodable(text: str, file: TextIO | None) -> str:
-    """Text with what the encoding of a file lacks as escapes, as Latin-1 lacks most letters."""
-    encoding = getattr(file, "encoding", None) or "utf-8"
+    """Text as it is, or in ASCII with escapes where a file's encoding lacks some of it."""
     try:
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-    except (LookupError, UnicodeError):  # an encoding that Python does not know, or no text
-        return ascii(text)[1:-1]
+        text.encode(getattr(file, "encoding", None) or "utf-8")
+    except (LookupError, UnicodeError):  # a LookupError of an encoding that Python does not know
+        return text.encode("ascii", "backslashreplace").decode()
+    return text
 
 
 @contextlib.contextmanager
