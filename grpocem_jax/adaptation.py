@@ -33,7 +33,7 @@ from grpocem_jax import (
 from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
-from grpocem_jax.config import CEMConfig, Config, parse_config
+from grpocem_jax.config import CEMConfig, Config, parse_config, renamed
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, read_object
 from grpocem_jax.policy import Policy, load_policy
@@ -111,7 +111,7 @@ def load_run(
     if settings is None:
         stored = read_object(workdir / "config.json", fix="give another run")
         try:
-            settings = ml_collections.ConfigDict(stored)
+            settings = ml_collections.ConfigDict(renamed(stored))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{workdir / 'config.json'}: holds no settings ({error}); give another run."
