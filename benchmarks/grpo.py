@@ -2,9 +2,9 @@
 
     python -m benchmarks.grpo [--config configs/gpt2.py] [--tokens 32] [--json] [--peers]
 
-Times what `train.py` does in an optimizer step: `sampling.sample`, advantages, and
-`training.update_program` with the config's micro-batch, reference policy, KL term and entropy bonus.
-The reward is the share of odd tokens; no text is made of them.
+Times what `train.py` does in an optimizer step: `sampling.sample`, advantages, weights, and
+`training.update_program` with the config's micro-batch, reference policy, KL term and entropy
+bonus.  The reward is the share of odd tokens; no text is made of them.
 """
 
 import tempfile

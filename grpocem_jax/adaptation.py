@@ -33,7 +33,8 @@ from grpocem_jax import (
 from grpocem_jax.adapters import spaces
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.adapters.spaces import full_space
-from grpocem_jax.config import CEMConfig, Config, parse_config, renamed
+from grpocem_jax.config import CEMConfig, Config, parse_config
+from grpocem_jax.config_files import renamed
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, read_object
 from grpocem_jax.policy import Policy, load_policy

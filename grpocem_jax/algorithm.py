@@ -131,8 +131,8 @@ def _make_optimizer(config: Config) -> optax.GradientTransformation:
         train.optimizer,
         train.optimizer_options,
         named={"adamw": lambda **options: grpo.adamw(**rates, **{**decay, **options})},
-        own=lambda function: lambda **options: grpo.optimizer(
-            functools.partial(function, **options), **rates
+        own=lambda function: (
+            lambda **options: grpo.optimizer(functools.partial(function, **options), **rates)
         ),
         returns="an optax.GradientTransformation; it also gets learning_rate, a schedule",
         check=lambda made: grpo.check_optimizer(made, {"h.0": jnp.zeros(3), "h.1": jnp.zeros(2)}),

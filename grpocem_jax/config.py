@@ -17,6 +17,7 @@ import ml_collections
 
 from grpocem_jax import user_code
 from grpocem_jax.cem import CEM, GradientAscent
+from grpocem_jax.config_files import RENAMED, rename
 from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import AGGREGATIONS, SUPERVISIONS
 from grpocem_jax.searching import FOLLOWED
@@ -30,9 +31,6 @@ MOST = 100_000
 
 TINIEST, HUGEST = 1.2e-38, 3.4e38
 """Of other numbers but zero, without their sign: what float32 holds."""
-
-RENAMED = {"grpo.advantage": "grpo.advantages", "grpo.aggregation": "grpo.weights"}
-"""Fields by their former names."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = ("tensorboard", "wandb")
@@ -92,9 +90,7 @@ _NOT_EMPTY = _Range("not empty", lambda x: len(x) > 0)
 _NAMES = _Range("not empty, each name once", lambda x: 0 < len(set(x)) == len(x))
 
 
-def _field(
-    doc: str, allowed: _Range | None = None, *, default: Any = dataclasses.MISSING
-) -> Any:
+def _field(doc: str, allowed: _Range | None = None, *, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(metadata={"doc": doc, "range": allowed}, default=default)
 
 
@@ -461,22 +457,6 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
     return parsed
 
 
-def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version wrote, under the names that this one has.
-
-    Args:
-      settings: as config.json has them.
-    """
-    settings = dict(settings)
-    for old, new in RENAMED.items():
-        section, name = old.split(".")
-        if isinstance(settings.get(section), Mapping) and name in settings[section]:
-            fields = dict(settings[section])
-            fields.setdefault(new.split(".")[1], fields.pop(name))
-            settings[section] = fields
-    return settings
-
-
 def _check_cem(cem: CEMConfig, tasks: Mapping[str, Any]) -> None:
     cem.search_method  # noqa: B018 (refuses settings that do not fit each other)
     if cem.space != "full" and not cem.experts:
@@ -560,10 +540,7 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
     for name in value:
         if name not in fields:
             if f"{prefix}{name}" in RENAMED:
-                raise InputError(
-                    f"config.{prefix}{name} is now config.{RENAMED[f'{prefix}{name}']}, with the "
-                    "same values; rename it."
-                )
+                raise InputError(f"config.{prefix}{name}: {rename(f'{prefix}{name}')}")
             raise InputError(
                 f"config.{prefix}{name}: there is no such field{_nearest(name, fields)}"
             )

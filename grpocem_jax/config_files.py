@@ -2,13 +2,24 @@
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
 from grpocem_jax import user_code
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file
+
+
+RENAMED = {"grpo.advantage": "grpo.advantages", "grpo.aggregation": "grpo.weights"}
+"""Fields by their former names."""
+
+
+def rename(name: str) -> str:
+    """What to say of a field's former name."""
+    return f"is called {RENAMED[name]} now, with the same values; rename it."
 
 
 def config_folder() -> Path:
@@ -69,3 +80,19 @@ def _find(file: str) -> Path:
             f"{', '.join(sorted(shipped))}."
         )
     return shipped[file]
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version wrote, under the names that this one has.
+
+    Args:
+      settings: as config.json has them.
+    """
+    settings = dict(settings)
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        if isinstance(settings.get(section), Mapping) and name in settings[section]:
+            fields = dict(settings[section])
+            fields.setdefault(new.split(".")[1], fields.pop(name))
+            settings[section] = fields
+    return settings

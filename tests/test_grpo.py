@@ -13,7 +13,7 @@ import pytest
 from grpocem_jax import grpo, likelihood, sampling, training
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.errors import InputError
-from grpocem_jax.grpo import step
+from grpocem_jax.grpo import step as grpo_step
 from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2
 
@@ -178,7 +178,7 @@ def test_kept_logits_change_no_update(tiny, batch, monkeypatch):
     hp = settings(micro_batch=GROUP, entropy=0.1, beta=0.1)
     results = []
     for limit in (0, 2**28):
-        monkeypatch.setattr(step, "KEPT_LOGITS_BYTES", limit)
+        monkeypatch.setattr(grpo_step, "KEPT_LOGITS_BYTES", limit)
         update = jax.jit(functools.partial(grpo.update.__wrapped__, model=tiny.model, **hp))
         state = grpo.init_state(tiny.adapted(), hp["optimizer"])
         results.append(update(state, tiny.factored, batch, 0.7))
@@ -325,9 +325,7 @@ def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, of
 def test_at_the_base_model_kl_and_its_gradient_are_exactly_zero(tiny, batch):
     flat = batch._replace(advantages=jnp.zeros_like(batch.advantages))
     hp = settings(beta=1.0, entropy=0.0)
-    loss = jax.jit(
-        jax.value_and_grad(make_loss(tiny, **hp), has_aux=True)
-    )
+    loss = jax.jit(jax.value_and_grad(make_loss(tiny, **hp), has_aux=True))
     (_, parts), gradient = loss(tiny.zero, tiny.factored, flat, 1.0)
     assert float(parts["kl"]) == 0.0
     assert max(float(jnp.abs(g).max()) for g in gradient.values()) == 0.0
@@ -556,9 +554,7 @@ def test_micro_batches_hold_whole_groups(tiny, batch, offsets):
 def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
     """A bandit: of one-token completions, those with an even id are rewarded."""
     model, params = tiny.model, tiny.factored
-    hp = settings(
-        micro_batch=256, learning_rate=0.1, warmup_steps=0, beta=0.0, entropy=0.0
-    )
+    hp = settings(micro_batch=256, learning_rate=0.1, warmup_steps=0, beta=0.0, entropy=0.0)
     prompt = jnp.array([[1, 2, 3]])
     mask = jnp.ones_like(prompt, bool)
 

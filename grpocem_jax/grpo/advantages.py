@@ -102,6 +102,7 @@ def process_advantages(step_rewards: ArrayLike, step_ends: ArrayLike, mask: Arra
     to_come = jnp.flip(jnp.cumsum(jnp.flip(normalized, -1), -1), -1)
     return jnp.where(mask, to_come, 0.0)
 
+
 def group_advantages(
     rewards: ArrayLike,
     step_rewards: ArrayLike,

@@ -89,7 +89,9 @@ def check_weights(rule: WeightRule) -> None:
             continue
         positions = np.asarray(found[1]) if hasattr(found[1], "dtype") else None
         if positions is None or positions.dtype != np.int32 or positions.shape[:-1] != SHAPE[:2]:
-            raise InputError(f"the weight rule returned {_kind(found[1])} as positions; {contract}.")
+            raise InputError(
+                f"the weight rule returned {_kind(found[1])} as positions; {contract}."
+            )
         if count not in (None, positions.shape[-1]):
             raise InputError(
                 f"the weight rule returned {count} positions of a completion and then "
@@ -206,7 +208,7 @@ def check_optimizer(optimizer: optax.GradientTransformation, adapter: Any) -> No
     total = sum(float(jnp.sum(x)) for x in jax.tree.leaves(updates))
     if not np.isfinite(total):
         raise InputError(
-            f"the optimizer returned updates that are not finite, of a gradient of ones; {contract}."
+            f"the optimizer returned updates that are not finite, of gradients of 1; {contract}."
         )
     if total > 0:
         raise InputError(
@@ -289,8 +291,8 @@ def _call(part: str, contract: str, function: Callable[..., Any], *args: Any) ->
     except Exception as error:  # whatever the part's own code may raise
         if isinstance(error, jax.errors.UnexpectedTracerError) or "Leaked trac" in str(error):
             raise InputError(
-                f"the {part} keeps what it is traced with after it returns (a traced leak), such as "
-                f"an argument in a list; {contract}."
+                f"the {part} keeps what it is traced with after it returns (a traced leak), for "
+                f"example an argument in a list; {contract}."
             ) from error
         reason = (str(error).splitlines() or ["no message"])[0].rstrip(".")
         raise InputError(

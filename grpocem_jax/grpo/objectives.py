@@ -16,8 +16,8 @@ from grpocem_jax.grpo.batch import Batch
 Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 """An objective: ``(logps, batch) -> (values, metrics)``.
 
-- logps: float32 ``[P, G, N]``, log-probabilities of the completions' tokens under the policy that is
-  trained.
+- logps: float32 ``[P, G, N]``, log-probabilities of the completions' tokens under the policy that
+  is trained.
 - batch: the rollouts. Where ``batch.weights`` is zero a token is not trained, and ``logps``,
   ``old_logps`` and ``advantages`` are zero. With `Batch.positions`, all of them are at these
   positions, ``[P, G, K]``.

@@ -1,4 +1,4 @@
-"""Optimizers as `optax.GradientTransformation`: clipping, a base such as AdamW, the learning rate."""
+"""Optimizers: gradient clipping, a base such as AdamW, and the learning rate as one chain."""
 
 import functools
 from collections.abc import Callable
