@@ -12,7 +12,6 @@ from grpocem_jax import user_code
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file
 
-
 RENAMED = {"grpo.advantage": "grpo.advantages", "grpo.aggregation": "grpo.weights"}
 """Fields by their former names."""
 

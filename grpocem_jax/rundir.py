@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grpocem_jax.config_files import renamed
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, is_folder, read_object, write_json
 from grpocem_jax.terminal import say
@@ -59,7 +60,13 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
                 "give another folder."
             )
         return False
-    stored = trained_settings(read_object(path, fix=ANOTHER))
+    found = read_object(path, fix=ANOTHER)
+    if renamed(found) != found:
+        raise InputError(
+            f"--workdir={workdir}: holds a run of an earlier version, which cannot be continued; "
+            "give another folder. It can be adapted and exported."
+        )
+    stored = trained_settings(found)
     given = trained_settings(json.loads(json.dumps(settings)))
     changed = [
         f"{name} is {stored.get(name)!r} there and {given.get(name)!r} here"

@@ -457,7 +457,7 @@ def test_the_learning_rate_is_scaled_and_its_scale_follows_the_kl(tiny, sampled,
     assert largest == pytest.approx(0.01 * scale, rel=0.02)
     assert float(metrics["kl"]) > 2 * TARGET_KL
     assert float(after.opt_state[-1].scale) == pytest.approx(scale / 1.5)
-    assert int(after.opt_state[-1].count) == 1
+    assert int(after.opt_state[-1].step) == 1
 
 
 def test_gradients_are_clipped_by_their_global_norm(tiny, batch, offsets):

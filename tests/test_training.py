@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import checkpoints, grpo, rundir, sampling, training
+from grpocem_jax import adaptation, checkpoints, grpo, rundir, sampling, training
 from grpocem_jax.algorithm import make_algorithm
 from grpocem_jax.config import parse_config
 from grpocem_jax.data import load_data
@@ -214,6 +214,24 @@ def test_the_same_seed_gives_the_same_adapter_bit_for_bit(command, tmp_path):
     assert first.keys() == again.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
+
+
+def test_a_run_of_the_former_names_of_settings_loads_and_does_not_continue(command, tmp_path):
+    workdir = shutil.copytree(command[0], tmp_path / "run")
+    settings = json.loads((workdir / "config.json").read_text())
+    grpo_settings = settings["grpo"]
+    grpo_settings["advantage"] = grpo_settings.pop("advantages")
+    grpo_settings["aggregation"] = grpo_settings.pop("weights")
+    for name in ("advantages_options", "objective", "objective_options", "weights_options"):
+        del grpo_settings[name]
+    del settings["train"]["optimizer"], settings["train"]["optimizer_options"]
+    (workdir / "config.json").write_text(json.dumps(settings))
+    found = adaptation.load_run(workdir)
+    assert found.config == adaptation.load_run(command[0]).config
+    checkpoints_before = sorted((workdir / "checkpoints").iterdir())
+    with pytest.raises(InputError, match="holds a run of an earlier version"):
+        run(get_config("tiny"), workdir)
+    assert sorted((workdir / "checkpoints").iterdir()) == checkpoints_before
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes
     [
         ("grpo.objective", "exits", {}, ["raised SystemExit (0)", "return a function (logps, ba"]),
         ("grpo.objective", "objective", {}, ["raised TypeError", "missing 2 required", "options"]),
-        ("grpo.objective", "no_adapter", {}, ["raised TypeError", "it must take (logps"]),
+        ("grpo.objective", "no_adapter", {}, ["is dict, not a function", "it must take (logps"]),
         ("grpo.objective", "means", {}, ["returned float32 of shape (1, 8)", "values [P, G, N]"]),
         ("grpo.objective", "leaks", {}, ["a traced leak"]),
         ("grpo.objective", "clip", {"high": -1}, ["high=-1: must be a number above 0"]),
@@ -242,7 +242,7 @@ def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes
         ("grpo.advantages", "scaled", {"by": 3}, ["raised TypeError", "unexpected keyword"]),
         ("grpo.advantages", "group", {"scale": 3}, ["raised TypeError", "unexpected keyword"]),
         ("grpo.weights", "everywhere", {}, ["not zero where rollouts.mask is False"]),
-        ("grpo.weights", "no_adapter", {}, ["raised TypeError", "(weights, positions)"]),
+        ("grpo.weights", "no_adapter", {}, ["is dict, not a function", "(weights, positions)"]),
         ("grpo.weights", "token", {"x": 1}, ["options {'x': 1}", "raised TypeError"]),
         ("train.optimizer", "ascent", {}, ["goes up the gradient"]),
         ("train.optimizer", "no_rate", {}, ["unexpected keyword", "learning_rate, a schedule"]),

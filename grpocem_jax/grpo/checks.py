@@ -47,6 +47,7 @@ def check_advantages(advantages: Advantages) -> None:
         "it must take (rewards [P, G], step_rewards [P, G, N], tokens, mask) and return finite "
         "float32 advantages [P, G, N]"
     )
+    _check_callable("advantage function", contract, advantages)
     out = sample_rollouts()
     tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
     rewards = np.random.default_rng(1).normal(size=SHAPE[:2]).astype(np.float32)
@@ -73,6 +74,7 @@ def check_weights(rule: WeightRule) -> None:
         "it must take (key, rollouts) and return (weights, positions): float32 [P, G, N], at least "
         "0, zero off rollouts.mask, and int32 [P, G, K] or None"
     )
+    _check_callable("weight rule", contract, rule)
     count = None
     for seed in (0, 1):
         out = sample_rollouts(seed)
@@ -122,6 +124,7 @@ def check_objective(objective: Objective, shape: tuple[int, int, int] = SHAPE) -
         "it must take (logps [P, G, N], batch) and return finite float32 values [P, G, N] and a "
         "dict of float32 scalars"
     )
+    _check_callable("objective", contract, objective)
     try:
         hash(objective)
     except TypeError as error:
@@ -134,8 +137,7 @@ def check_objective(objective: Objective, shape: tuple[int, int, int] = SHAPE) -
     wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), question)
     for asked in (wide, question):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), asked)
-        with jax.checking_leaks():
-            answer = _call("objective", contract, jax.eval_shape, objective, *shapes)
+        answer = _trace("objective", contract, objective, *shapes)
         _check_answer(answer, shapes[0].shape, contract)
 
     @jax.jit
@@ -194,8 +196,7 @@ def check_optimizer(optimizer: optax.GradientTransformation, adapter: Any) -> No
         extra = {"value": jnp.float32(1.0), "kl": jnp.float32(0.0)}
         return state, *update(gradient, state, adapter, **extra)
 
-    with jax.checking_leaks():
-        state, updates, after = _call("optimizer", contract, jax.eval_shape, step, adapter)
+    state, updates, after = _trace("optimizer", contract, step, adapter)
     kinds = [
         jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
         for tree in (adapter, updates, state, after)
@@ -280,6 +281,11 @@ def require_array(
     return array
 
 
+def _check_callable(part: str, contract: str, function: Any) -> None:
+    if not callable(function):
+        raise InputError(f"the {part} is {_kind(function)}, not a function; {contract}.")
+
+
 def _call(part: str, contract: str, function: Callable[..., Any], *args: Any) -> Any:
     """What the function returns.
 
@@ -289,15 +295,28 @@ def _call(part: str, contract: str, function: Callable[..., Any], *args: Any) ->
     try:
         return function(*args)
     except Exception as error:  # whatever the part's own code may raise
-        if isinstance(error, jax.errors.UnexpectedTracerError) or "Leaked trac" in str(error):
-            raise InputError(
-                f"the {part} keeps what it is traced with after it returns (a traced leak), for "
-                f"example an argument in a list; {contract}."
-            ) from error
         reason = (str(error).splitlines() or ["no message"])[0].rstrip(".")
         raise InputError(
             f"the {part} raised {type(error).__name__} ({reason}); {contract}."
         ) from error
+
+
+def _trace(part: str, contract: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The shapes of what the function returns.
+
+    Raises:
+      InputError: whatever it raises, or that it keeps a tracer, in one sentence.
+    """
+    shapes = _call(part, contract, jax.eval_shape, function, *args)
+    try:
+        with jax.checking_leaks():
+            jax.eval_shape(lambda *x: function(*x), *args)  # another function, to trace it again
+    except Exception as error:  # the report of a leak fails in more than one way
+        raise InputError(
+            f"the {part} keeps what it is traced with after it returns (a traced leak), for "
+            f"example an argument in a list; {contract}."
+        ) from error
+    return shapes
 
 
 def _kind(value: Any) -> str:

@@ -36,12 +36,12 @@ class LearningRateState(NamedTuple):
     """The state of `adapt_to_kl`.
 
     Attributes:
-      count: int32 ``[]``, updates done.
+      step: int32 ``[]``, updates done.
       scale: float32 ``[]``, factor of the next update.
       learning_rate: float32 ``[]``, of the last update, its factor included.
     """
 
-    count: jax.Array
+    step: jax.Array
     scale: jax.Array
     learning_rate: jax.Array
 
@@ -98,7 +98,7 @@ def adapt_to_kl(
     ) -> tuple[Any, LearningRateState]:
         del params, extra
         scale = state.scale
-        rate = jnp.asarray(schedule(state.count) * scale, jnp.float32)
+        rate = jnp.asarray(schedule(state.step) * scale, jnp.float32)
         if target_kl:
             if kl is None:
                 raise InputError(
@@ -107,6 +107,6 @@ def adapt_to_kl(
                 )
             updates = jax.tree.map(lambda x: x * scale, updates)
             scale = adapt_scale(scale, kl, target_kl, bounds)
-        return updates, LearningRateState(state.count + 1, scale, rate)
+        return updates, LearningRateState(state.step + 1, scale, rate)
 
     return optax.GradientTransformationExtraArgs(init, update)
