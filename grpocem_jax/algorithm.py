@@ -191,7 +191,7 @@ def _naming(where: str, what: str, needed: str = "; correct it") -> Iterator[Non
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the user's own code may raise
-        if memory.ran_out(error):
+        if isinstance(error, Exception) and memory.ran_out(error):
             raise
         kind, message = user_code.failure(error)
         reason = (message.splitlines() or [""])[0].rstrip(".")

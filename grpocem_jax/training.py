@@ -410,7 +410,8 @@ class Run:
         scores = rollouts.score(items, texts)
         rewards = scores.total
         step_rewards = self.step_rewards(items, texts, tokens, mask, rewards)
-        advantages = self.algorithm.advantages(rewards, step_rewards, tokens, mask)
+        found = self.algorithm.advantages(rewards, step_rewards, tokens, mask)
+        advantages = jnp.asarray(found)
         # The keys before it are those of the prompts.
         key = jax.random.fold_in(jax.random.fold_in(self.key, step), len(items))
         weights, positions = self.algorithm.weights(key, out)

@@ -193,7 +193,7 @@ def test_context_is_attended_to_and_not_trained(tiny, batch):
 
 
 def test_selected_positions_give_what_the_whole_computation_gives(tiny, batch):
-    drawn = jax.random.bernoulli(jax.random.key(5), 0.5, batch.mask.shape)
+    drawn = jax.random.bernoulli(jax.random.key(6), 0.5, batch.mask.shape)
     chosen = batch.mask & drawn & (jnp.cumsum(drawn, -1) <= 2)
     assert {int(n) for n in chosen.sum(-1).ravel()} == {0, 1, 2}
     weights = grpo.token_weights(chosen)
