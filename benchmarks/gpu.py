@@ -382,7 +382,13 @@ def decode(bench: Bench) -> dict[str, Any]:
 def step(bench: Bench) -> dict[str, Any]:
     """A GRPO step at the report's settings: 8 prompts x 8 completions, micro-batch 16."""
     prompt, length = bench.sizes.step_tokens
-    hp = grpo.Hyperparameters(micro_batch=16)
+    parts = {
+        "objective": grpo.clipped(),
+        "optimizer": grpo.adamw(),
+        "beta": 0.01,
+        "entropy": 0.08,
+        "micro_batch": 16,
+    }
     result: dict[str, Any] = {}
     for precision in bench.sizes.main:
         params = bench.cast(precision)
@@ -410,11 +416,21 @@ def step(bench: Bench) -> dict[str, Any]:
             out = rollout(*arguments)
             rewards = jnp.sum(out.tokens % 2 == 1, -1) / length
             advantages = grpo.outcome_advantages(rewards, out.mask)
-            batch = grpo.Batch(prompts, mask, out.tokens, out.mask, out.logps, advantages)
-            state = grpo.init_state(bench.zero, hp)
-            update = grpo.update.lower(
-                state, params, batch, temperature, model=bench.model, hp=hp
-            ).compile()
+            batch = grpo.Batch(
+                prompts,
+                mask,
+                out.tokens,
+                out.mask,
+                out.logps,
+                advantages,
+                grpo.token_weights(out.mask),
+            )
+            state = grpo.init_state(bench.zero, grpo.adamw())
+            update = (
+                jax.jit(grpo.update, static_argnames=grpo.STATIC)
+                .lower(state, params, batch, temperature, model=bench.model, **parts)
+                .compile()
+            )
             seconds = {
                 "rollouts": bench.time(functools.partial(rollout, *arguments)),
                 "update": bench.time(functools.partial(update, state, params, batch, temperature)),

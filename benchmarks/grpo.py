@@ -2,9 +2,9 @@
 
     python -m benchmarks.grpo [--config configs/gpt2.py] [--tokens 32] [--json] [--peers]
 
-Times what `train.py` does in an optimizer step: `sampling.sample`, advantages, and
-`grpo.update_alone` with the config's micro-batch, reference policy, KL term and entropy bonus.  The
-reward is the share of odd tokens; no text is made of them.
+Times what `train.py` does in an optimizer step: `sampling.sample`, advantages, weights, and
+`training.update_program` with the config's micro-batch, reference policy, KL term and entropy
+bonus.  The reward is the share of odd tokens; no text is made of them.
 """
 
 import tempfile
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common, decode
-from grpocem_jax import grpo, sampling
+from grpocem_jax import grpo, sampling, training
+from grpocem_jax.algorithm import make_algorithm
 
 
 class Step(NamedTuple):
@@ -29,11 +30,24 @@ class Step(NamedTuple):
 
 
 def make_batch(arguments: tuple[Any, ...], out: sampling.Rollouts) -> grpo.Batch:
-    """Rollouts with advantages, as `grpo.update` takes them."""
+    """Rollouts with advantages and weights, as `grpo.update` takes them."""
     _, _, prompts, prompt_mask, *_ = arguments
     rewards = jnp.sum(out.mask & (out.tokens % 2 == 1), -1) / jnp.sum(out.mask, -1)
     advantages = grpo.outcome_advantages(rewards, out.mask)
-    return grpo.Batch(prompts, prompt_mask, out.tokens, out.mask, out.logps, advantages)
+    weights = grpo.token_weights(out.mask)
+    return grpo.Batch(prompts, prompt_mask, out.tokens, out.mask, out.logps, advantages, weights)
+
+
+def update_settings(subject: common.Subject) -> dict[str, Any]:
+    """The static arguments of `grpo.update`, but for the model."""
+    config, algorithm = subject.config, make_algorithm(subject.config)
+    return {
+        "objective": algorithm.objective,
+        "optimizer": algorithm.optimizer,
+        "beta": config.grpo.beta,
+        "entropy": config.grpo.entropy,
+        "micro_batch": config.train.batch_size,
+    }
 
 
 def compile_step(subject: common.Subject, prompt_length: int, length: int) -> Step:
@@ -42,18 +56,18 @@ def compile_step(subject: common.Subject, prompt_length: int, length: int) -> St
     settings = decode.sampling_settings(subject, length)
     program = jax.jit(sampling.sample, static_argnames=tuple(settings))
     sample, sample_seconds = common.compile_ahead(program, *arguments, **settings)
-    hp = subject.config.hyperparameters
-    state = grpo.init_state(subject.carrier.zero, hp)
+    update_with = update_settings(subject)
+    state = grpo.init_state(subject.carrier.zero, update_with["optimizer"])
     shapes = jax.eval_shape(lambda *x: sampling.sample(*x, **settings), *arguments)
     batch = jax.eval_shape(lambda out: make_batch(arguments, out), shapes)
     update, update_seconds = common.compile_ahead(
-        grpo.update_alone,
+        training.update_program,
         state,
         subject.carrier.params,
         batch,
         arguments[-1],
         model=subject.carrier.model,
-        hp=hp,
+        **update_with,
     )
     return Step(sample, update, arguments, state, sample_seconds + update_seconds)
 

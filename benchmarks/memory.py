@@ -22,7 +22,7 @@ from benchmarks import cem, common, decode, grpo, ppo
 from grpocem_jax import commands, fitness, sampling
 from grpocem_jax.adapters import spaces
 from grpocem_jax.errors import InputError
-from grpocem_jax.grpo import optimizer
+from grpocem_jax.grpo import init_state
 
 COMPILER = (
     "largest of the step's compiled programs by XLA's memory analysis: arguments + results + "
@@ -52,26 +52,24 @@ def ppo_bytes(
     separate: bool,
 ) -> int:
     """Peak of a PPO step, from shapes alone."""
-    carrier, hp = subject.carrier, subject.config.hyperparameters
+    carrier, settings = subject.carrier, grpo.update_settings(subject)
     head = common.head_product(subject, 1)
     models = ppo.Models(carrier.model, subject.pretrained.build())
 
-    def make(critic: Any) -> ppo.Trainable:
-        return ppo.Trainable(carrier.zero, jnp.zeros(head.inner), critic)
+    def start(critic: Any) -> Any:
+        trainable = ppo.Trainable(carrier.zero, jnp.zeros(head.inner), critic)
+        return init_state(trainable, settings["optimizer"])
 
-    trainable = jax.eval_shape(make, subject.pretrained.params if separate else None)
-    opt_state = jax.eval_shape(optimizer(hp).init, trainable)
-    _, _, prompts, prompt_mask, *_ = arguments
+    state = jax.eval_shape(start, subject.pretrained.params if separate else None)
     out = jax.eval_shape(
         lambda *x: sampling.sample(*x, **decode.sampling_settings(subject, length)), *arguments
     )
-    rewards = jax.ShapeDtypeStruct(out.tokens.shape[:2], jnp.float32)
-    batch = ppo.Batch(prompts, prompt_mask, out.tokens, out.mask, out.logps, rewards)
+    batch = jax.eval_shape(lambda out: grpo.make_batch(arguments, out), out)
     update = ppo.update.lower(
-        trainable, opt_state, carrier.params, batch, arguments[-1], models=models, hp=hp
+        state, carrier.params, batch, arguments[-1], model=models, **settings
     ).compile()
     # While completions are sampled, critic and optimizer are there too.
-    resident = common.parameter_bytes((trainable, opt_state))
+    resident = common.parameter_bytes(state)
     return max(program_bytes(update), program_bytes(rollouts) + resident)
 
 

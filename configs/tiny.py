@@ -56,19 +56,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.grpo = ml_collections.ConfigDict()
     config.grpo.group_size = 8
     config.grpo.supervision = "outcome"
-    config.grpo.advantage = "group"
+    config.grpo.advantages = "group"
+    config.grpo.advantages_options = ml_collections.ConfigDict()
     config.grpo.reward_scale = 0.1
     config.grpo.reward_clip = 3.0
+    config.grpo.objective = "clipped"
+    config.grpo.objective_options = ml_collections.ConfigDict()
     config.grpo.clip = 0.2
     config.grpo.beta = 0.01
     config.grpo.entropy = 0.0
-    config.grpo.aggregation = "sequence"
+    config.grpo.weights = "sequence"
+    config.grpo.weights_options = ml_collections.ConfigDict()
 
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 1
     config.train.max_steps = 0
     config.train.batch_size = 64
     config.train.accumulation_steps = 1
+    config.train.optimizer = "adamw"
+    config.train.optimizer_options = ml_collections.ConfigDict()
     # 1e-2 gives less (+0.20 sampled), the report's 5e-5 nothing.
     config.train.learning_rate = 2e-2
     config.train.warmup_steps = 10

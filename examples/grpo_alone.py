@@ -6,6 +6,7 @@ python examples/grpo_alone.py
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import grpocem_jax as gj
 
@@ -36,10 +37,8 @@ def main(steps: int = 20, group: int = 16) -> None:
     prompts = np.array([[0] * (length - len(row)) + row for row in ids])  # padded on the left
     prompt_mask = np.array([[False] * (length - len(row)) + [True] * len(row) for row in ids])
 
-    hp = gj.Hyperparameters(
-        learning_rate=5e-2, warmup_steps=0, entropy=0.0, micro_batch=len(ids) * group
-    )
-    state = gj.init_state(gj.init_adapter(method, jax.random.key(0), params, sites), hp)
+    objective, optimizer = gj.clipped(), optax.adamw(5e-2, weight_decay=0.01)
+    state = gj.init_state(gj.init_adapter(method, jax.random.key(0), params, sites), optimizer)
     for step, key in enumerate(jax.random.split(jax.random.key(1), steps)):
         rollouts = gj.sample(
             params,
@@ -67,8 +66,18 @@ def main(steps: int = 20, group: int = 16) -> None:
             mask=rollouts.mask,
             old_logps=rollouts.logps,
             advantages=gj.outcome_advantages(rewards, rollouts.mask),
+            weights=gj.token_weights(rollouts.mask),
         )
-        state, metrics = gj.update(state, params, batch, 1.0, model=model, hp=hp)
+        state, metrics = gj.update(
+            state,
+            params,
+            batch,
+            1.0,
+            model=model,
+            objective=objective,
+            optimizer=optimizer,
+            beta=0.01,
+        )
         print(f"step {step + 1:2}  reward {rewards.mean():.2f}  KL {metrics['kl']:.3f}")
 
 

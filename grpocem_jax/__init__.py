@@ -30,9 +30,8 @@ from grpocem_jax.errors import InputError
 from grpocem_jax.fitness import Likelihood, Texts
 from grpocem_jax.grpo import (
     Batch,
-    Hyperparameters,
     TrainState,
-    clipped_objective,
+    clipped,
     group_normalize,
     init_state,
     k3_divergence,
@@ -103,7 +102,6 @@ __all__ = [
     "GradientAscent",
     "GradientState",
     "History",
-    "Hyperparameters",
     "InputError",
     "Item",
     "KeyValues",
@@ -127,7 +125,7 @@ __all__ = [
     "adapt_to_reward",
     "cached_svd",
     "cast_params",
-    "clipped_objective",
+    "clipped",
     "complete",
     "completion_logps",
     "decode",

@@ -85,7 +85,7 @@ class Checkpoints:
         """Saves in the background; a checkpoint is whole under its name, or not there.
 
         Args:
-          state: adapter, optimizer state, step, learning-rate factor.
+          state: adapter, optimizer state, step.
           key: the run's base PRNG key.
           position: where in the data the run stands, and the hash of its config; JSON. Where its
             ``best`` is a record with a ``step``, that step's checkpoint is kept.

@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpocem_jax import memory
+from grpocem_jax.config import RENAMED, rename
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import cache_folder, expand, is_file
@@ -202,6 +203,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         name, *suggestion = _lines(error) or [""]
         given = [x.split("=")[0] for x in argv if name in x.split("=")[0].split(".")]
+        for flag in given:
+            if (field := _OVERRIDE.sub("", flag, count=1)) in RENAMED:
+                raise InputError(f"{flag}: {rename(field)}") from None
         where = ", ".join(given) or f"an override of --config ({name})"
         hint = "".join(f" ({x})" for x in suggestion)
         raise InputError(

@@ -20,7 +20,7 @@ from ml_collections import config_dict
 from grpocem_jax import user_code
 from grpocem_jax.cem import CEM, GradientAscent
 from grpocem_jax.errors import InputError
-from grpocem_jax.grpo import ADVANTAGES, AGGREGATIONS, Hyperparameters
+from grpocem_jax.grpo import AGGREGATIONS, SUPERVISIONS
 from grpocem_jax.searching import FOLLOWED
 from grpocem_jax.tasks import TASKS, SourceConfig, Task, make_task
 
@@ -35,6 +35,30 @@ TINIEST, HUGEST = 1.2e-38, 3.4e38
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = ("tensorboard", "wandb")
+
+RENAMED = {"grpo.advantage": "grpo.advantages", "grpo.aggregation": "grpo.weights"}
+"""Fields by their former names."""
+
+
+def rename(name: str) -> str:
+    """What to say of a field's former name."""
+    return f"is called {RENAMED[name]} now, with the same values; rename it."
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version wrote, under the names that this one has.
+
+    Args:
+      settings: as config.json has them.
+    """
+    settings = dict(settings)
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        if isinstance(settings.get(section), Mapping) and name in settings[section]:
+            fields = dict(settings[section])
+            fields.setdefault(new.split(".")[1], fields.pop(name))
+            settings[section] = fields
+    return settings
 
 
 class _Range(typing.NamedTuple):
@@ -91,14 +115,13 @@ _NOT_EMPTY = _Range("not empty", lambda x: len(x) > 0)
 _NAMES = _Range("not empty, each name once", lambda x: 0 < len(set(x)) == len(x))
 
 
-def _field(
-    doc: str,
-    allowed: _Range | None = None,
-    *,
-    hashed: bool = True,
-    default: Any = dataclasses.MISSING,
-) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "range": allowed}, hash=hashed)
+def _field(doc: str, allowed: _Range | None = None, *, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(metadata={"doc": doc, "range": allowed}, default=default)
+
+
+def _options(doc: str, **default: Any) -> Any:
+    """A field with keywords for a function."""
+    return dataclasses.field(metadata={"doc": doc, "range": None}, hash=False, **default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +147,7 @@ class AdapterConfig:
         "own that returns an `Adapter`.",
         _one_of_or_function("svf"),
     )
-    options: Mapping[str, Any] = _field("Keywords for a function of the user's own.", hashed=False)
+    options: Mapping[str, Any] = _options("Keywords for a function of the user's own.")
     sites: tuple[str, ...] = _field("Linear maps to adapt, in every layer.", _NAMES)
     rank_ratio: float = _field(
         "`svf`: share of each site's singular values that is trained.", _share()
@@ -224,20 +247,39 @@ class GRPOConfig:
     group_size: int = _field("Completions of each prompt.", _at_least(2))
     supervision: str = _field(
         "`outcome`: one reward a completion; `process`: a reward a step, where the task has one.",
-        _one_of("outcome", "process"),
+        _one_of(*SUPERVISIONS),
     )
-    advantage: str = _field(
-        "`group`: normalised in the group (eq. 3); `scaled`: then scaled and clipped (eq. 7).",
-        _one_of(*ADVANTAGES),
+    advantages: str = _field(
+        "`group`: normalised in the group (eq. 3); `scaled`: then scaled and clipped (eq. 7); or "
+        "`package.module:function`, a function of the user's own (docs/extending.md).",
+        _one_of_or_function("group", "scaled"),
+    )
+    advantages_options: Mapping[str, Any] = _options(
+        "Keywords of the advantages: `scale` and `clip` of `scaled`, or those of a function.",
+        default_factory=dict,
     )
     reward_scale: float = _field("Factor of `scaled` advantages.", _above(0))
     reward_clip: float = _field("Bound of `scaled` advantages.", _above(0))
+    objective: str = _field(
+        "`clipped`: the clipped policy ratio (eq. 1); or `package.module:function`.",
+        _one_of_or_function("clipped"),
+        default="clipped",
+    )
+    objective_options: Mapping[str, Any] = _options(
+        "Keywords of the objective: `low`, `high` (`grpo.clip` both) and `ratio` (`token` or "
+        "`sequence`) of `clipped`, or those of a function.",
+        default_factory=dict,
+    )
     clip: float = _field("Range of the policy ratio around 1.", _above(0))
     beta: float = _field("Weight of the KL divergence from the base model.", _at_least(0))
     entropy: float = _field("Weight of the entropy bonus.", _at_least(0))
-    aggregation: str = _field(
-        "How token losses add up: `sequence` (eq. 1), `token` or `constant`.",
-        _one_of(*AGGREGATIONS),
+    weights: str = _field(
+        "How token losses add up: `sequence` (eq. 1), `token` or `constant`; or "
+        "`package.module:function`, which also says which tokens are trained.",
+        _one_of_or_function(*AGGREGATIONS),
+    )
+    weights_options: Mapping[str, Any] = _options(
+        "Keywords of a function that makes the weights.", default_factory=dict
     )
 
 
@@ -249,9 +291,20 @@ class TrainConfig:
     max_steps: int = _field("Optimizer steps at most; 0 for no bound.", _at_least(0))
     batch_size: int = _field("Completions processed at once (the micro-batch).", _at_least(2))
     accumulation_steps: int = _field("Micro-batches in an optimizer step.", _at_least(1))
-    learning_rate: float = _field("Peak learning rate of AdamW.", _above(0))
+    optimizer: str = _field(
+        "`adamw`; or `package.module:function` of a learning rate, such as `optax:lion`.",
+        _one_of_or_function("adamw"),
+        default="adamw",
+    )
+    optimizer_options: Mapping[str, Any] = _options(
+        "Keywords of the optimizer: `b1`, `b2`, `eps` of `adamw`, or those of a function.",
+        default_factory=dict,
+    )
+    learning_rate: float = _field("Peak learning rate.", _above(0))
     warmup_steps: int = _field("Steps of linear warmup.", _at_least(0))
-    weight_decay: float = _field("Pull of the offsets to zero, the base model.", _at_least(0))
+    weight_decay: float = _field(
+        "`adamw`: pull of the offsets to zero, the base model.", _at_least(0)
+    )
     max_grad_norm: float = _field("Global norm to which gradients are clipped.", _above(0))
     target_kl: float = _field(
         "The learning rate follows the measured KL toward this value; 0 keeps it fixed.",
@@ -409,24 +462,6 @@ class Config:
         """Prompts of one optimizer step: completions of a step over the group size."""
         return self.train.batch_size * self.train.accumulation_steps // self.grpo.group_size
 
-    @property
-    def hyperparameters(self) -> Hyperparameters:
-        """The static settings of the GRPO update."""
-        low, high = self.train.lr_scale_range
-        return Hyperparameters(
-            clip=self.grpo.clip,
-            beta=self.grpo.beta,
-            entropy=self.grpo.entropy,
-            aggregation=self.grpo.aggregation,
-            micro_batch=self.train.batch_size,
-            learning_rate=self.train.learning_rate,
-            warmup_steps=self.train.warmup_steps,
-            weight_decay=self.train.weight_decay,
-            max_grad_norm=self.train.max_grad_norm,
-            target_kl=self.train.target_kl,
-            lr_scale_range=(low, high),
-        )
-
 
 def lay_defaults(
     config: ml_collections.ConfigDict, flags: Mapping[str, str] = types.MappingProxyType({})
@@ -553,19 +588,33 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             f"config.train.target_kl={train.target_kl} follows the KL divergence, which "
             "config.grpo.beta=0.0 leaves out; set one of them otherwise."
         )
-    try:
-        json.dumps(parsed.adapter.options, allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise InputError(
-            f"config.adapter.options: must be what JSON can hold ({error}); give numbers, strings, "
-            "lists and sections."
-        ) from None
+    for field, options in {
+        "adapter.options": parsed.adapter.options,
+        "grpo.advantages_options": parsed.grpo.advantages_options,
+        "grpo.objective_options": parsed.grpo.objective_options,
+        "grpo.weights_options": parsed.grpo.weights_options,
+        "train.optimizer_options": parsed.train.optimizer_options,
+    }.items():
+        try:
+            json.dumps(options, allow_nan=False)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise InputError(
+                f"config.{field}: must be what JSON can hold ({error}); give numbers, strings, "
+                "lists and sections."
+            ) from None
     if parsed.adapter.options and parsed.adapter.type == "svf":
         raise InputError(
             "config.adapter.options are keywords for an adapter of your own; leave them empty with "
             "config.adapter.type='svf'."
         )
-    functions = {"adapter.type": parsed.adapter.type, "cem.fitness": parsed.cem.fitness}
+    functions = {
+        "adapter.type": parsed.adapter.type,
+        "cem.fitness": parsed.cem.fitness,
+        "grpo.advantages": parsed.grpo.advantages,
+        "grpo.objective": parsed.grpo.objective,
+        "grpo.weights": parsed.grpo.weights,
+        "train.optimizer": train.optimizer,
+    }
     for field, name in functions.items():
         if user_code.is_reference(name):
             user_code.load_function(name, field=f"config.{field}")
@@ -655,6 +704,8 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in value:
         if name not in fields:
+            if f"{prefix}{name}" in RENAMED:
+                raise InputError(f"config.{prefix}{name}: {rename(f'{prefix}{name}')}")
             raise InputError(
                 f"config.{prefix}{name}: there is no such field{_nearest(name, fields)}"
             )

@@ -13,7 +13,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from grpocem_jax import user_code
-from grpocem_jax.config import Config, lay_defaults
+from grpocem_jax.config import Config, lay_defaults, renamed
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, is_folder, read_object
 
@@ -101,7 +101,7 @@ def _load_run_config(
     fix = "give another run"
     stored = read_object(path, fix=fix)
     try:
-        settings = ml_collections.ConfigDict(_typed(stored, Config))
+        settings = ml_collections.ConfigDict(_typed(renamed(stored), Config))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: holds no settings ({error}); {fix}.") from None
     if is_file(path.with_name("run.json")):

@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from grpocem_jax import checkpoints, commands, files, grpo
+from grpocem_jax.algorithm import make_algorithm
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.policy import load_policy
@@ -82,7 +83,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         keep_special_tokens=config.generation.keep_special_tokens,
         seed=config.seed,
     )
-    template = grpo.init_state(policy.zero, config.hyperparameters)
+    template = grpo.init_state(policy.zero, make_algorithm(config).optimizer)
     snapshots = []
     for number, (name, tasks) in enumerate(experts.items(), start=1):
         say(f"\nexpert {number} of {len(experts)}: {name} ({', '.join(tasks)})")

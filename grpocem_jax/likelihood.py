@@ -93,6 +93,7 @@ def completion_logps(
     completions: jax.Array,
     mask: jax.Array,
     temperature: jax.Array | float,
+    positions: jax.Array | None = None,
     *,
     keep_logits: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -107,17 +108,22 @@ def completion_logps(
       completions: int32 ``[G, N]``.
       mask: bool ``[G, N]``.
       temperature: above 0.
-      keep_logits: as in `token_logps`, ``[G, N, V]`` of them.
+      positions: int32 ``[G, K]`` from 0 to ``N - 1``, the tokens asked about; None for all. The
+        head sees ``K`` states of a completion.
+      keep_logits: as in `token_logps`, ``[G, N, V]`` or ``[G, K, V]`` of them.
 
     Returns:
-      float32 ``[G, N]`` and ``[G, N]``; zero off the mask.
+      float32 ``[G, N]`` and ``[G, N]``, or ``[G, K]``; zero off the mask.
     """
     last, context = model.prefill(params, adapter, prompt, prompt_mask)
 
-    def one(tokens, mask):
+    def one(tokens, mask, positions):
         hidden = model.forward(params, adapter, tokens[:-1], mask[:-1], context)
         hidden = jnp.concatenate([last[None], hidden])
-        return token_logps(model, params, hidden, tokens, temperature, keep_logits=keep_logits)
+        if positions is not None:
+            hidden, tokens, mask = hidden[positions], tokens[positions], mask[positions]
+        found = token_logps(model, params, hidden, tokens, temperature, keep_logits=keep_logits)
+        return [jnp.where(mask, x, 0.0) for x in found]
 
-    logps, entropies = jax.vmap(one)(completions, mask)
-    return jnp.where(mask, logps, 0.0), jnp.where(mask, entropies, 0.0)
+    logps, entropies = jax.vmap(one)(completions, mask, positions)
+    return logps, entropies

@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from grpocem_jax import config_files, metrics
-from grpocem_jax.config import with_defaults
+from grpocem_jax.config import renamed, with_defaults
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, is_folder, read_object, write_json
 from grpocem_jax.terminal import say
@@ -75,7 +75,13 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
                 "give another folder."
             )
         return False
-    stored = _but(NEUTRAL, _complete(read_object(path, fix=ANOTHER)))
+    found = read_object(path, fix=ANOTHER)
+    if renamed(found) != found:
+        raise InputError(
+            f"--workdir={workdir}: holds a run of an earlier version, which cannot be continued; "
+            "give another folder. It can be adapted and exported."
+        )
+    stored = _but(NEUTRAL, _complete(found))
     given = _but(NEUTRAL, json.loads(json.dumps(settings)))
     changed = [x for x in sorted(stored.keys() | given) if stored.get(x) != given.get(x)]
     if set(changed) - set(LENGTH):

@@ -143,7 +143,7 @@ class Readers:
         ]
         config = parse_config(load_config("tiny"))
         self.policy = policy.load_policy(config.model, config.adapter)
-        self.state = grpo.init_state({"a": jnp.arange(8.0)}, grpo.Hyperparameters())
+        self.state = grpo.init_state({"a": jnp.arange(8.0)}, grpo.adamw())
         self._write()
 
     def _write(self) -> None:

@@ -59,6 +59,16 @@ FLAGS = [
     ("train", [TINY, "--config.seed.x=1"], "no such field"),
     ("train", [TINY, "--config.sed=1"], "--config.sed: the config has no such field"),
     ("train", [TINY, "--config.grpo.groupsize=5"], '"group_size"'),
+    (
+        "train",
+        [TINY, "--config.grpo.advantage=scaled"],
+        "--config.grpo.advantage: is called grpo.advantages now",
+    ),
+    (
+        "train",
+        [TINY, "--config.grpo.aggregation=token"],
+        "--config.grpo.aggregation: is called grpo.weights now",
+    ),
     ("train", [TINY, "--config.data.qa.sourc=x"], '"source"'),
     ("train", [TINY, "--config.data.tasks[0]=qa"], "data.tasks[0]: is no name of a field"),
     ("train", [TINY, "--config.data.tasks[7]=qa"], "data.tasks[7]: is no name of a field"),

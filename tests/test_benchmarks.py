@@ -260,34 +260,45 @@ def test_advantages_by_hand():
     third = deltas[2]
     second = deltas[1] + 0.95 * third
     first = deltas[0] + 0.95 * second
-    found = ppo.advantages(jnp.array([1.0]), values, mask)
+    found = ppo.advantages(jnp.array([[0.0, 0.0, 1.0, 0.0]]), values, mask)
     np.testing.assert_allclose(found, [[first, second, third, 0.0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("separate", [True, False])
 def test_a_ppo_step_trains_policy_and_critic(subject, separate):
     carrier = subject.carrier
-    hp = grpo.Hyperparameters(micro_batch=4, learning_rate=1e-2)
+    optimizer = grpo.adamw(learning_rate=1e-2, warmup_steps=0)
     rng = np.random.default_rng(0)
     tokens = jnp.array(rng.integers(0, carrier.model.vocab_size, (2, 4, 5)))
     everywhere = jnp.ones(tokens.shape, bool)
-    batch = ppo.Batch(
+    rewards = jnp.array(rng.random(tokens.shape), jnp.float32)
+    batch = grpo.Batch(
         tokens[:, 0, :3],
         everywhere[:, 0, :3],
         tokens,
         everywhere,
         -5.0 * everywhere,
-        jnp.array(rng.random((2, 4)), jnp.float32),
+        jnp.where(jnp.arange(5) == 4, rewards, 0.0),
+        grpo.token_weights(everywhere),
     )
     critic = jax.tree.map(jnp.array, subject.pretrained.params) if separate else None
     width = subject.pretrained.config.width
     start = ppo.Trainable(jax.tree.map(jnp.array, carrier.zero), 0.1 * jnp.ones(width), critic)
     copy = jax.tree.map(np.array, start)
     models = ppo.Models(carrier.model, subject.pretrained.build())
-    after, _ = ppo.update(
-        start, grpo.optimizer(hp).init(start), carrier.params, batch, 1.0, models=models, hp=hp
+    after, metrics = ppo.update(
+        grpo.init_state(start, optimizer),
+        carrier.params,
+        batch,
+        1.0,
+        model=models,
+        objective=grpo.clipped(),
+        optimizer=optimizer,
+        beta=0.01,
+        micro_batch=4,
     )
-    for old, new in zip(jax.tree.leaves(copy), jax.tree.leaves(after), strict=True):
+    assert float(metrics["value_loss"]) > 0
+    for old, new in zip(jax.tree.leaves(copy), jax.tree.leaves(after.adapter), strict=True):
         assert np.all(np.isfinite(new))
         # AdamW's first step is about the learning rate, wherever there is a gradient.
         assert math.isclose(np.abs(new - old).max(), 1e-2, rel_tol=0.1)

@@ -45,9 +45,10 @@ def test_the_reports_config_carries_the_reports_numbers():
     assert config.prompts_per_step == 8
     assert config.grpo.group_size == 8
     assert config.train.batch_size * config.train.accumulation_steps == 64
-    hp = config.hyperparameters
-    assert (hp.learning_rate, hp.warmup_steps, hp.weight_decay) == (5e-5, 100, 0.01)
-    assert (hp.clip, hp.beta, hp.entropy, hp.max_grad_norm) == (0.2, 0.01, 0.08, 0.5)
+    train = config.train
+    assert (train.learning_rate, train.warmup_steps, train.weight_decay) == (5e-5, 100, 0.01)
+    assert (config.grpo.clip, config.grpo.beta, config.grpo.entropy) == (0.2, 0.01, 0.08)
+    assert train.max_grad_norm == 0.5
     assert (config.adapter.rank_ratio, config.adapter.min_singular_value) == (0.8, 1e-5)
     generation = config.generation
     assert (generation.temperature, generation.top_p) == (0.6, 0.85)
@@ -82,7 +83,9 @@ def test_the_tiny_config_needs_nothing_but_the_package():
         ({"grpo__group_size": 5}, ["grpo.group_size=5", "train.batch_size=64", "multiple"]),
         ({"grpo__group_size": 1}, ["config.grpo.group_size=1", "at least 2"]),
         ({"grpo__supervision": "both"}, ["config.grpo.supervision='both'", "'process'"]),
-        ({"grpo__aggregation": "mean"}, ["config.grpo.aggregation='mean'", "'sequence'"]),
+        ({"grpo__weights": "mean"}, ["config.grpo.weights='mean'", "'sequence'"]),
+        ({"grpo__aggregation": "token"}, ["config.grpo.aggregation: is called grpo.weights now"]),
+        ({"grpo__advantage": "scaled"}, ["config.grpo.advantage: is called grpo.advantages now"]),
         ({"adapter__rank_ratio": 0.0}, ["config.adapter.rank_ratio=0.0", "above 0"]),
         ({"adapter__rank_ratio": 1.5}, ["config.adapter.rank_ratio=1.5", "at most 1"]),
         ({"adapter__tail": "cut"}, ["config.adapter.tail='cut'", "'keep'"]),
@@ -193,7 +196,7 @@ def refusal(name, value):
 @pytest.mark.parametrize(("name", "kind", "allowed"), FIELDS, ids=[field[0] for field in FIELDS])
 def test_every_field_refuses_other_types_and_what_is_out_of_its_range(name, kind, allowed):
     for value in WRONG[kind]:
-        if (name, value) in (("cem.budget_s", None), ("adapter.options", {})):
+        if (name, value) == ("cem.budget_s", None) or (name.endswith("options") and value == {}):
             continue
         message = refusal(name, value)
         assert message is not None, value
@@ -227,9 +230,10 @@ def test_what_is_no_config_is_named(settings):
 
 
 @pytest.mark.parametrize("value", [math.nan, {1, 2}, b"x", object(), {"a": {"b": math.inf}}])
-def test_options_that_json_cannot_hold_are_refused(value):
-    with pytest.raises(InputError, match=r"config\.adapter\.options: must be what JSON can hold"):
-        parse_config(with_value("adapter.options", {"x": value}))
+@pytest.mark.parametrize("name", [name for name, _, _ in FIELDS if name.endswith("options")])
+def test_options_that_json_cannot_hold_are_refused(name, value):
+    with pytest.raises(InputError, match=rf"config\.{name}: must be what JSON can hold"):
+        parse_config(with_value(name, {"x": value}))
 
 
 # Flags

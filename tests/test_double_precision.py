@@ -55,7 +55,7 @@ def test_samples_are_the_same(tiny):
 
 
 def test_updates_are_the_same(tiny):
-    hp = grpo.Hyperparameters(micro_batch=GROUP, target_kl=0.01, learning_rate=0.01)
+    optimizer = grpo.adamw(target_kl=0.01, learning_rate=0.01)
     rewards = np.random.default_rng(0).normal(size=(PROMPTS, GROUP)).astype(np.float32)
     out = jax.device_get(draw(tiny))
 
@@ -67,11 +67,21 @@ def test_updates_are_the_same(tiny):
             out.mask,
             out.logps,
             grpo.outcome_advantages(rewards, out.mask),
+            grpo.token_weights(jnp.asarray(out.mask)),
         )
-        state = grpo.init_state(jax.tree.map(jnp.asarray, offsets(tiny)), hp)
+        state = grpo.init_state(jax.tree.map(jnp.asarray, offsets(tiny)), optimizer)
         for _ in range(2):
             state, metrics = grpo.update(
-                state, tiny.factored, batch, jnp.array(0.8), model=tiny.model, hp=hp
+                state,
+                tiny.factored,
+                batch,
+                jnp.array(0.8),
+                model=tiny.model,
+                objective=grpo.clipped(),
+                optimizer=optimizer,
+                beta=0.01,
+                entropy=0.08,
+                micro_batch=GROUP,
             )
         return state, metrics
 

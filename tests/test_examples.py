@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import runpy
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import grpocem_jax as gj
-from examples import custom_adapter
+from examples import custom_adapter, variants
 from examples.own_task import rewards
 from examples.stories import rewards as stories
 from grpocem_jax import adaptation
@@ -159,6 +160,43 @@ def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
     # The worst token of a text is below the mean of all.
     assert found.fitness_before < float(gj.log_likelihoods(run, run.adapter, [text])[0])
     assert found.fitness_after != found.fitness_before
+
+
+VARIANTS = {
+    "dapo": {"grpo.objective": "examples.variants:dapo", "grpo.weights": "token"},
+    "gspo": {"grpo.objective": "examples.variants:gspo"},
+    "t_spmo": {"grpo.advantages": "examples.variants:t_spmo"},
+    "s_grpo": {"grpo.weights": "examples.variants:s_grpo"},
+    "lion": {"train.optimizer": "optax:lion", "train.learning_rate": 2e-3},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_grpo_train_by_config_alone(name, in_root, tmp_path):
+    settings = short(gj.load_config("tiny"), tasks=("sentiment",))
+    settings.update_from_flattened_dict(VARIANTS[name])
+    settings.train.warmup_steps = 0
+    settings.train.accumulation_steps = 2
+    settings.train.weight_decay = 0.0
+    if name == "s_grpo":
+        settings.grpo.weights_options = {"count": 2}
+    if name == "lion":
+        settings.train.optimizer_options = {"weight_decay": 0.0}
+    summary = gj.train(settings, tmp_path / "run")
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (summary["steps"], record["skipped"]) == (1, 0.0)
+    run = gj.load_run(tmp_path / "run")
+    largest = max(float(jnp.abs(x).max()) for x in run.adapter.values())
+    # A first step of Adam or Lion is the learning rate.
+    assert largest == pytest.approx(settings.train.learning_rate, rel=0.02)
+    assert record["learning_rate"] == pytest.approx(settings.train.learning_rate)
+    assert record["clip_ratio/region_mean"] == 0.0  # one update of each batch is on policy
+
+
+def test_each_variant_is_a_few_lines():
+    for name in ("dapo", "gspo", "t_spmo", "s_grpo"):
+        assert len(inspect.getsource(getattr(variants, name)).splitlines()) <= 40
 
 
 def test_grpo_alone_raises_the_reward(capsys):

@@ -1,6 +1,7 @@
 """GRPO: advantages, weights and losses against hand-computed numbers; properties of a step."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo, likelihood, sampling
+from grpocem_jax import grpo, likelihood, sampling, training
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.errors import InputError
+from grpocem_jax.grpo import step as grpo_step
 from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2
 
@@ -97,9 +99,7 @@ def test_a_single_step_at_the_end_is_outcome_supervision():
     ],
 )
 def test_clipped_objective(ratio, advantage, expected):
-    value = grpo.clipped_objective(
-        jnp.log(jnp.array([ratio])), jnp.zeros(1), jnp.array([advantage]), clip=0.2
-    )
+    value = grpo.clipped_objective(jnp.array([ratio]), jnp.array([advantage]))
     np.testing.assert_allclose(value, [expected], rtol=1e-6)
 
 
@@ -132,8 +132,10 @@ def test_token_weights(aggregation, first, second):
 
 
 def test_unknown_aggregation_is_named():
-    with pytest.raises(ValueError, match="aggregation='median'"):
+    with pytest.raises(InputError, match="aggregation='median'"):
         grpo.token_weights(jnp.ones((1, 1, 1), bool), "median")
+    with pytest.raises(InputError, match="aggregation='median'"):
+        grpo.aggregate("median")
 
 
 @pytest.mark.parametrize("keep_logits", [False, True])
@@ -173,12 +175,13 @@ def test_logits_are_kept_up_to_a_quarter_of_a_gigabyte(tiny):
 
 
 def test_kept_logits_change_no_update(tiny, batch, monkeypatch):
-    hp = grpo.Hyperparameters(micro_batch=GROUP, entropy=0.1, beta=0.1)
+    hp = settings(micro_batch=GROUP, entropy=0.1, beta=0.1)
     results = []
     for limit in (0, 2**28):
-        monkeypatch.setattr(grpo, "KEPT_LOGITS_BYTES", limit)
-        step = jax.jit(functools.partial(grpo.update, model=tiny.model, hp=hp))
-        results.append(step(grpo.init_state(tiny.adapted(), hp), tiny.factored, batch, 0.7))
+        monkeypatch.setattr(grpo_step, "KEPT_LOGITS_BYTES", limit)
+        update = jax.jit(functools.partial(grpo.update.__wrapped__, model=tiny.model, **hp))
+        state = grpo.init_state(tiny.adapted(), hp["optimizer"])
+        results.append(update(state, tiny.factored, batch, 0.7))
     for again, kept in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(again, kept, rtol=1e-5, atol=1e-7)
 
@@ -216,6 +219,7 @@ def batch(tiny):
         mask=mask,
         old_logps=jnp.where(mask, -5.0, 0.0),
         advantages=grpo.outcome_advantages(jax.random.normal(keys[4], shape[:2]), mask),
+        weights=grpo.token_weights(mask),
     )
 
 
@@ -224,17 +228,29 @@ def offsets(tiny):
     return tiny.adapted()
 
 
-def hyperparameters(**changes):
-    return grpo.Hyperparameters(**{"micro_batch": 2 * GROUP, **changes})
+OF_OPTIMIZER = set(inspect.signature(grpo.adamw).parameters)
+
+
+def settings(**changes):
+    """Keywords of `grpo.update`: the report's, with others for AdamW, or for the update itself."""
+    optimizer = grpo.adamw(**{x: changes.pop(x) for x in OF_OPTIMIZER & changes.keys()})
+    report = {"objective": grpo.clipped(), "optimizer": optimizer, "beta": 0.01, "entropy": 0.08}
+    return {**report, "micro_batch": 2 * GROUP, **changes}
+
+
+def make_loss(tiny, *, objective, beta, entropy, **others):
+    return functools.partial(
+        grpo.loss, model=tiny.model, objective=objective, beta=beta, entropy=entropy
+    )
 
 
 def test_the_vmapped_loss_equals_a_loop_over_unpadded_samples(tiny, batch, offsets):
-    hp = hyperparameters(beta=0.3, entropy=0.2)
+    hp = settings(beta=0.3, entropy=0.2)
     batch = jax.tree.map(lambda x: x[:2], batch)
-    weights = grpo.token_weights(batch.mask, "sequence")
+    batch = batch._replace(weights=grpo.token_weights(batch.mask))
     temperature = 0.8
-    loss = jax.jit(functools.partial(grpo.loss, model=tiny.model, hp=hp))
-    value, parts = loss(offsets, tiny.factored, batch, weights, temperature)
+    loss = jax.jit(make_loss(tiny, **hp))
+    value, parts = loss(offsets, tiny.factored, batch, temperature)
     forward = jax.jit(tiny.model.forward)
 
     def distributions(adapter, prompt, completion):
@@ -267,11 +283,12 @@ def test_the_vmapped_loss_equals_a_loop_over_unpadded_samples(tiny, batch, offse
 
 def test_accumulated_micro_batches_equal_one_batch(tiny, batch, offsets):
     # By tokens: where each micro-batch divided by its own count, the sums would differ.
+    batch = batch._replace(weights=grpo.token_weights(batch.mask, "token"))
     results = []
     for micro in (GROUP, PROMPTS * GROUP):
-        hp = hyperparameters(micro_batch=micro, aggregation="token")
-        state = grpo.init_state(offsets, hp)
-        results.append(grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, hp=hp))
+        hp = settings(micro_batch=micro)
+        state = grpo.init_state(offsets, hp["optimizer"])
+        results.append(grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp))
     (many, many_metrics), (one, one_metrics) = results
     assert len({int(n) for n in batch.mask.sum((1, 2))}) > 1
     for name, value in one_metrics.items():
@@ -283,15 +300,15 @@ def test_accumulated_micro_batches_equal_one_batch(tiny, batch, offsets):
 
 
 def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, offsets):
-    hp = hyperparameters(learning_rate=0.01, warmup_steps=0)
-    step = functools.partial(grpo.update, model=tiny.model, hp=hp)
-    start = grpo.init_state(offsets, hp)
+    hp = settings(learning_rate=0.01, warmup_steps=0)
+    step = functools.partial(grpo.update, model=tiny.model, **hp)
+    start = grpo.init_state(offsets, hp["optimizer"])
 
     @jax.jit
     def twice(state, params):
         return jax.lax.scan(lambda x, _: step(x, params, batch, 0.7), state, length=2)
 
-    for update in (step, functools.partial(grpo.update_alone, model=tiny.model, hp=hp)):
+    for update in (step, functools.partial(training.update_program, model=tiny.model, **hp)):
         first, metrics = update(start, tiny.factored, batch, 0.7)
         second, later = update(first, tiny.factored, batch, 0.7)
         found, both = twice(start, tiny.factored)
@@ -306,39 +323,33 @@ def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, of
 
 
 def test_at_the_base_model_kl_and_its_gradient_are_exactly_zero(tiny, batch):
-    weights = grpo.token_weights(batch.mask, "sequence")
     flat = batch._replace(advantages=jnp.zeros_like(batch.advantages))
-    hp = hyperparameters(beta=1.0, entropy=0.0)
-    loss = jax.jit(
-        jax.value_and_grad(functools.partial(grpo.loss, model=tiny.model, hp=hp), has_aux=True)
-    )
-    (_, parts), gradient = loss(tiny.zero, tiny.factored, flat, weights, 1.0)
+    hp = settings(beta=1.0, entropy=0.0)
+    loss = jax.jit(jax.value_and_grad(make_loss(tiny, **hp), has_aux=True))
+    (_, parts), gradient = loss(tiny.zero, tiny.factored, flat, 1.0)
     assert float(parts["kl"]) == 0.0
     assert max(float(jnp.abs(g).max()) for g in gradient.values()) == 0.0
 
 
 def test_without_beta_the_reference_is_not_computed(tiny, batch, offsets):
     def operations(beta):
-        hp = hyperparameters(beta=beta)
-        weights = grpo.token_weights(batch.mask, "sequence")
-        run = jax.jit(
-            lambda o: grpo.loss(o, tiny.factored, batch, weights, 1.0, model=tiny.model, hp=hp)[0]
-        )
+        hp = settings(beta=beta)
+        loss = make_loss(tiny, **hp)
+        run = jax.jit(lambda o: loss(o, tiny.factored, batch, 1.0)[0])
         return run.lower(offsets).cost_analysis()["flops"]
 
     assert operations(0.0) < 0.6 * operations(0.1)
 
 
 def test_first_adamw_step_moves_against_the_gradients_sign_and_decays(tiny, batch, offsets):
-    hp = hyperparameters(learning_rate=0.01, warmup_steps=4, weight_decay=0.5)
-    state = grpo.init_state(offsets, hp)
-    after, metrics = grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, hp=hp)
+    hp = settings(learning_rate=0.01, warmup_steps=4, weight_decay=0.5)
+    state = grpo.init_state(offsets, hp["optimizer"])
+    after, metrics = grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
     # Step 1 of 4 of warmup; Adam's first direction is g / (|g| + eps), the sign.
     assert float(metrics["learning_rate"]) == pytest.approx(0.01 / 4)
-    weights = grpo.token_weights(batch.mask, "sequence")
-    gradient = jax.jit(
-        jax.grad(functools.partial(grpo.loss, model=tiny.model, hp=hp), has_aux=True)
-    )(offsets, tiny.factored, batch, weights, 1.0)[0]
+    gradient = jax.jit(jax.grad(make_loss(tiny, **hp), has_aux=True))(
+        offsets, tiny.factored, batch, 1.0
+    )[0]
     for site, old in offsets.items():
         clear = np.abs(gradient[site]) > 1e-5
         expected = old - 0.0025 * (jnp.sign(gradient[site]) + 0.5 * old)
@@ -348,7 +359,8 @@ def test_first_adamw_step_moves_against_the_gradients_sign_and_decays(tiny, batc
 
 
 # One program for the tests of what `update` reports and keeps.
-ADAPTIVE = hyperparameters(learning_rate=0.01, warmup_steps=0, target_kl=1e-4)
+TARGET_KL = 1e-4
+ADAPTIVE = settings(learning_rate=0.01, warmup_steps=0, target_kl=TARGET_KL)
 TEMPERATURE = 0.7
 
 
@@ -370,24 +382,34 @@ def sampled(tiny, batch, offsets):
     )
     advantages = jnp.where(out.mask, jax.random.normal(jax.random.key(4), out.mask.shape), 0.0)
     return batch._replace(
-        completions=out.tokens, mask=out.mask, old_logps=out.logps, advantages=advantages
+        completions=out.tokens,
+        mask=out.mask,
+        old_logps=out.logps,
+        advantages=advantages,
+        weights=grpo.token_weights(out.mask),
     )
 
 
+def scaled(state, scale):
+    """The state with another factor of the learning rate."""
+    *others, rate = state.opt_state
+    rate = rate._replace(scale=jnp.float32(scale))
+    return state._replace(opt_state=(*others, rate))
+
+
 def updated(tiny, batch, state):
-    return grpo.update(state, tiny.factored, batch, TEMPERATURE, model=tiny.model, hp=ADAPTIVE)
+    return grpo.update(state, tiny.factored, batch, TEMPERATURE, model=tiny.model, **ADAPTIVE)
 
 
 def test_on_policy_every_ratio_is_one_at_the_temperature_of_the_rollouts(tiny, sampled, offsets):
-    _, metrics = updated(tiny, sampled, grpo.init_state(offsets, ADAPTIVE))
-    weights = np.asarray(grpo.token_weights(sampled.mask, ADAPTIVE.aggregation))
-    expected = -float((weights * np.asarray(sampled.advantages)).sum())
+    _, metrics = updated(tiny, sampled, grpo.init_state(offsets, ADAPTIVE["optimizer"]))
+    expected = -float((np.asarray(sampled.weights) * np.asarray(sampled.advantages)).sum())
     assert float(metrics["policy_loss"]) == pytest.approx(expected, abs=1e-5)
     for name in ("low", "high", "region"):
         assert float(metrics[f"clip_ratio/{name}_mean"]) == 0.0
     # At another temperature, or against no old log-probabilities, it would be another loss.
     off_policy = sampled._replace(old_logps=jnp.zeros_like(sampled.old_logps))
-    _, metrics = updated(tiny, off_policy, grpo.init_state(offsets, ADAPTIVE))
+    _, metrics = updated(tiny, off_policy, grpo.init_state(offsets, ADAPTIVE["optimizer"]))
     assert abs(float(metrics["policy_loss"]) - expected) > 0.01
 
 
@@ -396,7 +418,7 @@ def test_clip_ratios_weigh_the_tokens_whose_ratio_the_objective_clips(tiny, samp
     ratios = np.resize([0.5, 1.0, 1.5], sampled.mask.shape)
     old_logps = sampled.old_logps - jnp.asarray(np.log(ratios), jnp.float32)
     shifted = sampled._replace(old_logps=old_logps)
-    _, metrics = updated(tiny, shifted, grpo.init_state(offsets, ADAPTIVE))
+    _, metrics = updated(tiny, shifted, grpo.init_state(offsets, ADAPTIVE["optimizer"]))
     low = high = loss = 0.0
     lengths = np.asarray(sampled.mask).sum(-1)
     for p, g, t in np.argwhere(sampled.mask):
@@ -415,9 +437,9 @@ def test_clip_ratios_weigh_the_tokens_whose_ratio_the_objective_clips(tiny, samp
 def test_an_update_that_is_not_finite_changes_nothing_but_the_number_of_steps(
     tiny, sampled, offsets
 ):
-    state, metrics = updated(tiny, sampled, grpo.init_state(offsets, ADAPTIVE))
+    state, metrics = updated(tiny, sampled, grpo.init_state(offsets, ADAPTIVE["optimizer"]))
     assert float(metrics["skipped"]) == 0.0
-    state = state._replace(lr_scale=jnp.float32(2.0))
+    state = scaled(state, 2.0)
     broken = sampled._replace(advantages=sampled.advantages.at[0, 0, 0].set(jnp.nan))
     after, metrics = updated(tiny, broken, state)
     assert float(metrics["skipped"]) == 1.0
@@ -427,22 +449,23 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_number_of_steps(
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_the_learning_rate_is_scaled_and_its_scale_follows_the_kl(tiny, sampled, offsets, scale):
-    state = grpo.init_state(offsets, ADAPTIVE)._replace(lr_scale=jnp.float32(scale))
+    state = scaled(grpo.init_state(offsets, ADAPTIVE["optimizer"]), scale)
     after, metrics = updated(tiny, sampled, state)
     assert float(metrics["learning_rate"]) == pytest.approx(0.01 * scale)
     # Adam's first direction is the sign of the gradient, at most 1, and the decay is far smaller.
     largest = max(float(jnp.abs(after.adapter[name] - offsets[name]).max()) for name in offsets)
     assert largest == pytest.approx(0.01 * scale, rel=0.02)
-    assert float(metrics["kl"]) > 2 * ADAPTIVE.target_kl
-    assert float(after.lr_scale) == pytest.approx(scale / 1.5)
+    assert float(metrics["kl"]) > 2 * TARGET_KL
+    assert float(after.opt_state[-1].scale) == pytest.approx(scale / 1.5)
+    assert int(after.opt_state[-1].step) == 1
 
 
 def test_gradients_are_clipped_by_their_global_norm(tiny, batch, offsets):
     # Adam's own direction hides the scale, so look at its first moment: (1 - 0.9) * clipped g.
-    hp = hyperparameters(max_grad_norm=1e-3)
-    state = grpo.init_state(offsets, hp)
-    after, metrics = grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, hp=hp)
-    moment = math.sqrt(sum(float((m**2).sum()) for m in after.opt_state[1].mu.values()))
+    hp = settings(max_grad_norm=1e-3)
+    state = grpo.init_state(offsets, hp["optimizer"])
+    after, metrics = grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
+    moment = math.sqrt(sum(float((m**2).sum()) for m in after.opt_state[1][0].mu.values()))
     assert float(metrics["grad_norm"]) > 1e-3
     assert moment == pytest.approx(0.1 * 1e-3, rel=1e-4)
 
@@ -451,68 +474,87 @@ def test_gradients_are_clipped_by_their_global_norm(tiny, batch, offsets):
     ("kl", "expected"), [(0.03, 1 / 1.5), (0.004, 1.5), (0.01, 1.0), (0.02, 1.0)]
 )
 def test_learning_rate_follows_the_kl(kl, expected):
-    hp = hyperparameters(target_kl=0.01)
-    scale = grpo.adapt_lr_scale(jnp.float32(1.0), jnp.float32(kl), hp)
+    scale = grpo.adapt_scale(jnp.float32(1.0), jnp.float32(kl), 0.01, (0.1, 10.0))
     assert float(scale) == pytest.approx(expected)
 
 
 def test_learning_rate_factor_stays_in_its_range():
-    hp = hyperparameters(target_kl=0.01, lr_scale_range=(0.5, 1.2))
-    scales = [grpo.adapt_lr_scale(jnp.float32(1.0), jnp.float32(kl), hp) for kl in (1.0, 0.0)]
-    np.testing.assert_allclose(scales, [1 / 1.5, 1.2], rtol=1e-6)
-    assert float(grpo.adapt_lr_scale(scales[0], jnp.float32(1.0), hp)) == 0.5
+    def after(scale, kl):
+        return grpo.adapt_scale(jnp.float32(scale), jnp.float32(kl), 0.01, (0.5, 1.2))
+
+    np.testing.assert_allclose([after(1.0, 1.0), after(1.0, 0.0)], [1 / 1.5, 1.2], rtol=1e-6)
+    assert float(after(1 / 1.5, 1.0)) == 0.5
+
+
+def test_warmup_is_linear_and_the_first_update_moves():
+    schedule = grpo.warmup(0.4, 4)
+    np.testing.assert_allclose([schedule(x) for x in range(6)], [0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert float(grpo.warmup(0.4, 0)(0)) == pytest.approx(0.4)
+
+
+def test_the_scale_of_the_learning_rate_is_applied_before_it_changes():
+    rate = grpo.adapt_to_kl(grpo.warmup(0.5, 0), target_kl=0.01)
+    state = rate.init({"a": jnp.zeros(2)})
+    updates, state = rate.update({"a": jnp.ones(2)}, state, kl=1.0)
+    np.testing.assert_array_equal(updates["a"], 1.0)
+    updates, state = rate.update({"a": jnp.ones(2)}, state, kl=0.0)
+    np.testing.assert_allclose(updates["a"], 1 / 1.5, rtol=1e-6)
+    assert float(state.learning_rate) == pytest.approx(0.5 / 1.5)
+    assert float(state.scale) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("make", "name", "value"),
     [
-        ("clip", 0.0),
-        ("clip", math.nan),
-        ("beta", -0.1),
-        ("entropy", -0.1),
-        ("aggregation", "median"),
-        ("micro_batch", 0),
-        ("learning_rate", 0.0),
-        ("warmup_steps", -1),
-        ("weight_decay", -0.1),
-        ("max_grad_norm", 0.0),
-        ("target_kl", -0.1),
-        ("lr_scale_range", (0.5,)),
-        ("lr_scale_range", (2.0, 3.0)),
-        ("lr_scale_range", (10.0, 0.1)),
+        (grpo.clipped, "low", 0.0),
+        (grpo.clipped, "high", math.nan),
+        (grpo.clipped, "high", "wide"),
+        (grpo.clipped, "ratio", "group"),
+        (grpo.adamw, "learning_rate", 0.0),
+        (grpo.adamw, "warmup_steps", -1),
+        (grpo.adamw, "weight_decay", -0.1),
+        (grpo.adamw, "max_grad_norm", 0.0),
+        (grpo.adamw, "target_kl", -0.1),
+        (grpo.adamw, "lr_scale_range", (0.5,)),
+        (grpo.adamw, "lr_scale_range", (2.0, 3.0)),
+        (grpo.adamw, "lr_scale_range", (10.0, 0.1)),
+        (grpo.adamw, "b1", 1.0),
+        (grpo.adamw, "eps", True),
     ],
 )
-def test_a_hyperparameter_out_of_range_is_refused_by_name(name, value):
+def test_a_setting_out_of_range_is_refused_by_name(make, name, value):
     with pytest.raises(InputError) as refused:
-        grpo.Hyperparameters(**{name: value})
+        make(**{name: value})
     assert str(refused.value).startswith(f"{name}={value!r}: must be ")
 
 
-def test_a_target_of_the_kl_without_the_kl_is_refused():
+@pytest.mark.parametrize("changes", [{"beta": -0.1}, {"entropy": -0.1}, {"beta": math.nan}])
+def test_weights_of_penalties_below_zero_are_refused(tiny, batch, offsets, changes):
+    hp = settings(**changes)
+    state = grpo.init_state(offsets, hp["optimizer"])
+    with pytest.raises(InputError, match="must be at least 0"):
+        grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
+
+
+def test_a_target_of_the_kl_without_the_kl_is_refused(tiny, batch, offsets):
+    hp = settings(target_kl=0.01, beta=0.0)
+    state = grpo.init_state(offsets, hp["optimizer"])
     with pytest.raises(InputError, match=r"^target_kl=0\.01 follows .* beta=0\.0 leaves out"):
-        grpo.Hyperparameters(target_kl=0.01, beta=0.0)
-
-
-def test_a_range_given_as_a_list_is_the_static_argument_that_a_tuple_is():
-    given = grpo.Hyperparameters(lr_scale_range=[0.5, 2.0])
-    assert {given} == {grpo.Hyperparameters(lr_scale_range=(0.5, 2.0))}
+        grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
 
 
 def test_micro_batches_hold_whole_groups(tiny, batch, offsets):
-    for micro in (GROUP + 2, 3 * GROUP):
-        hp = hyperparameters(micro_batch=micro)
-        with pytest.raises(ValueError, match=f"micro_batch={micro}"):
-            grpo.update(
-                grpo.init_state(offsets, hp), tiny.factored, batch, 1.0, model=tiny.model, hp=hp
-            )
+    for micro in (GROUP + 2, 3 * GROUP, 0):
+        hp = settings(micro_batch=micro)
+        state = grpo.init_state(offsets, hp["optimizer"])
+        with pytest.raises(InputError, match=f"micro_batch={micro}"):
+            grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
 
 
 def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
     """A bandit: of one-token completions, those with an even id are rewarded."""
     model, params = tiny.model, tiny.factored
-    hp = hyperparameters(
-        micro_batch=256, learning_rate=0.1, warmup_steps=0, beta=0.0, entropy=0.0, clip=0.2
-    )
+    hp = settings(micro_batch=256, learning_rate=0.1, warmup_steps=0, beta=0.0, entropy=0.0)
     prompt = jnp.array([[1, 2, 3]])
     mask = jnp.ones_like(prompt, bool)
 
@@ -524,7 +566,7 @@ def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
     def even_mass(adapter):
         return float(jnp.exp(log_policy(adapter))[::2].sum())
 
-    state = grpo.init_state(tiny.zero, hp)
+    state = grpo.init_state(tiny.zero, hp["optimizer"])
     before = even_mass(state.adapter)
     for step in range(30):
         logps = log_policy(state.adapter)
@@ -536,8 +578,9 @@ def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
             jnp.ones_like(tokens, bool),
             logps[tokens],
             grpo.group_normalize(1.0 - (tokens[..., 0] % 2))[..., None],
+            grpo.token_weights(jnp.ones_like(tokens, bool)),
         )
-        state, _ = grpo.update(state, params, batch, 1.0, model=model, hp=hp)
+        state, _ = grpo.update(state, params, batch, 1.0, model=model, **hp)
     assert even_mass(state.adapter) > before + 0.1
 
 
@@ -558,19 +601,19 @@ def test_half_precision_keeps_the_gradient_of_many_tokens(tiny):
         mask=mask,
         old_logps=jnp.full(shape, -4.1),
         advantages=0.1 * grpo.outcome_advantages(rewards, mask),
+        weights=grpo.token_weights(mask),
     )
-    hp = hyperparameters(micro_batch=prompts * group, beta=0.0, entropy=0.0, max_grad_norm=1e9)
-    state = grpo.init_state(tiny.adapted(), hp)
+    hp = settings(micro_batch=prompts * group, beta=0.0, entropy=0.0, max_grad_norm=1e9)
+    state = grpo.init_state(tiny.adapted(), hp["optimizer"])
 
     def by_update(params):
-        after, _ = grpo.update(state, params, batch, 1.0, model=tiny.model, hp=hp)
+        after, _ = grpo.update(state, params, batch, 1.0, model=tiny.model, **hp)
         # Adam's first moment after one step.
-        return np.concatenate([x / 0.1 for x in after.opt_state[1].mu.values()])
+        return np.concatenate([x / 0.1 for x in after.opt_state[1][0].mu.values()])
 
     def unscaled(params):
-        weights = grpo.token_weights(mask, hp.aggregation)
-        gradient = jax.grad(functools.partial(grpo.loss, model=tiny.model, hp=hp), has_aux=True)
-        found, _ = jax.jit(gradient)(state.adapter, params, batch, weights, 1.0)
+        gradient = jax.grad(make_loss(tiny, **hp), has_aux=True)
+        found, _ = jax.jit(gradient)(state.adapter, params, batch, 1.0)
         return np.concatenate(list(found.values()))
 
     exact = unscaled(factored)

@@ -150,13 +150,13 @@ config.update_from_flattened_dict({
     "generation.max_new_tokens": 24, "train.max_steps": 1, "train.fit_memory": True,
     "train.batch_size": 256, "train.accumulation_steps": 1,
 })
-update = training.grpo.update_alone
+update = training.update_program
 
 def scarce(*args, **options):
     with limited(400):
         return jax.block_until_ready(update(*args, **options))
 
-training.grpo.update_alone = scarce
+training.update_program = scarce
 print(json.dumps(training.train(config, tempfile.mkdtemp() + "/run")["micro_batch"]))
 """
 

@@ -29,6 +29,7 @@ from grpocem_jax import (
     rundir,
     training,
 )
+from grpocem_jax.algorithm import make_algorithm
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.data import load_data
@@ -142,7 +143,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     same_runs(whole, workdir)
 
 
-STATE = grpo.init_state({"a": jnp.arange(3.0)}, grpo.Hyperparameters())
+STATE = grpo.init_state({"a": jnp.arange(3.0)}, grpo.adamw())
 
 
 @pytest.fixture
@@ -184,7 +185,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_passed_over(stored, tmp_pa
 
 def test_arrays_that_are_cut_off_are_said_once(tmp_path, monkeypatch):
     offsets = {str(i): jnp.zeros(300) for i in range(40)}
-    state = grpo.init_state(offsets, grpo.Hyperparameters())
+    state = grpo.init_state(offsets, grpo.adamw())
     found = checkpoints.Checkpoints(tmp_path)
     found.save(state, jax.random.key(7), {"step": 0})
     found.close()
@@ -345,7 +346,7 @@ def test_a_log_continues_after_the_bytes_of_its_checkpoint(tmp_path):
 
 def test_the_last_checkpoints_are_kept(whole, tmp_path):
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"2", "4", "6"}
-    state = grpo.init_state({"a": jnp.zeros(3)}, grpo.Hyperparameters())
+    state = grpo.init_state({"a": jnp.zeros(3)}, grpo.adamw())
     # The best one after each step, and what is left of four.
     for folder, best, left in (
         ("none", [None] * 4, {"3", "4"}),
@@ -414,7 +415,7 @@ def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_aga
     assert summary["best_adapter"] == {"step": 4, "eval_reward": 0.75}
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"4", "6"}
     run = adaptation.load_run(workdir, adapter=workdir / "best_adapter")
-    template = grpo.init_state(run.policy.zero, run.config.hyperparameters)
+    template = grpo.init_state(run.policy.zero, make_algorithm(run.config).optimizer)
     stored = checkpoints.Checkpoints(workdir)
     for name, values in stored.restore(template, 4)[0].adapter.items():
         np.testing.assert_array_equal(run.adapter[name], values)
@@ -852,15 +853,15 @@ def test_what_to_lower_is_said_where_rollouts_run_out_of_memory(
 def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_rounding(
     whole, tmp_path, monkeypatch, capsys
 ):
-    update, sizes, workdir = grpo.update_alone, [], tmp_path / "run"
+    update, sizes, workdir = training.update_program, [], tmp_path / "run"
 
-    def short(*args, hp, **options):
-        sizes.append(hp.micro_batch)
-        if hp.micro_batch > 8:
+    def short(*args, micro_batch, **options):
+        sizes.append(micro_batch)
+        if micro_batch > 8:
             no_memory()
-        return update(*args, hp=hp, **options)
+        return update(*args, micro_batch=micro_batch, **options)
 
-    monkeypatch.setattr(training.grpo, "update_alone", short)
+    monkeypatch.setattr(training, "update_program", short)
     with pytest.raises(InputError, match=r"continue with train.fit_memory=True"):
         training.train(settings(), workdir)
     asked = {"train.fit_memory": True}

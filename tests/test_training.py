@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import checkpoints, grpo, rundir, sampling, training
+from grpocem_jax import adaptation, checkpoints, grpo, rundir, sampling, training
+from grpocem_jax.algorithm import make_algorithm
 from grpocem_jax.config import parse_config
 from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
@@ -191,7 +192,7 @@ def test_the_checkpoint_and_the_adapter_folder_hold_the_trained_offsets(command)
     config = parse_config(get_config("tiny"))
     policy = load_policy(config.model, config.adapter)
     adapter = checkpoints.load_adapter(workdir / "adapter", policy.zero)
-    template = grpo.init_state(policy.zero, config.hyperparameters)
+    template = grpo.init_state(policy.zero, make_algorithm(config).optimizer)
     stored = checkpoints.Checkpoints(workdir)
     state, _, position = stored.restore(template, 3)
     stored.close()
@@ -213,6 +214,24 @@ def test_the_same_seed_gives_the_same_adapter_bit_for_bit(command, tmp_path):
     assert first.keys() == again.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
+
+
+def test_a_run_of_the_former_names_of_settings_loads_and_does_not_continue(command, tmp_path):
+    workdir = shutil.copytree(command[0], tmp_path / "run")
+    settings = json.loads((workdir / "config.json").read_text())
+    grpo_settings = settings["grpo"]
+    grpo_settings["advantage"] = grpo_settings.pop("advantages")
+    grpo_settings["aggregation"] = grpo_settings.pop("weights")
+    for name in ("advantages_options", "objective", "objective_options", "weights_options"):
+        del grpo_settings[name]
+    del settings["train"]["optimizer"], settings["train"]["optimizer_options"]
+    (workdir / "config.json").write_text(json.dumps(settings))
+    found = adaptation.load_run(workdir)
+    assert found.config == adaptation.load_run(command[0]).config
+    checkpoints_before = sorted((workdir / "checkpoints").iterdir())
+    with pytest.raises(InputError, match="holds a run of an earlier version"):
+        run(get_config("tiny"), workdir)
+    assert sorted((workdir / "checkpoints").iterdir()) == checkpoints_before
 
 
 @pytest.fixture
@@ -251,15 +270,17 @@ def recorded(tmp_path, monkeypatch):
         asked.append((prompts, np.asarray(jax.random.key_data(keys)), temperature, out))
         return out
 
-    def update(state, params, batch, temperature, *, model, hp):
+    def update(state, params, batch, temperature, **settings):
         updates.append((batch, temperature))
-        metrics = dict.fromkeys((*grpo.PARTS, "grad_norm", "learning_rate", "skipped"), 0.0)
+        metrics = dict.fromkeys(grpo.METRICS, 0.0)
         return state._replace(step=state.step + 1), metrics
 
     monkeypatch.setattr(training.rollouts, "generate", generate)
-    monkeypatch.setattr(training.grpo, "update_alone", update)
+    monkeypatch.setattr(training, "update_program", update)
     items = load_data(config, policy).train
-    run = training.Run(config, policy, items, jax.random.key(0), tmp_path, "hash", rundir.Signals())
+    algorithm = make_algorithm(config)
+    key, signals = jax.random.key(0), rundir.Signals()
+    run = training.Run(config, policy, algorithm, items, key, tmp_path, "hash", signals)
     records, state = [], run.state
     for step in range(run.total_steps):
         state, record = run.step(state, step)
@@ -307,7 +328,7 @@ def test_tokens_are_counted_of_prompts_and_completions_of_all_steps(recorded):
 
 def test_process_supervision_and_the_reports_advantages_run_end_to_end(tmp_path):
     config = get_config(
-        "tiny", **{"grpo.supervision": "process", "grpo.advantage": "scaled", "seed": 2}
+        "tiny", **{"grpo.supervision": "process", "grpo.advantages": "scaled", "seed": 2}
     )
     run(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "completions.jsonl")

@@ -3,13 +3,17 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from grpocem_jax import export, rundir, training, user_code
+from grpocem_jax import export, grpo, rundir, training, user_code
 from grpocem_jax.adaptation import TrainedRun
+from grpocem_jax.algorithm import make_algorithm
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.grpo import checks
 from grpocem_jax.models import hub
 from grpocem_jax.policy import load_policy, make_adapter, own_code, put_adapter
 from tests.conftest import OUT_OF_MEMORY
@@ -30,6 +34,48 @@ def no_adapter():
     return {"rank": 1}
 
 number = 3
+
+def clip(high):
+    import grpocem_jax as gj
+    return gj.clipped(high=high)
+
+def objective(logps, batch):
+    return logps, {}
+
+def means():
+    return lambda logps, batch: (logps.mean(-1), {})
+
+def leaks():
+    kept = []
+    return lambda logps, batch: (kept.append(logps), (logps, {}))[1]
+
+def ungrouped():
+    return lambda rewards, step_rewards, tokens, mask: rewards
+
+def later():
+    import numpy as np
+    calls = []
+
+    def advantages(rewards, step_rewards, tokens, mask):
+        calls.append(1)
+        return np.zeros(mask.shape, np.float32) / (0 if len(calls) > 3 else 1)
+
+    return advantages
+
+def everywhere():
+    import jax.numpy as jnp
+    return lambda key, rollouts: (jnp.ones(rollouts.mask.shape), None)
+
+def ascent(learning_rate):
+    import optax
+    return optax.scale(1.0)
+
+def no_rate():
+    import optax
+    return optax.sgd(0.1)
+
+def no_optimizer(learning_rate):
+    return learning_rate
 
 def broken(part):
     import jax.numpy as jnp
@@ -161,6 +207,13 @@ def test_a_task_of_ones_own_that_lacks_something_is_refused(section, name, fragm
         ({"adapter.type": "mine_for_tests:gone"}, ["config.adapter.type", "no function gone"]),
         ({"cem.fitness": "likelyhood"}, ["cem.fitness='likelyhood'"]),
         ({"cem.fitness": "mine_for_tests:gone"}, ["config.cem.fitness", "no function gone"]),
+        ({"grpo.objective": "dapo"}, ["config.grpo.objective='dapo'", "package.module:function"]),
+        (
+            {"grpo.advantages": "mine_for_tests:gone"},
+            ["config.grpo.advantages", "no function gone"],
+        ),
+        ({"grpo.weights": "no_such_module:f"}, ["config.grpo.weights", "cannot be imported"]),
+        ({"train.optimizer": "optax:lyon"}, ["config.train.optimizer", "has no function lyon"]),
         ({"logging.report_to": ("mlflow",)}, ["logging.report_to", "'wandb'"]),
         ({"train.target_kl": 0.1, "grpo.beta": 0.0}, ["target_kl=0.1", "grpo.beta"]),
     ],
@@ -170,6 +223,77 @@ def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes
         parse(**changes)
     for fragment in fragments:
         assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "options", "fragments"),
+    [
+        ("grpo.objective", "exits", {}, ["raised SystemExit (0)", "return a function (logps, ba"]),
+        ("grpo.objective", "objective", {}, ["raised TypeError", "missing 2 required", "options"]),
+        ("grpo.objective", "no_adapter", {}, ["is dict, not a function", "it must take (logps"]),
+        ("grpo.objective", "means", {}, ["returned float32 of shape (1, 8)", "values [P, G, N]"]),
+        ("grpo.objective", "leaks", {}, ["a traced leak"]),
+        ("grpo.objective", "clip", {"high": -1}, ["high=-1: must be a number above 0"]),
+        ("grpo.objective", "clip", {"hihg": 1}, ["options {'hihg': 1}", "unexpected keyword"]),
+        ("grpo.objective", "clipped", {"hihg": 1}, ["options {'hihg': 1}", "unexpected keyword"]),
+        ("grpo.objective", "clipped", {"ratio": "group"}, ["ratio='group': must be one of token"]),
+        ("grpo.advantages", "ungrouped", {}, ["returned float32 of shape (2, 4)", "[P, G, N]"]),
+        ("grpo.advantages", "objective", {}, ["raised TypeError", "return a function (rewards"]),
+        ("grpo.advantages", "scaled", {"by": 3}, ["raised TypeError", "unexpected keyword"]),
+        ("grpo.advantages", "group", {"scale": 3}, ["raised TypeError", "unexpected keyword"]),
+        ("grpo.weights", "everywhere", {}, ["not zero where rollouts.mask is False"]),
+        ("grpo.weights", "no_adapter", {}, ["is dict, not a function", "(weights, positions)"]),
+        ("grpo.weights", "token", {"x": 1}, ["options {'x': 1}", "raised TypeError"]),
+        ("train.optimizer", "ascent", {}, ["goes up the gradient"]),
+        ("train.optimizer", "no_rate", {}, ["unexpected keyword", "learning_rate, a schedule"]),
+        ("train.optimizer", "no_optimizer", {}, ["must be an optax.GradientTransformation"]),
+        ("train.optimizer", "adamw", {"b1": 2}, ["b1=2: must be a number from 0 to below 1"]),
+    ],
+)
+def test_a_part_of_grpo_that_cannot_be_used_is_named_before_a_model_is_loaded(
+    field, name, options, fragments, tmp_path, monkeypatch
+):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(training, "load_policy", loaded)
+    own = name not in ("clipped", "scaled", "group", "token", "adamw")
+    value = f"mine_for_tests:{name}" if own else name
+    settings = load_config("tiny")
+    settings.update_from_flattened_dict({field: value})
+    section, option = field.split(".")
+    settings[section][f"{option}_options"] = options
+    with pytest.raises(InputError) as error:
+        training.train(settings, tmp_path / "run")
+    assert str(error.value).startswith(f"config.{field}={value!r}")
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_part_of_grpo_that_fails_later_is_named_too():
+    config = parse(**{"grpo.advantages": "mine_for_tests:later"})
+    advantages = make_algorithm(config).advantages
+    out = checks.sample_rollouts()
+    with pytest.raises(
+        InputError, match=r"^config.grpo.advantages='mine_for_tests:later': the adv"
+    ):
+        advantages(out.logps[..., 0], out.logps, out.tokens, out.mask)
+
+
+def test_options_of_the_packages_own_parts_reach_them():
+    settings = load_config("tiny")
+    settings.grpo.objective_options = {"high": 0.28}
+    assert make_algorithm(parse_config(settings)).objective == grpo.clipped(0.2, 0.28)
+    settings.grpo.advantages = "scaled"
+    settings.grpo.advantages_options = {"clip": 0.05}
+    found = make_algorithm(parse_config(settings)).advantages(
+        jnp.array([[0.0, 2.0]]), None, None, jnp.ones((1, 2, 1), bool)
+    )
+    # Scores of -1 and 1, times 0.1, bounded by 0.05 where the setting has 3.
+    np.testing.assert_allclose(found[0, :, 0], [-0.05, 0.05])
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,23 @@ def compare_update(micro_batches: int) -> dict[str, float]:
     out = generate(one)
     rewards = np.random.default_rng(0).normal(size=out.mask.shape[:2])
     batch = grpo.Batch(
-        *prompts, out.tokens, out.mask, out.logps, grpo.outcome_advantages(rewards, out.mask)
+        *prompts,
+        out.tokens,
+        out.mask,
+        out.logps,
+        grpo.outcome_advantages(rewards, out.mask),
+        grpo.token_weights(out.mask),
     )
-    hp = dataclasses.replace(
-        config.hyperparameters, micro_batch=16 // micro_batches, learning_rate=0.01
-    )
-    state = grpo.init_state(one.zero, hp)
-    options = {"model": one.model, "hp": hp}
+    optimizer = grpo.adamw(learning_rate=0.01, warmup_steps=1)
+    state = grpo.init_state(one.zero, optimizer)
+    options = {
+        "model": one.model,
+        "objective": grpo.clipped(),
+        "optimizer": optimizer,
+        "beta": config.grpo.beta,
+        "entropy": config.grpo.entropy,
+        "micro_batch": 16 // micro_batches,
+    }
     alone = (state, one.params, batch, 1.0)
     together = (devices.replicate(MESH, state), two.params, devices.divide(MESH, batch), 1.0)
     first, second = (grpo.update(*args, **options)[0].adapter for args in (alone, together))

@@ -1,0 +1,112 @@
+"""The learning rate: linear warmup, and a factor that follows the measured KL divergence."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpocem_jax.errors import InputError
+
+FACTOR = 1.5
+"""By how much a step raises or lowers the scale."""
+
+
+def warmup(learning_rate: float, steps: int) -> optax.Schedule:
+    """Linear warmup over ``steps`` updates, then constant.
+
+    The first update has ``learning_rate / steps``, the last of the warmup ``learning_rate``.
+
+    Raises:
+      InputError: ``learning_rate`` not above 0, ``steps`` below 0.
+    """
+    if not learning_rate > 0:
+        raise InputError(f"learning_rate={learning_rate!r}: must be above 0.")
+    if not steps >= 0:
+        raise InputError(f"warmup_steps={steps!r}: must be at least 0.")
+
+    def schedule(count: jax.Array | int) -> jax.Array:
+        done = jnp.asarray(count + 1, jnp.float32)
+        return learning_rate * jnp.minimum(done / max(steps, 1), 1.0)
+
+    return schedule
+
+
+class LearningRateState(NamedTuple):
+    """The state of `adapt_to_kl`.
+
+    Attributes:
+      step: int32 ``[]``, updates done.
+      scale: float32 ``[]``, factor of the next update.
+      learning_rate: float32 ``[]``, of the last update, its factor included.
+    """
+
+    step: jax.Array
+    scale: jax.Array
+    learning_rate: jax.Array
+
+
+def adapt_scale(
+    scale: jax.Array, kl: jax.Array, target_kl: float, scale_range: tuple[float, float]
+) -> jax.Array:
+    """The next factor of the learning rate, see `adapt_to_kl`."""
+    factor = jnp.where(kl > 2 * target_kl, 1 / FACTOR, jnp.where(kl < target_kl / 2, FACTOR, 1.0))
+    return jnp.clip(scale * factor, *scale_range)
+
+
+def adapt_to_kl(
+    schedule: optax.Schedule,
+    *,
+    target_kl: float = 0.0,
+    scale_range: tuple[float, float] = (0.1, 10.0),
+) -> optax.GradientTransformationExtraArgs:
+    """Scales updates by a factor that follows the KL divergence, as in adaptive-KL PPO.
+
+    The factor is divided by 1.5 after an update whose measured KL exceeds twice the target, and
+    multiplied by 1.5 after one below half of it. Stands last in an `optax.chain`. Like
+    `optax.contrib.reduce_on_plateau` it reads what it follows from an extra argument of the
+    update, ``kl``, which `grpo.update` gives.
+
+    Args:
+      schedule: the learning rate by which the updates have been scaled; for the record in the
+        state, and not applied again.
+      target_kl: at least 0; at 0 the factor stays 1.
+      scale_range: smallest and largest factor, above 0, with 1 between them.
+
+    Raises:
+      InputError: a value outside its range.
+    """
+    bounds = tuple(scale_range)
+    if not target_kl >= 0:
+        raise InputError(f"target_kl={target_kl!r}: must be at least 0.")
+    if not (len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1]):
+        raise InputError(
+            f"lr_scale_range={bounds!r}: must be two numbers above 0 with 1 between them."
+        )
+
+    def init(params: Any) -> LearningRateState:
+        del params
+        return LearningRateState(jnp.int32(0), jnp.float32(1.0), jnp.float32(0.0))
+
+    def update(
+        updates: Any,
+        state: LearningRateState,
+        params: Any = None,
+        *,
+        kl: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[Any, LearningRateState]:
+        del params, extra
+        scale = state.scale
+        rate = jnp.asarray(schedule(state.step) * scale, jnp.float32)
+        if target_kl:
+            if kl is None:
+                raise InputError(
+                    f"target_kl={target_kl} follows the KL divergence, which beta=0.0 leaves out; "
+                    "set one of them otherwise."
+                )
+            updates = jax.tree.map(lambda x: x * scale, updates)
+            scale = adapt_scale(scale, kl, target_kl, bounds)
+        return updates, LearningRateState(state.step + 1, scale, rate)
+
+    return optax.GradientTransformationExtraArgs(init, update)
