@@ -17,7 +17,7 @@ from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import is_file, write_json, writing
-from grpocem_jax.searching import History
+from grpocem_jax.search.loop import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.terminal import visible
@@ -138,7 +138,7 @@ def _adapt_to_file(
         source = run.config.data.sources.get(task.name, SourceConfig())
         chosen = [example_of(task, row, source) for row in file_rows(examples)]
         items = rollouts.encode(run.policy, task, chosen)
-        found = adaptation.adapt_to_reward(run, items, on_chunk=view.show)
+        found = adaptation.adapt(run, items, on_chunk=view.show)
     else:
         found = adaptation.adapt(run, _texts(examples), on_chunk=view.show)
     view.close()

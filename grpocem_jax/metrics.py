@@ -64,31 +64,6 @@ class JsonLines:
             self._file.close()
 
 
-class CompileClock:
-    """Seconds that JAX spent lowering and compiling since `start`; tracing is not in it."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event in (
-            "/jax/core/compile/jaxpr_to_mlir_module_duration",
-            "/jax/core/compile/backend_compile_duration",
-        ):
-            self.seconds += duration_secs
-
-    @classmethod
-    def start(cls) -> "CompileClock":
-        """A clock that counts from now on."""
-        clock = cls()
-        jax.monitoring.register_event_duration_secs_listener(clock._listen)
-        return clock
-
-    def stop(self) -> None:
-        """Stops counting."""
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-
 def peak_memory_bytes() -> int | None:
     """The largest memory in use on the first device, or None where the backend does not say."""
     stats = jax.local_devices()[0].memory_stats()

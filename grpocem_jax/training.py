@@ -31,6 +31,7 @@ from grpocem_jax import (
     trackers,
 )
 from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.clock import CompileClock
 from grpocem_jax.config import Config, parse_config
 from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
@@ -116,7 +117,7 @@ def train(settings: ml_collections.ConfigDict, workdir: str | Path) -> dict[str,
 def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict[str, Any]:
     """Trains what is left to train, judges, and writes what a run leaves behind."""
     config, policy, workdir = run.config, run.policy, run.workdir
-    clock = metrics.CompileClock.start()
+    clock = CompileClock.start()
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started
