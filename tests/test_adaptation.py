@@ -17,19 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import (
-    adaptation,
-    checkpoints,
-    experts,
-    metrics,
-    policy,
-    rollouts,
-    searching,
-    training,
-)
+from grpocem_jax import adaptation, checkpoints, experts, metrics, policy, rollouts, training
 from grpocem_jax.adaptation import Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.search import loop
 from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
 from tests.conftest import OUT_OF_MEMORY
 
@@ -655,7 +647,6 @@ def abstains(prompts, completions, **columns):
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_rewards_that_all_abstain_are_named_before_the_search(run, questions, gate, monkeypatch):
-    monkeypatch.setattr(searching, "search_on_host", no_search)
     task = dataclasses.replace(questions[0].task, rewards=(Reward(abstains),))
     items = [item._replace(task=task) for item in questions]
     with pytest.raises(InputError) as error:
@@ -780,7 +771,7 @@ def test_the_warm_start_fits_what_the_search_sees_and_the_gate_judges_by_the_oth
     adaptation.adapt_to_reward(run, items, settings=dataclasses.replace(settings, warm_start=False))
     # Before; the start; the candidates; the points of the gate; after.
     assert asked == [[0, 1, 2, 3], [0, 1], [2, 3], [0, 1], [0, 1, 2, 3]]
-    monkeypatch.setattr(searching, "search", search)
+    monkeypatch.setattr(loop, "search", search)
     with pytest.raises(Fitted):
         adaptation.adapt_to_reward(run, items, settings=settings)
     texts = [Text(i.example.prompt, task.completion(i.example)) for i in items]
@@ -840,7 +831,7 @@ def constant(value, model, params, adapter, texts, key):
 def test_a_fitness_that_is_not_finite_at_the_start_is_named_before_the_search(
     run, value, gate, monkeypatch
 ):
-    monkeypatch.setattr(searching, "search", no_search)
+    monkeypatch.setattr(loop, "search", no_search)
     function = functools.partial(constant, value)
     monkeypatch.setattr(adaptation.user_code, "load_function", lambda *args, **kwargs: function)
     settings = cem(run, fitness="mine:constant", gate=gate)
@@ -860,13 +851,12 @@ def test_a_fitness_that_is_not_finite_for_the_result_is_named(run, monkeypatch):
         adaptation.user_code, "load_function", lambda *args, **kwargs: off_the_start
     )
     found = types.SimpleNamespace(adapter=jax.tree.map(lambda x: x + 1, run.adapter))
-    monkeypatch.setattr(searching, "search", lambda *args, **kwargs: found)
+    monkeypatch.setattr(loop, "search", lambda *args, **kwargs: found)
     with pytest.raises(InputError, match=r"is nan for the adapter found.*cem.gate=True"):
         adaptation.adapt(run, PROMPT, settings=cem(run, fitness="mine:f", gate=False))
 
 
 def test_a_prompt_of_a_task_that_leaves_no_room_is_refused(run, questions, monkeypatch):
-    monkeypatch.setattr(searching, "search_on_host", no_search)
     example = questions[0].example
     long = Example(example.prompt * 8, example.columns)
     items = rollouts.encode(run.policy, TASKS["qa"], [long] * 3)
@@ -881,6 +871,6 @@ def test_a_large_share_held_back_leaves_a_prompt_to_search_with(run, questions, 
     def search(*args, **kwargs):
         raise Searched
 
-    monkeypatch.setattr(searching, "search_on_host", search)
+    monkeypatch.setattr(loop, "search_on_host", search)
     with pytest.raises(Searched):
         adaptation.adapt_to_reward(run, questions[:3], settings=reward_settings(run, held_back=0.9))

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, checkpoints, files, inference, searching, tables
+from grpocem_jax import adaptation, checkpoints, files, inference, tables
 from grpocem_jax.adaptation import LIBRARY, Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.search import loop
 from tests.test_adaptation import (
     OTHER,
     PROMPT,
@@ -265,9 +266,7 @@ def test_evaluate_gives_the_tables_of_the_report(adapt, workdir, support):
 @pytest.fixture
 def refused(adapt, monkeypatch):
     """The sentence with which the command ends, before any search."""
-    monkeypatch.setattr(searching, "search", no_search)
-    monkeypatch.setattr(searching, "search_on_host", no_search)
-
+    monkeypatch.setattr(loop, "search", no_search)
     def call(changes=(), **flags):
         with pytest.raises(InputError) as error:
             adapt(changes, **flags)
