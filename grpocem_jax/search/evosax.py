@@ -96,13 +96,15 @@ class Evosax:
         strategy, params = self._make(flat.size)
         # The state that a strategy draws in `init` belongs to the method, not to a problem.
         key = jax.random.key(0)
-        if _has_mean(strategy):
-            inner = strategy.init(key, flat, params)
-        else:
-            noise = jax.random.normal(key, (self.population_size, flat.size))
-            population = (flat + self.noise_std * noise).at[0].set(flat)
-            inner = strategy.init(key, population, jnp.full(self.population_size, jnp.inf), params)
-            inner = inner.replace(best_solution=flat)
+        with _lenient():
+            if _has_mean(strategy):
+                inner = strategy.init(key, flat, params)
+            else:
+                noise = jax.random.normal(key, (self.population_size, flat.size))
+                population = (flat[None] + self.noise_std * noise).at[0].set(flat)
+                losses = jnp.full(self.population_size, jnp.inf)
+                inner = strategy.init(key, population, losses, params)
+                inner = inner.replace(best_solution=flat)
         # evosax leaves Python numbers in its states, which are not arrays in every generation.
         inner = jax.tree.map(jnp.asarray, inner)
         inner = _retyped(inner, jax.eval_shape(lambda x: self._told(x, flat.size), inner))
@@ -112,7 +114,8 @@ class Evosax:
         """Draws the candidates of a generation."""
         flat, unravel = ravel(state.mean)
         strategy, params = self._make(flat.size)
-        candidates, _ = strategy.ask(jax.random.split(key)[0], state.inner, params)
+        with _lenient():
+            candidates, _ = strategy.ask(jax.random.split(key)[0], state.inner, params)
         return jax.vmap(unravel)(candidates)
 
     def tell(
@@ -147,10 +150,11 @@ class Evosax:
         """evosax's state after a generation."""
         strategy, params = self._make(size)
         ask, tell = jax.random.split(jax.random.key(0) if key is None else key)
-        drawn, inner = strategy.ask(ask, inner, params)
-        points = drawn if points is None else points
-        losses = jnp.zeros(self.population_size) if fitness is None else -fitness
-        return strategy.tell(tell, points, losses, inner, params)[0]
+        with _lenient():
+            drawn, inner = strategy.ask(ask, inner, params)
+            points = drawn if points is None else points
+            losses = jnp.zeros(self.population_size) if fitness is None else -fitness
+            return strategy.tell(tell, points, losses, inner, params)[0]
 
     def _make(self, size: int) -> tuple[Any, Any]:
         return _make(
@@ -201,7 +205,7 @@ def _make(
         )
     own = {x: given[x] for x in given if x in arguments and x not in GIVEN}
     # A strategy is made once for all traces, so it must not hold values of one.
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), _lenient():
         try:
             strategy = known[name](
                 population_size=population_size, solution=jnp.zeros(size), **own
@@ -226,6 +230,11 @@ def _make(
         changed = {x: given[x] for x in given.keys() - own.keys()}
         params = params.replace(**changed)
     return strategy, params
+
+
+def _lenient() -> Any:
+    """evosax broadcasts arrays of different rank, which a caller may have forbidden."""
+    return jax.numpy_rank_promotion("allow")
 
 
 def ravel(point: Point) -> tuple[jax.Array, Any]:

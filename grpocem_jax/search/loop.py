@@ -239,10 +239,11 @@ def advance(
             return problem.fitness(decode(problem.space, point), problem.batch, fitness_key)
 
         gradient = None
-        function = jax.value_and_grad(score) if "gradient" in needs(method) else score
-        values = map_chunks(function, (candidates,), size=population_chunk or size, mesh=mesh)
         if "gradient" in needs(method):
-            values, gradient = values
+            # One at a time: a backward pass holds the activations of the forward pass.
+            values, gradient = jax.lax.map(jax.value_and_grad(score), candidates)
+        else:
+            values = map_chunks(score, (candidates,), size=population_chunk or size, mesh=mesh)
         search = _told(method, search, ask_key, candidates, values, gradient)
         if problem.held_back is None:
             return search
