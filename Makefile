@@ -21,6 +21,7 @@ lint: $(VENV)/.installed
 # Compares with PyTorch and transformers live; needs an environment with PyTorch's CPU build.
 parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest tests/test_search_methods.py $(ARGS)
 
 # Makes the figures of docs/benchmarks.md again, against PyTorch, transformers and TRL.
 bench: $(PEERS_VENV)/.installed
@@ -59,7 +60,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 $(PARITY_VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.lock torch==2.13.0
-	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e . evosax==0.3.2 dotmap
 	touch $@
 
 $(PEERS_VENV)/.installed: requirements.lock pyproject.toml
