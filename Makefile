@@ -24,6 +24,7 @@ lint: $(VENV)/.installed
 parity: $(PARITY_VENV)/.installed $(TRANSFORMERS_4_VENV)/.installed
 	TRANSFORMERS_4=$(TRANSFORMERS_4_VENV)/bin/python \
 	    $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest tests/test_search_methods.py $(ARGS)
 
 # Makes the figures of docs/benchmarks.md again, against PyTorch, transformers and TRL.
 bench: $(PEERS_VENV)/.installed
@@ -66,7 +67,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 $(PARITY_VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.lock torch==2.13.0 peft==0.21.2
-	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e . evosax==0.3.2 dotmap
 	touch $@
 
 $(TRANSFORMERS_4_VENV)/.installed:

@@ -15,8 +15,9 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import common
-from grpocem_jax import commands, fitness
+from grpocem_jax import commands
 from grpocem_jax.errors import InputError
+from grpocem_jax.search import fitness
 
 
 def problem(subject: common.Subject, tokens: np.ndarray) -> tuple[fitness.Texts, int]:

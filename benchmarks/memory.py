@@ -19,10 +19,10 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import cem, common, decode, grpo, ppo
-from grpocem_jax import commands, fitness, sampling
-from grpocem_jax.adapters import spaces
+from grpocem_jax import commands, sampling
 from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import init_state
+from grpocem_jax.search import fitness
 
 COMPILER = (
     "largest of the step's compiled programs by XLA's memory analysis: arguments + results + "
@@ -79,13 +79,15 @@ def cem_bytes(subject: common.Subject, length: int) -> int:
     texts, chunk = cem.problem(subject, common.random_tokens(subject, length))
     space = gj.full_space(carrier.zero)
 
-    def generation(params: Any, state: Any, texts: Any, key: Any) -> Any:
+    def generation(params: Any, search: gj.SearchState, texts: Any, key: Any) -> Any:
         score = fitness.Likelihood(params, carrier.model)
-        return method.step(
-            key, state, lambda point, key: score(spaces.decode(space, point), texts, key), chunk
-        )
+        problem = gj.Problem.of(score, space, texts, key)
+        return gj.advance(method, problem, search, 1, population_chunk=chunk)
 
-    arguments = (carrier.params, method.init(space.origin), texts, jax.random.key(0))
+    key = jax.random.key(0)
+    problem = gj.Problem.of(lambda *_: 0.0, space, texts, key)
+    first = gj.begin(method, problem, generations=1)
+    arguments = (carrier.params, first, texts, key)
     return program_bytes(jax.jit(generation).lower(*arguments).compile())
 
 

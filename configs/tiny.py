@@ -94,11 +94,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.cem = ml_collections.ConfigDict()
     config.cem.method = "cem"
+    config.cem.options = ml_collections.ConfigDict()
     config.cem.fitness = "likelihood"
     config.cem.task = ""
     config.cem.support = 0
     config.cem.samples = 1
-    config.cem.warm_start = False
     config.cem.space = "full"
     config.cem.experts = "builtin"
     config.cem.rank = 32
@@ -111,10 +111,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.cem.momentum = 0.3
     config.cem.std_momentum = 0.3
     config.cem.min_std = 0.0
-    config.cem.mirrored = False
-    config.cem.evaluate_mean = False
-    config.cem.anchor = 0.0
-    config.cem.common_random_numbers = True
     config.cem.learning_rate = 1e-2
     config.cem.returned = "mean"
     config.cem.gate = True

@@ -16,18 +16,9 @@ from grpocem_jax.adapters.base import (
     num_params,
     select_sites,
 )
-from grpocem_jax.adapters.spaces import (
-    Space,
-    decode,
-    expert_space,
-    full_space,
-    principal_space,
-)
 from grpocem_jax.adapters.svf import SVFFactors, cached_svd, svd, svf
-from grpocem_jax.cem import CEM, CEMState, GradientAscent, GradientState
 from grpocem_jax.devices import divide, make_mesh, replicate
 from grpocem_jax.errors import InputError
-from grpocem_jax.fitness import Likelihood, Texts
 from grpocem_jax.grpo import (
     Batch,
     TrainState,
@@ -44,7 +35,29 @@ from grpocem_jax.grpo import (
 from grpocem_jax.likelihood import completion_logps, token_logps
 from grpocem_jax.models.base import Context, KeyValues, Model, cast_params, dense
 from grpocem_jax.sampling import Rollouts, sample
-from grpocem_jax.searching import History, SearchResult, search, search_on_host
+from grpocem_jax.search import (
+    CEM,
+    CEMState,
+    Evosax,
+    GradientAscent,
+    GradientState,
+    History,
+    HostFitness,
+    Likelihood,
+    Problem,
+    SearchMethod,
+    SearchResult,
+    SearchState,
+    Space,
+    Texts,
+    advance,
+    begin,
+    decode,
+    expert_space,
+    full_space,
+    principal_space,
+    search,
+)
 
 if TYPE_CHECKING:
     from grpocem_jax.adaptation import (
@@ -52,7 +65,6 @@ if TYPE_CHECKING:
         Text,
         TrainedRun,
         adapt,
-        adapt_to_reward,
         complete,
         load_run,
         log_likelihoods,
@@ -70,8 +82,7 @@ if TYPE_CHECKING:
 _LAZY = {
     name: module
     for module, names in {
-        "adaptation": "Adaptation Text TrainedRun adapt adapt_to_reward complete load_run "
-        "log_likelihoods",
+        "adaptation": "Adaptation Text TrainedRun adapt complete load_run log_likelihoods",
         "checkpoints": "load_adapter save_adapter",
         "config": "AdapterConfig CEMConfig Config ModelConfig parse_config",
         "config_files": "load_config",
@@ -97,11 +108,13 @@ __all__ = [
     "CEMState",
     "Config",
     "Context",
+    "Evosax",
     "Example",
     "Exported",
     "GradientAscent",
     "GradientState",
     "History",
+    "HostFitness",
     "InputError",
     "Item",
     "KeyValues",
@@ -111,10 +124,13 @@ __all__ = [
     "Offsets",
     "Policy",
     "Pretrained",
+    "Problem",
     "Reward",
     "Rollouts",
     "SVFFactors",
+    "SearchMethod",
     "SearchResult",
+    "SearchState",
     "Space",
     "Task",
     "Text",
@@ -122,7 +138,8 @@ __all__ = [
     "TrainState",
     "TrainedRun",
     "adapt",
-    "adapt_to_reward",
+    "advance",
+    "begin",
     "cached_svd",
     "cast_params",
     "clipped",
@@ -159,7 +176,6 @@ __all__ = [
     "save_model",
     "scale_and_clip",
     "search",
-    "search_on_host",
     "select_sites",
     "svd",
     "svf",

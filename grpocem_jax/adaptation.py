@@ -20,24 +20,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpocem_jax import (
-    checkpoints,
-    devices,
-    fitness,
-    memory,
-    metrics,
-    rollouts,
-    searching,
-    user_code,
-)
-from grpocem_jax.adapters import spaces
+from grpocem_jax import checkpoints, devices, memory, rollouts, user_code
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.adapters.spaces import full_space
-from grpocem_jax.config import CEMConfig, Config, parse_config
+from grpocem_jax.config import CEMConfig, Config, check_fits_reward, parse_config, section
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, read_object
 from grpocem_jax.policy import Policy, load_policy
+from grpocem_jax.search import fitness, loop, spaces
+from grpocem_jax.search.base import check_method
 
 HELD_BACK_SAMPLES = 8
 """Completions of a held-back prompt for each one of a prompt that is adapted to: single rewards of
@@ -77,7 +68,7 @@ class Adaptation:
     adapter: Offsets
     fitness_before: float
     fitness_after: float
-    search: searching.SearchResult | None
+    search: loop.SearchResult | None
     note: str = ""
 
     @property
@@ -182,54 +173,123 @@ def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Sp
     experts, vectors = checkpoints.load_library(
         folder, policy.zero, base_sha256=policy.pretrained.sha256
     )
-    if settings.space == "subspace":
-        return spaces.principal_space(start, vectors, settings.rank)
-    return spaces.expert_space(start, list(experts.values()), per_site=settings.per_site)
+    with section("cem", CEMConfig):
+        if settings.space == "subspace":
+            return spaces.principal_space(start, vectors, settings.rank)
+        return spaces.expert_space(start, list(experts.values()), per_site=settings.per_site)
+
+
+class _Subject(NamedTuple):
+    """What is adapted to, whatever the fitness.
+
+    Attributes:
+      fitness: what is maximised.
+      fitted: its data.
+      held_back: data for the gate, None without one.
+      value: the fitness of one adapter on all that was given.
+      name: the setting that names the fitness.
+      fix: what to do where it is not finite.
+      chunk: candidates to score at a time, where the settings do not say.
+    """
+
+    fitness: loop.Fitness | loop.HostFitness
+    fitted: Any
+    held_back: Any
+    value: Callable[[Offsets], float]
+    name: str
+    fix: str
+    chunk: int
 
 
 def adapt(
     run: TrainedRun,
-    texts: str | Text | Sequence[str | Text],
+    examples: str | Text | Sequence[str | Text] | Sequence[rollouts.Item],
     *,
     key: jax.Array | None = None,
     settings: CEMConfig | None = None,
     space: spaces.Space | None = None,
-    on_chunk: Callable[[int, searching.History], None] | None = None,
+    on_chunk: Callable[[int, loop.History], None] | None = None,
 ) -> Adaptation:
-    """Adapts to the likelihood of one text, or of several that stand for their kind.
+    """Adapts to one text, or to several that stand for their kind, by the fitness of the settings.
 
-    The settings may name a fitness of the user's own in place of the likelihood.
+    Texts are adapted to by likelihood or by a fitness of the user's own, prompts of a task by the
+    reward of their completions.  The search method may be any; with a reward, one that needs no
+    gradient.
 
-    With the gate, one text is adapted to in its first part and judged on its last; of several, some
-    are held back. A text of one token is left alone: nothing of it can be scored.
+    With the gate, one text is adapted to in its first part and judged on its last; of several texts
+    or prompts, some are held back, at least 2 prompts: the gain on a single one has no standard
+    error, and what helped it by chance would pass. Where the texts are too short for that, they are
+    left alone, as is a text of one token, of which nothing can be scored.
 
     Args:
       run: what to adapt.
-      texts: a prompt, or examples of the kind of text to come.
+      examples: a text, or several; with ``settings.fitness="reward"`` prompts, `rollouts.encode`,
+        at least 3 with the gate.
       key: PRNG key; by default from the config's seed.
       settings: other settings than ``run.config.cem``.
       space: the search space, to reuse one; by default `make_space` around the run's adapter.
-      on_chunk: as in `searching.search`.
+      on_chunk: as in `search.search`.
 
     Raises:
-      InputError: a text that is empty, has nothing to score or is too long; settings that cannot be
-        used, such as a reward, which `adapt_to_reward` adapts to; a fitness that is not finite for
-        the run's adapter (before any search) or the result.
+      InputError: a text that is empty, has nothing to score or is too long; too few prompts, or one
+        that leaves no room for a completion; prompts where texts are wanted, or the reverse;
+        settings or a search method that cannot be used; a fitness that is not finite for the run's
+        adapter (before any search) or the result.
     """
     settings = settings or run.config.cem
-    if settings.fitness == "reward":
-        raise InputError(
-            "cem.fitness='reward': a text has no reward; call adapt_to_reward with prompts of a "
-            "task, or set cem.fitness='likelihood'."
-        )
     key = jax.random.key(run.config.seed) if key is None else key
-    listed = [texts] if isinstance(texts, str | Text) else texts
+    method = settings.search_method
+    listed = [examples] if isinstance(examples, str | Text) else examples
     if not isinstance(listed, Sequence) or not listed:
-        raise InputError("there is no text to adapt to; give at least one.")
-    if len(listed) == 1 and len(_encode(run.policy, _as_text(listed[0]), settings)[0]) == 1:
-        note = "a single token has no likelihood given what comes before it"
-        return Adaptation(run.adapter, math.nan, math.nan, None, note)
-    encoded = [encode(run.policy, text, settings) for text in listed]
+        raise InputError("there is nothing to adapt to; give at least one text or prompt.")
+    if settings.fitness == "reward":
+        check_fits_reward(settings, method)
+        subject = _rewarded(run, listed, settings, key)
+    else:
+        if any(isinstance(x, rollouts.Item) for x in listed):
+            raise InputError(
+                f"config.cem.fitness={settings.fitness!r}: prompts of a task have a reward, texts "
+                "a likelihood; give texts, or set config.cem.fitness='reward'."
+            )
+        if len(listed) == 1 and len(_encode(run.policy, _as_text(listed[0]), settings)[0]) == 1:
+            note = "a single token has no likelihood given what comes before it"
+            return Adaptation(run.adapter, math.nan, math.nan, None, note)
+        subject = _written(run, listed, settings, key)
+    space = space or make_space(run.policy, run.adapter, settings)
+    if settings.method not in ("cem", "gradient"):
+        check_method(method, space.origin, name=f"config.cem.method={settings.method!r}")
+    fix = subject.fix
+    before = _finite(subject.value(run.adapter), subject.name, "to start from", fix)
+    if settings.gate and subject.held_back is None:
+        note = "too few tokens to hold a part back, so the gate cannot judge"
+        return Adaptation(run.adapter, before, before, None, note)
+    with section("cem", CEMConfig):
+        found = loop.search(
+            method,
+            subject.fitness,
+            space,
+            subject.fitted,
+            key,
+            generations=settings.generations,
+            held_back=subject.held_back,
+            gate_z=settings.gate_z,
+            returned=settings.returned,
+            population_chunk=settings.population_chunk or subject.chunk,
+            fit_memory=settings.fit_memory,
+            mesh=run.policy.mesh,
+            budget_s=settings.budget_s,
+            on_chunk=on_chunk,
+        )
+    fix += "" if settings.gate else ", or set cem.gate=True"
+    after = _finite(subject.value(found.adapter), subject.name, "found", fix)
+    return Adaptation(found.adapter, before, after, found)
+
+
+def _written(
+    run: TrainedRun, texts: Sequence[str | Text], settings: CEMConfig, key: jax.Array
+) -> _Subject:
+    """Texts, by likelihood or by a fitness of the user's own."""
+    encoded = [encode(run.policy, text, settings) for text in texts]
     settings = _within_context(settings, run.policy)
     everything = batch(encoded, settings)
     score = make_fitness(run.policy, settings, everything)
@@ -239,40 +299,72 @@ def adapt(
             return float(_value(score, adapter, batch=everything, key=key))
 
     own = user_code.is_reference(settings.fitness)
-    name = settings.fitness if own else "likelihood"
     fix = "give other texts, or another adapter"
     if own:
         fix = "return a finite number for it"
     elif run.policy.dtype == "float16":
         fix = run.policy.nonfinite_logits("")
-    before = _finite(value(run.adapter), name, "to start from", fix)
-    fitted, held_back = everything, None
-    if settings.gate:
-        parts = hold_back(encoded, settings)
-        if parts is None:
-            note = "too few tokens to hold a part back, so the gate cannot judge"
-            return Adaptation(run.adapter, before, before, None, note)
-        fitted, held_back = parts
-    found = searching.search(
-        settings.search_method,
-        score,
-        space or make_space(run.policy, run.adapter, settings),
-        fitted,
-        key,
-        generations=settings.generations,
+    parts = hold_back(encoded, settings) if settings.gate else None
+    fitted, held_back = parts or (everything, None)
+    return _Subject(
+        fitness=score,
+        fitted=fitted,
         held_back=held_back,
-        gate_z=settings.gate_z,
-        returned=settings.returned,
-        population_chunk=settings.population_chunk
-        or fitness.population_chunk(settings.population_size, fitted),
-        fit_memory=settings.fit_memory,
-        mesh=run.policy.mesh,
-        budget_s=settings.budget_s,
-        on_chunk=on_chunk,
+        value=value,
+        name=settings.fitness if own else "likelihood",
+        fix=fix,
+        chunk=fitness.population_chunk(settings.search_method.population_size, fitted),
     )
-    fix += "" if settings.gate else ", or set cem.gate=True"
-    after = _finite(value(found.adapter), name, "found", fix)
-    return Adaptation(found.adapter, before, after, found)
+
+
+def _rewarded(
+    run: TrainedRun, items: Sequence[Any], settings: CEMConfig, key: jax.Array
+) -> _Subject:
+    """Prompts of a task, by the reward of their completions."""
+    if not all(isinstance(item, rollouts.Item) for item in items):
+        raise InputError(
+            "config.cem.fitness='reward': a text has no reward; give prompts of a task "
+            "(grpocem_jax.encode), or set config.cem.fitness='likelihood'."
+        )
+    if len(items) < (3 if settings.gate else 1):
+        raise InputError(
+            f"{len(items)} prompts to adapt to: give at least 1, and with cem.gate=True, which "
+            "holds back at least 2, at least 3."
+        )
+    for item in items:
+        check_room(run, len(item.tokens))
+    held = num_held_back(len(items), settings.held_back, least=2) if settings.gate else 0
+
+    def rewards(num_samples, adapters, items, key):
+        return rollouts.population_rewards(
+            run.policy,
+            adapters,
+            items,
+            key,
+            run.config.generation,
+            num_samples=num_samples,
+            buckets=settings.buckets,
+        )
+
+    # What is compared with the start is paired with it, and looked at more closely.
+    closely = functools.partial(rewards, HELD_BACK_SAMPLES * settings.samples)
+
+    def value(adapter: Offsets) -> float:
+        one = jax.tree.map(lambda x: x[None], adapter)
+        with memory.advise("the reward of one adapter", "give fewer prompts"):
+            found = closely(one, items, key)
+        present = found[~np.isnan(found)]
+        return float(present.mean()) if len(present) else math.nan
+
+    return _Subject(
+        fitness=loop.HostFitness(functools.partial(rewards, settings.samples), closely),
+        fitted=items[held:],
+        held_back=items[:held] if held else None,
+        value=value,
+        name="reward",
+        fix="correct the reward function, which abstained each time, or give other examples",
+        chunk=0,
+    )
 
 
 def _finite(value: float, name: str, which: str, fix: str) -> float:
@@ -315,132 +407,6 @@ def make_fitness(
             f"{field}={settings.fitness!r} returned {value}; it must return one float, shape ()."
         )
     return own
-
-
-def adapt_to_reward(
-    run: TrainedRun,
-    items: Sequence[rollouts.Item],
-    *,
-    key: jax.Array | None = None,
-    settings: CEMConfig | None = None,
-    space: spaces.Space | None = None,
-    on_chunk: Callable[[int, searching.History], None] | None = None,
-) -> Adaptation:
-    """Adapts to the reward of completions of some prompts of a task.
-
-    With the gate, some of the prompts are held back, at least 2: the gain on a single one has no
-    standard error, and what helped it by chance would pass. The result is the point that does best
-    on them of all that do better than ``run.adapter`` (the points of the search, and where a warm
-    start led), or ``run.adapter`` itself. Without the gate nothing is compared, and the warm start
-    has no gate of its own either.
-
-    Args:
-      run: what to adapt.
-      items: the prompts, `rollouts.encode`; at least 3 with the gate.
-      key: PRNG key; by default from the config's seed.
-      settings: other settings than ``run.config.cem``.
-      space: as in `adapt`.
-      on_chunk: as in `searching.search`.
-
-    Raises:
-      InputError: settings that cannot be used, no prompt, fewer than 3 with the gate, or one that
-        leaves no room for a completion; rewards that all abstain from completions by the run's
-        adapter (before any search) or by the result.
-    """
-    settings = settings or run.config.cem
-    key = jax.random.key(run.config.seed) if key is None else key
-    method = settings.search_method
-    if not isinstance(method, searching.CEM):
-        raise InputError("cem.method='gradient': a reward has no gradient; use 'cem'.")
-    if len(items) < (3 if settings.gate else 1):
-        raise InputError(
-            f"{len(items)} prompts to adapt to: give at least 1, and with cem.gate=True, which "
-            "holds back at least 2, at least 3."
-        )
-    for item in items:
-        check_room(run, len(item.tokens))
-    space = space or make_space(run.policy, run.adapter, settings)
-    held = num_held_back(len(items), settings.held_back, least=2) if settings.gate else 0
-    size = min(settings.population_chunk or method.population_size, method.population_size)
-    chunk = memory.population_chunk(size, lower=settings.fit_memory)
-    evaluate = functools.partial(_rewards, run, items=items[held:], settings=settings, chunk=chunk)
-    # What is compared with the start is paired with it.
-    paired_settings = dataclasses.replace(
-        settings, common_random_numbers=True, samples=HELD_BACK_SAMPLES * settings.samples
-    )
-    few = memory.population_chunk(min(chunk.size, len(searching.SCALES)), lower=settings.fit_memory)
-    paired = functools.partial(_rewards, run, settings=paired_settings)
-    evaluate_held_back = functools.partial(paired, items=items[:held], chunk=few) if held else None
-    single = memory.population_chunk(1, lower=settings.fit_memory)
-
-    fix = "correct the reward function, or give other examples"
-
-    def value(adapter: Offsets, which: str, fix: str) -> float:
-        one = jax.tree.map(lambda x: x[None], adapter)
-        rewards = paired(one, key, items=items, chunk=single)
-        present = rewards[~np.isnan(rewards)]
-        mean = float(present.mean()) if len(present) else math.nan
-        return _finite(mean, "reward", f"{which} (every reward abstained)", fix)
-
-    before = value(run.adapter, "to start from", fix)
-    if settings.warm_start:
-        texts = [Text(i.example.prompt, i.task.completion(i.example) or "") for i in items]
-        # The share that holds back the same prompts: those of the reward's gate are not fitted.
-        first = dataclasses.replace(
-            settings, method="gradient", fitness="likelihood", held_back=held / len(items)
-        )
-        warm = adapt(run, texts, key=key, settings=first, space=full_space(run.adapter))
-        space = space._replace(start=warm.adapter)
-    clock = metrics.CompileClock.start()
-    try:
-        found = searching.search_on_host(
-            method,
-            evaluate,
-            space,
-            key,
-            generations=settings.generations,
-            evaluate_held_back=evaluate_held_back,
-            baseline=run.adapter if settings.warm_start else None,
-            gate_z=settings.gate_z,
-            returned=settings.returned,
-            budget_s=settings.budget_s,
-            on_chunk=on_chunk,
-        )
-    finally:
-        clock.stop()
-    found = found._replace(
-        seconds=found.seconds - clock.seconds,
-        compile_seconds=clock.seconds,
-        population_chunk=chunk.size,
-    )
-    fix += "" if settings.gate else ", or set cem.gate=True"
-    after = value(found.adapter, "found", fix)
-    return Adaptation(found.adapter, before, after, found)
-
-
-def _rewards(
-    run: TrainedRun,
-    adapters: Offsets,
-    key: jax.Array,
-    *,
-    items: Sequence[rollouts.Item],
-    settings: CEMConfig,
-    chunk: memory.Chunk,
-) -> np.ndarray:
-    def attempt(size: int) -> np.ndarray:
-        return rollouts.population_rewards(
-            run.policy,
-            adapters,
-            items,
-            key,
-            run.config.generation,
-            num_samples=settings.samples,
-            buckets=settings.buckets,
-            chunk=size,
-            common_random_numbers=settings.common_random_numbers,
-        )
-
-    return chunk.run(attempt)
 
 
 def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[str]:

@@ -5,23 +5,24 @@ turns one into the frozen record that the workflows read, or says in one sentenc
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 from grpocem_jax import user_code
-from grpocem_jax.cem import CEM, GradientAscent
 from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import AGGREGATIONS, SUPERVISIONS
-from grpocem_jax.searching import FOLLOWED
+from grpocem_jax.search import CEM, FOLLOWED, Evosax, GradientAscent, SearchMethod
 from grpocem_jax.tasks import TASKS, SourceConfig, Task, make_task
 
 LARGEST = 2**31 - 1
@@ -345,8 +346,14 @@ class CEMConfig:
     """Adaptation at inference: what is searched for, where, how, and how the result is judged."""
 
     method: str = _field(
-        "`cem`: the Cross-Entropy Method; `gradient`: Adam, where the fitness is a likelihood.",
-        _one_of("cem", "gradient"),
+        "`cem`: the Cross-Entropy Method; `gradient`: Adam, where the fitness is differentiable; "
+        "`evosax:NAME`: a strategy of evosax; or `package.module:function`, a function of the "
+        "user's own that returns a search method (docs/extending.md).",
+        _one_of_or_function("cem", "gradient", "evosax:NAME"),
+    )
+    options: Mapping[str, Any] = _options(
+        "Settings of an `evosax` strategy, or keywords for a function of the user's own.",
+        default_factory=dict,
     )
     fitness: str = _field(
         "`likelihood` of the prompt or of the examples; `reward` of completions of the prompts; or "
@@ -365,10 +372,6 @@ class CEMConfig:
         "Completions of each prompt by each candidate; the gate draws 8 times as many.",
         _count(1),
     )
-    warm_start: bool = _field(
-        "With `reward`: start at the result of a gradient search on the likelihood of the "
-        "examples' own completions."
-    )
     space: str = _field(
         "`full`: every offset; `subspace`: principal directions of the experts and their training; "
         "`experts`: weights of the experts.",
@@ -377,19 +380,17 @@ class CEMConfig:
     experts: str = _field("Folder of the expert library, or `builtin`; empty where none is needed.")
     rank: int = _field("Dimensions of `subspace`.", _at_least(1))
     per_site: bool = _field("Experts have a weight at every site, not one for all.")
-    population_size: int = _field("Candidates of a generation.", _count(2))
-    elite_ratio: float = _field("Share of the candidates that are elites.", _share())
-    noise_std: float = _field("Standard deviation of the first generation.", _above(0))
+    population_size: int = _field("`cem`, `evosax`: candidates of a generation.", _count(2))
+    elite_ratio: float = _field("`cem`: share of the candidates that are elites.", _share())
+    noise_std: float = _field(
+        "`cem`, `evosax`: standard deviation of the first generation.", _above(0)
+    )
     generations: int = _field("Generations, or steps of the gradient, at most.", _count(1))
-    threshold: float = _field("Converged when the mean moves by less.", _at_least(0))
-    momentum: float = _field("Weight of the old mean.", _within(0, 1))
-    std_momentum: float = _field("Weight of the old standard deviation.", _within(0, 1))
-    min_std: float = _field("The standard deviation falls no lower.", _at_least(0))
-    mirrored: bool = _field("Candidates in pairs on either side of the mean.")
-    evaluate_mean: bool = _field("One candidate of a generation is the mean itself.")
-    anchor: float = _field("Penalty on the squared distance from the start.", _at_least(0))
-    common_random_numbers: bool = _field("Candidates of a generation share the random numbers.")
-    learning_rate: float = _field("Of the gradient method.", _above(0))
+    threshold: float = _field("`cem`: converged when the mean moves by less.", _at_least(0))
+    momentum: float = _field("`cem`: weight of the old mean.", _within(0, 1))
+    std_momentum: float = _field("`cem`: weight of the old standard deviation.", _within(0, 1))
+    min_std: float = _field("`cem`: the standard deviation falls no lower.", _at_least(0))
+    learning_rate: float = _field("`gradient`: learning rate of Adam.", _above(0))
     returned: str = _field("Which point: `mean` or `best` ever seen.", _one_of(*FOLLOWED))
     gate: bool = _field(
         "Return the start unless another point is better on a part of the text that is held back."
@@ -412,12 +413,54 @@ class CEMConfig:
     )
 
     @property
-    def search_method(self) -> CEM | GradientAscent:
-        """The method's own record."""
-        if self.method == "gradient":
-            return GradientAscent(learning_rate=self.learning_rate)
-        names = [field.name for field in dataclasses.fields(CEM)]
-        return CEM(**{name: getattr(self, name) for name in names})
+    def search_method(self) -> SearchMethod:
+        """The search method; the same object for equal settings, so that programs are shared.
+
+        Raises:
+          InputError: settings that do not fit each other, a strategy that evosax lacks, or a
+            function of the user's own that cannot be imported or fails.
+        """
+        with section("cem", CEMConfig):
+            if self.method == "gradient":
+                return GradientAscent(learning_rate=self.learning_rate)
+            if self.method == "cem":
+                names = [field.name for field in dataclasses.fields(CEM)]
+                return CEM(**{name: getattr(self, name) for name in names})
+            if self.method.startswith("evosax:"):
+                return self._evosax
+        return _own_method(self.method, json.dumps(dict(self.options), sort_keys=True))
+
+    @property
+    def _evosax(self) -> SearchMethod:
+        try:
+            return Evosax(
+                name=self.method.removeprefix("evosax:"),
+                population_size=self.population_size,
+                noise_std=self.noise_std,
+                options=self.options,
+            )
+        except InputError as error:
+            # The name is part of another field here.
+            name = self.method.removeprefix("evosax:")
+            message = str(error).replace(f"name={name!r}", f"method={self.method!r}", 1)
+            raise InputError(message) from error
+
+
+@functools.lru_cache(maxsize=32)
+def _own_method(name: str, options: str) -> Any:
+    """The search method that a function of the user's own returns."""
+    field = "config.cem.method"
+    function = user_code.load_function(name, field=field)
+    keywords = json.loads(options)
+    try:
+        return function(**keywords)
+    except (Exception, SystemExit) as error:  # whatever the function's own code may raise
+        kind, message = user_code.failure(error)
+        raise InputError(
+            f"{field}={name!r} with options {keywords} raised {kind} "
+            f"({message.splitlines()[0]}); it must return a search method "
+            "(grpocem_jax.search.SearchMethod)."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -590,6 +633,7 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
         )
     for field, options in {
         "adapter.options": parsed.adapter.options,
+        "cem.options": parsed.cem.options,
         "grpo.advantages_options": parsed.grpo.advantages_options,
         "grpo.objective_options": parsed.grpo.objective_options,
         "grpo.weights_options": parsed.grpo.weights_options,
@@ -623,22 +667,57 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
 
 
 def _check_cem(cem: CEMConfig, tasks: Mapping[str, Any]) -> None:
-    cem.search_method  # noqa: B018 (refuses settings that do not fit each other)
+    method = cem.search_method
+    if cem.options and cem.method in ("cem", "gradient"):
+        raise InputError(
+            "config.cem.options are settings of an evosax strategy, or keywords for a search method "
+            f"of your own; leave them empty with config.cem.method={cem.method!r}."
+        )
     if cem.space != "full" and not cem.experts:
         raise InputError(
             f"config.cem.space={cem.space!r} needs a library of experts in config.cem.experts; "
             "make one with python -m grpocem_jax.experts."
         )
-    if cem.fitness == "reward" and cem.method == "gradient":
-        raise InputError(
-            "config.cem.method='gradient': a reward has no gradient; use 'cem', with "
-            "config.cem.warm_start where a gradient should come first."
-        )
+    check_fits_reward(cem, method)
     known = [*TASKS, *(name for name in tasks if name not in TASKS)]
     if cem.task and cem.task not in known:
         raise InputError(
             f"config.cem.task={cem.task!r}: there is no such task{_nearest(cem.task, known)}"
         )
+
+
+def check_fits_reward(cem: CEMConfig, method: SearchMethod) -> None:
+    """Refuses a method that needs the gradient of a reward.
+
+    Raises:
+      InputError: it does.
+    """
+    if cem.fitness == "reward" and "gradient" in getattr(method, "needs", ()):
+        raise InputError(
+            f"config.cem.method={cem.method!r}: a reward has no gradient; use a method that needs "
+            "none, such as 'cem'."
+        )
+
+
+@contextlib.contextmanager
+def section(name: str, record: type) -> Iterator[None]:
+    """Names the section of the config in errors that name an argument: ``config.cem.rank=0``.
+
+    Args:
+      name: of the section.
+      record: whose fields the arguments are.
+
+    Raises:
+      InputError: one of the library, from inside the block.
+    """
+    try:
+        yield
+    except InputError as error:
+        names = "|".join(field.name for field in dataclasses.fields(record))
+        message = re.sub(
+            rf"(?<![\w./'\"])((?:{names})(?==)|options(?=\.\w))", rf"config.{name}.\1", str(error)
+        )
+        raise InputError(message) from error
 
 
 def _parse(value: Any, kind: Any, path: str) -> Any:
@@ -706,6 +785,9 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
         if name not in fields:
             if f"{prefix}{name}" in RENAMED:
                 raise InputError(f"config.{prefix}{name}: {rename(f'{prefix}{name}')}")
+            if f"{prefix}{name}" in REMOVED:
+                _check_removed(f"{prefix}{name}", value[name])
+                continue
             raise InputError(
                 f"config.{prefix}{name}: there is no such field{_nearest(name, fields)}"
             )
@@ -727,6 +809,25 @@ def _parse_record(value: Any, kind: Any, path: str) -> Any:
                 f"has every field), or give --config.{prefix}{name}."
             )
     return kind(**parsed)
+
+
+REMOVED = {
+    "cem.warm_start": False,
+    "cem.mirrored": False,
+    "cem.evaluate_mean": False,
+    "cem.anchor": 0.0,
+    "cem.common_random_numbers": True,
+}
+"""Settings of earlier versions, with the value that is what happens now: configs of theirs, such as
+those stored in run directories, still load."""
+
+
+def _check_removed(path: str, value: Any) -> None:
+    if value != REMOVED[path]:
+        raise InputError(
+            f"config.{path}={value!r}: this setting was removed, as it was measured to bring "
+            "nothing (docs/adaptation.md); leave it out, or start from a config without it."
+        )
 
 
 def _gather_sources(data: Mapping[str, Any]) -> dict[str, Any]:

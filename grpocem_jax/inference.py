@@ -21,7 +21,7 @@ from grpocem_jax.config import CEMConfig
 from grpocem_jax.data import load_data
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, write_json, writing
-from grpocem_jax.searching import History
+from grpocem_jax.search.loop import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.terminal import say, show, unread
@@ -171,7 +171,7 @@ def _adapt_to_file(
     if run.config.cem.fitness == "reward":
         items = _items(run, examples)
         with _LiveView("examples", run.config.cem) as view:
-            found = adaptation.adapt_to_reward(run, items, on_chunk=view.show)
+            found = adaptation.adapt(run, items, on_chunk=view.show)
     else:
         texts = _texts(examples)
         with _LiveView("examples", run.config.cem) as view:

@@ -45,7 +45,7 @@ class Chunk:
     """How many things are computed at a time; halved where memory runs out and that is asked for.
 
     Args:
-      setting: the field of the config.
+      setting: the name of the setting.
       size: how many, at first.
       where: what is done with them.
       lower: whether that is asked for.
@@ -99,11 +99,11 @@ def population_chunk(size: int, *, lower: bool) -> Chunk:
     def advice(size: int, smaller: int | None) -> str:
         if smaller is None:
             return "a single candidate does not fit; give shorter texts or fewer"
-        fit = "" if lower else ", or cem.fit_memory=True, which lowers it as needed"
-        return f"{size} candidates at a time do not fit; set cem.population_chunk={smaller}{fit}"
+        fit = "" if lower else ", or fit_memory=True, which lowers it as needed"
+        return f"{size} candidates at a time do not fit; set population_chunk={smaller}{fit}"
 
     return Chunk(
-        "cem.population_chunk",
+        "population_chunk",
         size,
         "the search",
         lower=lower,

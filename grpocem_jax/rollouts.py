@@ -276,8 +276,6 @@ def population_rewards(
     *,
     num_samples: int,
     buckets: Sequence[int],
-    chunk: int = 0,
-    common_random_numbers: bool = True,
 ) -> np.ndarray:
     """The reward fitness: every candidate answers all prompts, in one program.
 
@@ -285,12 +283,10 @@ def population_rewards(
       policy: the policy.
       adapters: offsets of ``C`` candidates, ``[C, ...]`` a site.
       items: ``P`` prompts.
-      key: PRNG key; consumed.
+      key: PRNG key; consumed. All candidates share the random numbers of a prompt.
       generation: sampling settings, at ``generation.temperature``.
       num_samples: completions of each prompt by each candidate.
       buckets: lengths to which the prompts may be padded.
-      chunk: candidates at a time, 0 for all.
-      common_random_numbers: candidates share the prompts' keys.
 
     Returns:
       float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained, or where
@@ -300,41 +296,29 @@ def population_rewards(
       InputError: what `score` raises; logits of a single adapter that are not finite.
     """
     count = len(jax.tree.leaves(adapters)[0])
-    chunk = min(chunk or count, count)
     longest = max(len(item.tokens) for item in items)
     # What lies beyond the model's context is never needed.
     limit = min(buckets[-1], policy.model.context_length)
     length = bucket_length(longest, buckets, max(longest, limit))
     prompts = pad([item.tokens for item in items], length)
-    rewards = np.full((count, len(items)), np.nan)
-    for start in range(0, count, chunk):
-        # The last chunk repeats its last candidate: one compiled shape.
-        rows = np.minimum(np.arange(start, start + chunk), count - 1)
-        if common_random_numbers:
-            keys = jnp.tile(jax.random.split(key, len(items)), chunk)
-        else:
-            folded = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-            keys = jax.vmap(lambda k: jax.random.split(k, len(items)))(folded).ravel()
-        out = generate(
-            policy,
-            jax.tree.map(lambda x, rows=rows: jnp.repeat(x[rows], len(items), axis=0), adapters),
-            Prompts(*(np.tile(x, (chunk, 1)) for x in prompts)),
-            keys,
-            generation,
-            num_samples=num_samples,
-            temperature=generation.temperature,
-            own_adapters=True,
-        )
-        # What a single adapter makes is meant to be judged; of many, some may be far out.
-        drawn = fetch(out) if count > 1 else fetch_finite(policy, out)
-        texts = decode(policy, drawn.tokens, drawn.mask)
-        scores = np.where(drawn.finite, score([*items] * chunk, texts).total, np.nan)
-        scores = scores.reshape(chunk, len(items), num_samples)
-        present = ~np.isnan(scores)
-        total = np.where(present, scores, 0.0).sum(-1)
-        means = np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)
-        rewards[start : start + chunk] = means[: min(chunk, count - start)]
-    return rewards
+    out = generate(
+        policy,
+        jax.tree.map(lambda x: jnp.repeat(x, len(items), axis=0), adapters),
+        Prompts(*(np.tile(x, (count, 1)) for x in prompts)),
+        jnp.tile(jax.random.split(key, len(items)), count),
+        generation,
+        num_samples=num_samples,
+        temperature=generation.temperature,
+        own_adapters=True,
+    )
+    # What a single adapter makes is meant to be judged; of many, some may be far out.
+    drawn = fetch(out) if count > 1 else fetch_finite(policy, out)
+    texts = decode(policy, drawn.tokens, drawn.mask)
+    scores = np.where(drawn.finite, score([*items] * count, texts).total, np.nan)
+    scores = scores.reshape(count, len(items), num_samples)
+    present = ~np.isnan(scores)
+    total = np.where(present, scores, 0.0).sum(-1)
+    return np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)
 
 
 def score_steps(

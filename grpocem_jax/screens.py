@@ -18,6 +18,7 @@ from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.policy import Policy
+from grpocem_jax.search.base import describe
 from grpocem_jax.terminal import encodable, in_notebook, messages, one_line, say, unread
 
 
@@ -87,11 +88,7 @@ def adapting(run: TrainedRun, workdir: str) -> str:
     cem = run.config.cem
     space = {"subspace": f"subspace of {cem.rank} directions", "full": "all offsets"}
     where = space.get(cem.space, f"weights of experts ({cem.experts})")
-    how = (
-        f"gradient, Adam {cem.learning_rate:g} x {cem.generations} steps"
-        if cem.method == "gradient"
-        else f"CEM, {cem.generations} generations of {cem.population_size} candidates"
-    )
+    how = describe(cem.search_method, cem.generations)
     gate = f"gate at {cem.gate_z:g} standard errors" if cem.gate else "no gate"
     budget = "" if cem.budget_s is None else f", at most {cem.budget_s:g} s"
     return "\n".join(

@@ -129,7 +129,7 @@ def _adapt_to_examples(
     run: TrainedRun, examples: Sequence[rollouts.Item], key: jax.Array, space: Any
 ) -> Adaptation:
     if run.config.cem.fitness == "reward":
-        return adaptation.adapt_to_reward(run, examples, key=key, space=space)
+        return adaptation.adapt(run, examples, key=key, space=space)
     texts = [reference_text(item) or Text(item.example.prompt) for item in examples]
     return adaptation.adapt(run, texts, key=key, space=space)
 

@@ -34,6 +34,7 @@ from grpocem_jax import (
 )
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.algorithm import Algorithm, make_algorithm
+from grpocem_jax.clock import CompileClock
 from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.data import Data, load_data
 from grpocem_jax.errors import InputError
@@ -159,7 +160,7 @@ def train(
 def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict[str, Any]:
     """Trains what is left to train, judges, and writes what a run leaves behind."""
     config, policy, workdir = run.config, run.policy, run.workdir
-    clock = metrics.CompileClock.start()
+    clock = CompileClock.start()
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started

@@ -289,7 +289,7 @@ def rewards(study: Study) -> dict[str, Any]:
 
     def adapt(items, seed, settings, space):
         settings = dataclasses.replace(settings, noise_std=SPREAD[space])
-        return adaptation.adapt_to_reward(
+        return adaptation.adapt(
             study.run,
             items,
             key=jax.random.key(seed),
@@ -298,7 +298,6 @@ def rewards(study: Study) -> dict[str, Any]:
         )
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
-    warm: dict[str, dict[str, Any]] = {"cem, warm start": {"warm_start": True}}
     half = {"gate": True, "held_back": 0.5}
     gated: dict[str, dict[str, Any]] = {
         "cem, half held back": half,
@@ -311,7 +310,7 @@ def rewards(study: Study) -> dict[str, Any]:
         "samples": 1,
         "gate": False,
     }
-    spaces = {"full": searches | warm, "experts": searches | gated}
+    spaces = {"full": searches, "experts": searches | gated}
     return {"rows": _task_rows(study, spaces, adapt, **common)}
 
 
@@ -328,9 +327,6 @@ def options(study: Study) -> dict[str, Any]:
         "momentum 0.7": {"momentum": 0.7},
         "elite ratio 0.1": {"elite_ratio": 0.1},
         "elite ratio 0.5": {"elite_ratio": 0.5},
-        "mirrored": {"mirrored": True},
-        "evaluate the mean": {"evaluate_mean": True},
-        "anchor 0.01": {"anchor": 0.01},
         "best instead of mean": {"returned": "best"},
         "population 25": {"population_size": 25},
         "population 100": {"population_size": 100},

@@ -13,7 +13,8 @@ import sys
 import pytest
 from absl import flags
 
-from grpocem_jax import cli, commands, compare, export, searching, training
+from grpocem_jax import cli, commands, compare, export, training
+from grpocem_jax.search import loop
 from tests.conftest import ROOT
 from tests.test_adaptation import no_search, write_run
 
@@ -89,8 +90,7 @@ def call(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(commands.app, "run", run_app)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-    monkeypatch.setattr(searching, "search", no_search)
-    monkeypatch.setattr(searching, "search_on_host", no_search)
+    monkeypatch.setattr(loop, "search", no_search)
     monkeypatch.setattr(training.Run, "train", no_search)
     monkeypatch.setattr(sys, "stdin", None)
 

@@ -17,19 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import (
-    adaptation,
-    checkpoints,
-    experts,
-    metrics,
-    policy,
-    rollouts,
-    searching,
-    training,
-)
+from grpocem_jax import adaptation, checkpoints, experts, policy, rollouts, training
 from grpocem_jax.adaptation import Text
+from grpocem_jax.clock import CompileClock
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.search import loop
 from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
 from tests.conftest import OUT_OF_MEMORY
 
@@ -298,7 +291,7 @@ def test_a_second_prompt_of_another_length_in_the_bucket_compiles_nothing(run):
     lengths = [len(adaptation.encode(run.policy, p, run.config.cem)[0]) for p in (PROMPT, OTHER)]
     assert lengths[0] < lengths[1] <= run.config.cem.buckets[0]
     adaptation.adapt(run, PROMPT)
-    clock = metrics.CompileClock.start()
+    clock = CompileClock.start()
     adaptation.adapt(run, OTHER)
     clock.stop()
     assert clock.seconds == 0.0
@@ -533,24 +526,6 @@ def test_a_population_gets_the_rewards_of_one_call_for_each_candidate(
     np.testing.assert_array_equal(twice[:2], twice[2:])
 
 
-def test_a_population_in_chunks_gets_the_rewards_of_one_in_a_piece(
-    run, questions, population, by_words
-):
-    items = [item._replace(task=by_words) for item in questions[:2]]
-    for common in (True, False):
-        whole, chunked = (
-            rewards_of(run, stacked(*population), items, chunk=chunk, common_random_numbers=common)
-            for chunk in (0, 3)
-        )
-        np.testing.assert_allclose(chunked, whole, rtol=1e-6)
-
-
-def test_without_common_random_numbers_equal_candidates_differ(run, questions, by_words):
-    items = [item._replace(task=by_words) for item in questions[:2]]
-    rewards = rewards_of(run, stacked(*[run.adapter] * 4), items, common_random_numbers=False)
-    assert len(np.unique(rewards, axis=0)) > 1
-
-
 def test_samples_under_own_adapters_are_those_of_one_call_for_each_adapter(
     run, questions, population
 ):
@@ -591,7 +566,7 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     key, seen = jax.random.key(8), []
     settings = reward_settings(run, gate_z=0.0)
     before = jax.tree.map(np.array, run.adapter)
-    result = adaptation.adapt_to_reward(
+    result = adaptation.adapt(
         run, items, key=key, settings=settings, on_chunk=lambda done, history: seen.append(done)
     )
     rewards = rewards_of(run, stacked(run.adapter, result.adapter), items, key).mean(-1)
@@ -617,19 +592,21 @@ def test_where_memory_runs_out_fewer_candidates_answer_at_a_time(
 ):
     rewards, sizes = rollouts.population_rewards, []
 
-    def short(*args, chunk, **options):
-        sizes.append(chunk)
-        if chunk > 2:
+    def short(policy, adapters, *args, **options):
+        sizes.append(len(jax.tree.leaves(adapters)[0]))
+        if sizes[-1] > 2:
             raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
-        return rewards(*args, chunk=chunk, **options)
+        return rewards(policy, adapters, *args, **options)
 
     items = [item._replace(task=by_words) for item in questions]
     settings = reward_settings(run, gate=False, fit_memory=asked)
-    search = functools.partial(adaptation.adapt_to_reward, run, items, key=jax.random.key(8))
+    search = functools.partial(adaptation.adapt, run, items, key=jax.random.key(8))
     expected = search(settings=dataclasses.replace(settings, population_chunk=2))
     monkeypatch.setattr(adaptation.rollouts, "population_rewards", short)
     if not asked:
-        with pytest.raises(InputError, match=r"memory in the search: .* cem.population_chunk=2,"):
+        with pytest.raises(
+            InputError, match=r"memory in the search: .* config\.cem\.population_chunk=2,"
+        ):
             search(settings=settings)
         return
     found = search(settings=settings)
@@ -641,7 +618,7 @@ def test_where_memory_runs_out_fewer_candidates_answer_at_a_time(
 
 
 def test_a_gate_on_rewards_that_lets_nothing_pass_returns_the_start(run, questions):
-    result = adaptation.adapt_to_reward(
+    result = adaptation.adapt(
         run, questions, settings=reward_settings(run, gate_z=1e6, generations=1)
     )
     assert result.returned == "start"
@@ -655,12 +632,11 @@ def abstains(prompts, completions, **columns):
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_rewards_that_all_abstain_are_named_before_the_search(run, questions, gate, monkeypatch):
-    monkeypatch.setattr(searching, "search_on_host", no_search)
     task = dataclasses.replace(questions[0].task, rewards=(Reward(abstains),))
     items = [item._replace(task=task) for item in questions]
     with pytest.raises(InputError) as error:
-        adaptation.adapt_to_reward(run, items, settings=reward_settings(run, gate=gate))
-    for part in ("config.cem.fitness='reward' is nan", "to start from", "every reward abstained"):
+        adaptation.adapt(run, items, settings=reward_settings(run, gate=gate))
+    for part in ("config.cem.fitness='reward' is nan", "to start from", "abstained each time"):
         assert part in str(error.value)
 
 
@@ -674,20 +650,13 @@ def test_a_result_whose_rewards_all_abstain_is_named(run, questions):
     task = dataclasses.replace(questions[0].task, rewards=(Reward(once),))
     items = [item._replace(task=task) for item in questions]
     with pytest.raises(InputError, match="is nan for the adapter found"):
-        adaptation.adapt_to_reward(run, items, settings=reward_settings(run, gate=False))
+        adaptation.adapt(run, items, settings=reward_settings(run, gate=False))
 
 
-@pytest.fixture(scope="module")
-def warm(run):
-    """Settings whose reward search cannot move: what moves the adapter is the warm start."""
-    return reward_settings(
-        run, warm_start=True, learning_rate=0.05, noise_std=1e-6, gate_z=0.0, generations=3
-    )
-
-
-def test_several_texts_are_adapted_to_together(run, questions, warm):
+def test_several_texts_are_adapted_to_together(run, questions):
     texts = [Text(i.example.prompt, i.task.completion(i.example)) for i in questions]
-    settings = dataclasses.replace(warm, method="gradient", fitness="likelihood")
+    settings = cem(run, method="gradient", learning_rate=0.05, gate_z=0.0, generations=3)
+    settings = dataclasses.replace(settings, held_back=0.5)
     result = adaptation.adapt(run, texts, settings=settings)
     scored = np.array([adaptation.encode(run.policy, text, settings)[1].sum() for text in texts])
     values = adaptation.log_likelihoods(run, run.adapter, texts)
@@ -695,99 +664,21 @@ def test_several_texts_are_adapted_to_together(run, questions, warm):
     assert result.fitness_after > result.fitness_before
 
 
-def reference_likelihoods(run, adapters, items):
-    texts = [Text(i.example.prompt, i.task.completion(i.example)) for i in items]
-    return np.array(
-        [adaptation.log_likelihoods(run, adapter, texts) for adapter in unstacked(adapters)]
-    )
-
-
-@pytest.fixture
-def reward_by_references(run, monkeypatch):
-    """Makes a reward of the likelihood of the references, times a sign; without any sampling."""
-
-    def make(sign):
-        def rewards(policy, adapters, items, *args, **options):
-            return sign * reference_likelihoods(run, adapters, items)
-
-        monkeypatch.setattr(adaptation.rollouts, "population_rewards", rewards)
-
-    return make
-
-
-def test_a_warm_start_begins_where_the_likelihood_of_the_references_leads(
-    run, questions, warm, reward_by_references
-):
-    reward_by_references(1)
-    result = adaptation.adapt_to_reward(run, questions, settings=warm)
-    assert result.returned == "mean"
-    assert distance(result.adapter, run.adapter) > 0.01
-    # The gain is over the run's adapter; over the warm one, from which the search cannot move away,
-    # it would be about zero.
-    held = reference_likelihoods(run, stacked(run.adapter, result.adapter), questions[:2])
-    assert result.search.held_back_gain == pytest.approx(np.mean(held[1] - held[0]), rel=1e-4)
-    assert result.search.held_back_gain > 0.01
-
-
-def test_a_warm_start_counts_when_the_space_is_given_as_adapt_py_does(
-    run, questions, warm, reward_by_references
-):
-    reward_by_references(1)
-    space = adaptation.make_space(run.policy, run.adapter, warm)
-    result = adaptation.adapt_to_reward(run, questions, settings=warm, space=space)
-    assert distance(result.adapter, run.adapter) > 0.01
-
-
-def test_a_warm_start_that_lowers_the_reward_does_not_pass_the_gate(
-    run, questions, warm, reward_by_references
-):
-    reward_by_references(-1)
-    result = adaptation.adapt_to_reward(run, questions, settings=warm)
-    assert result.returned == "start"
-    assert_equal(result.adapter, run.adapter)
-    assert result.fitness_after == result.fitness_before
-    assert result.search.held_back_gain == 0.0
-    # It did lower it, and is what comes back where nothing is compared.
-    free = adaptation.adapt_to_reward(
-        run, questions, settings=dataclasses.replace(warm, gate=False, gate_z=1e6)
-    )
-    assert free.returned == "mean"
-    assert free.fitness_after < free.fitness_before - 0.01
-
-
-def test_the_warm_start_fits_what_the_search_sees_and_the_gate_judges_by_the_others(
-    run, questions, warm, monkeypatch
-):
+def test_the_search_and_the_gate_judge_by_different_prompts(run, questions, monkeypatch):
     # Two are held back: 30% of four would round to the first alone.
-    asked, fitted = [], []
+    asked = []
 
     def record(prompts, completions, **columns):
-        asked.append([questions_by_prompt[prompt] for prompt in dict.fromkeys(prompts)])
+        asked.append([by_prompt[prompt] for prompt in dict.fromkeys(prompts)])
         return [0.0] * len(prompts)
-
-    def search(method, score, space, batch, key, *, held_back, **options):
-        fitted.append((rows_of(batch), rows_of(held_back)))
-        raise Fitted
-
-    class Fitted(Exception):  # noqa: N818
-        pass
 
     task = dataclasses.replace(TASKS["qa"], rewards=(Reward(record),))
     items = [item._replace(task=task) for item in questions]
-    questions_by_prompt = {item.example.prompt: row for row, item in enumerate(items)}
-    settings = dataclasses.replace(warm, held_back=0.3, generations=1)
+    by_prompt = {item.example.prompt: row for row, item in enumerate(items)}
     monkeypatch.setattr(adaptation, "HELD_BACK_SAMPLES", 1)
-    adaptation.adapt_to_reward(run, items, settings=dataclasses.replace(settings, warm_start=False))
+    adaptation.adapt(run, items, settings=reward_settings(run, held_back=0.3, generations=1))
     # Before; the start; the candidates; the points of the gate; after.
     assert asked == [[0, 1, 2, 3], [0, 1], [2, 3], [0, 1], [0, 1, 2, 3]]
-    monkeypatch.setattr(searching, "search", search)
-    with pytest.raises(Fitted):
-        adaptation.adapt_to_reward(run, items, settings=settings)
-    texts = [Text(i.example.prompt, task.completion(i.example)) for i in items]
-    rows = rows_of(
-        adaptation.batch([adaptation.encode(run.policy, t, settings) for t in texts], settings)
-    )
-    assert fitted == [(rows[2:], rows[:2])]
 
 
 def test_one_lucky_prompt_of_those_held_back_does_not_pass_the_gate(run, questions, monkeypatch):
@@ -798,7 +689,7 @@ def test_one_lucky_prompt_of_those_held_back_does_not_pass_the_gate(run, questio
         return np.array([[gains[i.example.prompt] * away for i in items] for away in moved])
 
     monkeypatch.setattr(adaptation.rollouts, "population_rewards", rewards)
-    search = functools.partial(adaptation.adapt_to_reward, run, questions[:3])
+    search = functools.partial(adaptation.adapt, run, questions[:3])
     # Of the two held back the gain is 1, its standard error sqrt(8) / sqrt(2) = 2. The first alone
     # would pass with a gain of 3 and no standard error.
     settings = reward_settings(run, held_back=0.3, generations=1)
@@ -813,18 +704,20 @@ def test_one_lucky_prompt_of_those_held_back_does_not_pass_the_gate(run, questio
 def test_a_reward_has_no_gradient(run, questions):
     settings = reward_settings(run, method="gradient")
     with pytest.raises(InputError, match="a reward has no gradient"):
-        adaptation.adapt_to_reward(run, questions, settings=settings)
+        adaptation.adapt(run, questions, settings=settings)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_gate_needs_three_prompts(run, questions, count):
     with pytest.raises(InputError, match=f"^{count} prompts to adapt to: .* at least 3"):
-        adaptation.adapt_to_reward(run, questions[:count], settings=reward_settings(run))
+        adaptation.adapt(run, questions[:count], settings=reward_settings(run))
 
 
-def test_adapting_to_a_text_does_not_take_a_reward_for_likelihood(run):
-    with pytest.raises(InputError, match=r"cem\.fitness='reward'.* adapt_to_reward"):
+def test_texts_have_no_reward_and_prompts_of_a_task_no_likelihood(run, questions):
+    with pytest.raises(InputError, match=r"cem\.fitness='reward': a text has no reward"):
         adaptation.adapt(run, PROMPT, settings=reward_settings(run))
+    with pytest.raises(InputError, match=r"cem\.fitness='likelihood': .* give texts"):
+        adaptation.adapt(run, questions)
 
 
 def no_search(*args, **kwargs):
@@ -840,7 +733,7 @@ def constant(value, model, params, adapter, texts, key):
 def test_a_fitness_that_is_not_finite_at_the_start_is_named_before_the_search(
     run, value, gate, monkeypatch
 ):
-    monkeypatch.setattr(searching, "search", no_search)
+    monkeypatch.setattr(loop, "search", no_search)
     function = functools.partial(constant, value)
     monkeypatch.setattr(adaptation.user_code, "load_function", lambda *args, **kwargs: function)
     settings = cem(run, fitness="mine:constant", gate=gate)
@@ -860,18 +753,17 @@ def test_a_fitness_that_is_not_finite_for_the_result_is_named(run, monkeypatch):
         adaptation.user_code, "load_function", lambda *args, **kwargs: off_the_start
     )
     found = types.SimpleNamespace(adapter=jax.tree.map(lambda x: x + 1, run.adapter))
-    monkeypatch.setattr(searching, "search", lambda *args, **kwargs: found)
+    monkeypatch.setattr(loop, "search", lambda *args, **kwargs: found)
     with pytest.raises(InputError, match=r"is nan for the adapter found.*cem.gate=True"):
         adaptation.adapt(run, PROMPT, settings=cem(run, fitness="mine:f", gate=False))
 
 
 def test_a_prompt_of_a_task_that_leaves_no_room_is_refused(run, questions, monkeypatch):
-    monkeypatch.setattr(searching, "search_on_host", no_search)
     example = questions[0].example
     long = Example(example.prompt * 8, example.columns)
     items = rollouts.encode(run.policy, TASKS["qa"], [long] * 3)
     with pytest.raises(InputError, match="shorten it"):
-        adaptation.adapt_to_reward(run, items, settings=reward_settings(run))
+        adaptation.adapt(run, items, settings=reward_settings(run))
 
 
 def test_a_large_share_held_back_leaves_a_prompt_to_search_with(run, questions, monkeypatch):
@@ -881,6 +773,6 @@ def test_a_large_share_held_back_leaves_a_prompt_to_search_with(run, questions, 
     def search(*args, **kwargs):
         raise Searched
 
-    monkeypatch.setattr(searching, "search_on_host", search)
+    monkeypatch.setattr(loop, "search", search)
     with pytest.raises(Searched):
-        adaptation.adapt_to_reward(run, questions[:3], settings=reward_settings(run, held_back=0.9))
+        adaptation.adapt(run, questions[:3], settings=reward_settings(run, held_back=0.9))

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import fitness, grpo, sampling, searching
-from grpocem_jax.adapters import spaces
-from grpocem_jax.cem import CEM, GradientAscent
+from grpocem_jax import grpo, sampling
+from grpocem_jax.search import CEM, GradientAscent, fitness, loop, spaces
 
 PROMPTS, GROUP, LENGTH = 2, 4, 6
 
@@ -109,7 +108,7 @@ def test_searches_are_the_same(tiny, method, space):
         on = jnp.ones(tokens.shape, bool)
         texts = fitness.Texts(jnp.asarray(tokens), on, on)
         likelihood = fitness.Likelihood(tiny.factored, tiny.model)
-        found = searching.search(
+        found = loop.search(
             method, likelihood, made, texts, jax.random.key(0), generations=2, held_back=texts
         )
         return found.final, found.history

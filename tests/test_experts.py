@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from grpocem_jax import checkpoints, rundir, tasks, training
 from grpocem_jax.adaptation import LIBRARY
-from grpocem_jax.adapters import spaces
 from grpocem_jax.config_files import load_config
 from grpocem_jax.errors import InputError
 from grpocem_jax.experts import mixtures, train_experts
+from grpocem_jax.search import spaces
 from tests.conftest import ROOT
 from tests.test_adaptation import cheap_programs, get_config, random_offsets, tiny_policy
 

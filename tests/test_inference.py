@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, checkpoints, files, inference, searching, tables
+from grpocem_jax import adaptation, checkpoints, files, inference, tables
 from grpocem_jax.adaptation import LIBRARY, Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.errors import InputError
+from grpocem_jax.search import loop
 from grpocem_jax.tasks import SourceConfig, Task, example_of
 from grpocem_jax.tasks.rows import file_rows
 from tests.test_adaptation import (
@@ -216,7 +217,7 @@ def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
         time.sleep(0.1)
     assert "examples  under way for 0 s, compilation included" in capsys.readouterr().err
     view = inference._LiveView("examples", settings)
-    history = searching.History(*(np.float32([value]) for value in (-2.0, -3.0, 0.1, 0.0, 0.25)))
+    history = loop.History(*(np.float32([value]) for value in (-2.0, -3.0, 0.1, 0.0, 0.25)))
     view.show(4, history)
     view.started = view.reported - 40.0
     said = view.under_way(view.reported + 7.0)
@@ -406,8 +407,7 @@ def test_evaluate_gives_the_tables_of_the_report(adapt, workdir, support):
 @pytest.fixture
 def refused(adapt, monkeypatch):
     """The sentence with which the command ends, before any search."""
-    monkeypatch.setattr(searching, "search", no_search)
-    monkeypatch.setattr(searching, "search_on_host", no_search)
+    monkeypatch.setattr(loop, "search", no_search)
 
     def call(changes=(), **flags):
         with pytest.raises(InputError) as error:

@@ -32,7 +32,7 @@ def test_a_chunk_is_halved_until_it_fits_and_stays_there(capsys):
     assert tried == [100, 50, 25, 25]
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "out of device memory in the search: cem.population_chunk is lowered from "
+        "out of device memory in the search: population_chunk is lowered from "
         f"{sizes}; the results are the same up to rounding"
         for sizes in ("100 to 50", "50 to 25")
     ]
@@ -41,7 +41,7 @@ def test_a_chunk_is_halved_until_it_fits_and_stays_there(capsys):
 def test_a_chunk_that_must_not_be_lowered_says_which_setting_and_how_far():
     with pytest.raises(InputError) as error:
         memory.population_chunk(100, lower=False).run(fits(30, []))
-    for part in ("out of device memory", "cem.population_chunk=50", "cem.fit_memory=True"):
+    for part in ("out of device memory", "population_chunk=50", "fit_memory=True"):
         assert part in str(error.value)
 
 

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from grpocem_jax import adaptation, evaluation, report, searching, tables
+from grpocem_jax import adaptation, evaluation, report, tables
 from grpocem_jax.adapters import svf
 from grpocem_jax.errors import InputError
 from grpocem_jax.report import courses, plots, record, sites
 from grpocem_jax.report import page as page_module
+from grpocem_jax.search import loop
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["qa", "sentiment"]
@@ -704,7 +705,7 @@ def test_singular_values_are_those_of_the_kernels_of_svf_sites_only(tiny):
 
 def adapted(best, mean):
     empty = np.zeros(len(best))
-    history = searching.History(np.array(best), np.array(mean), empty, empty, empty)
+    history = loop.History(np.array(best), np.array(mean), empty, empty, empty)
     search = types.SimpleNamespace(history=history)
     return adaptation.Adaptation({}, 0.0, 0.0, search)
 

@@ -10,18 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import fitness, searching
-from grpocem_jax.adapters import spaces
-from grpocem_jax.cem import CEM, GradientAscent
 from grpocem_jax.errors import InputError
+from grpocem_jax.search import CEM, GradientAscent, fitness, gate, loop, spaces
 from tests.conftest import OUT_OF_MEMORY
 
 KEY = jax.random.key(0)
 SITE = "h.0.attn.c_proj"
 TARGET = jnp.array([1.0, -0.5, 0.5])
 START = {SITE: jnp.array([0.125, 0.25, -0.5])}
-AWAY = {SITE: jnp.array([-0.5, 0.5, 1.0])}
-TARGET_POINT = {SITE: TARGET}
 SPACE = spaces.full_space(START)
 METHOD = CEM(
     population_size=40, elite_ratio=0.2, noise_std=0.5, momentum=0.0, std_momentum=0.7, threshold=0
@@ -57,24 +53,27 @@ class Quadratic:
 
 
 def run(function=quadratic, batch=TARGET, key=KEY, method=METHOD, space=SPACE, **options):
-    return searching.search(method, function, space, batch, key, **{**SETTINGS, **options})
+    return loop.search(method, function, space, batch, key, **{**SETTINGS, **options})
 
 
 def host(values=TARGET, *, spread=(0.0,)):
     """A fitness in numpy: as many scores as ``spread`` has numbers, each moved by one of them."""
     target = np.asarray(values)
 
-    def evaluate(adapters, key):
+    def evaluate(adapters, batch, key):
         del key
+        assert batch in ("shown", "held back")
         x = np.asarray(adapters[SITE])
         return -np.sum((x - target) ** 2, -1)[:, None] + np.asarray(spread)
 
     return evaluate
 
 
-def run_on_host(evaluate=None, key=KEY, method=METHOD, space=SPACE, **options):
-    evaluate = evaluate or host()
-    return searching.search_on_host(method, evaluate, space, key, **{**SETTINGS, **options})
+def run_on_host(evaluate=None, scores=None, key=KEY, method=METHOD, space=SPACE, **options):
+    """With ``scores`` there is a gate, and something held back for it."""
+    judge = loop.HostFitness(evaluate or host(), scores)
+    options = {**SETTINGS, "held_back": None if scores is None else "held back", **options}
+    return loop.search(method, judge, space, "shown", key, **options)
 
 
 def same(x, y):
@@ -163,7 +162,10 @@ def test_the_history_has_one_entry_a_generation():
 
     @jax.jit
     def step(number, state):
-        state, scores = METHOD.step(jax.random.fold_in(KEY, number), state, score)
+        ask_key, fitness_key = jax.random.split(jax.random.fold_in(KEY, number))
+        candidates = METHOD.ask(ask_key, state)
+        scores = jax.vmap(lambda point: score(point, fitness_key))(candidates)
+        state = METHOD.tell(state, candidates, scores)
         deviation = jnp.sqrt(jnp.mean(state.std[SITE] ** 2))
         return state, jnp.stack([scores.max(), scores.mean(), deviation, state.change])
 
@@ -192,7 +194,7 @@ def test_a_budget_of_time_stops_the_search_after_the_first_generation_at_the_soo
 ):
     # The clock stands but between chunks of generations, where a second goes by.
     now = [0.0]
-    monkeypatch.setattr(searching, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def tick(done, history):
         del done, history
@@ -209,17 +211,17 @@ def test_a_budget_of_time_stops_the_search_after_the_first_generation_at_the_soo
 def test_chunks_grow_and_shrink_with_the_time_that_is_left(monkeypatch):
     # A second a generation. After the first, 8.5 - 1 s are left for 7, and then none.
     done = [0]
-    advance = searching._advance
+    advance = loop._advance
 
-    def slow(problem, loop, limit, **options):
-        loop = advance(problem, loop, limit, **options)
+    def slow(method, problem, search, limit, **options):
+        search = advance(method, problem, search, limit, **options)
         limits.append(int(limit))
-        done[0] = int(loop.state.generation)
-        return loop
+        done[0] = int(search.generation)
+        return search
 
     limits = []
-    monkeypatch.setattr(searching, "time", SimpleNamespace(perf_counter=lambda: float(done[0])))
-    monkeypatch.setattr(searching, "_advance", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(done[0])))
+    monkeypatch.setattr(loop, "_advance", slow)
     found = run(budget_s=8.5)
     # The call with limit 0 compiles; a half second left is one generation more.
     assert limits == [0, 1, 8, 9]
@@ -228,14 +230,14 @@ def test_chunks_grow_and_shrink_with_the_time_that_is_left(monkeypatch):
 
 def short_of_memory(monkeypatch, limit):
     """Lets no more than ``limit`` candidates be scored at a time."""
-    advance = searching._advance
+    advance = loop._advance
 
     def attempt(*args, population_chunk, **options):
         if population_chunk > limit:
             raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
         return advance(*args, population_chunk=population_chunk, **options)
 
-    monkeypatch.setattr(searching, "_advance", attempt)
+    monkeypatch.setattr(loop, "_advance", attempt)
 
 
 def test_where_memory_runs_out_smaller_chunks_give_the_result_of_such_chunks(monkeypatch, capsys):
@@ -277,9 +279,7 @@ TEXT_METHOD = CEM(population_size=8, threshold=0.0)
 def search_text(tiny, likelihood, seed, **options):
     space = spaces.full_space(tiny.zero)
     options = {"generations": 3, "held_back": text(seed + 1), **options}
-    return searching.search(
-        TEXT_METHOD, likelihood, space, text(seed), jax.random.key(seed), **options
-    )
+    return loop.search(TEXT_METHOD, likelihood, space, text(seed), jax.random.key(seed), **options)
 
 
 def test_another_text_of_the_same_shape_compiles_nothing(tiny, likelihood):
@@ -305,21 +305,18 @@ def test_another_text_of_the_same_shape_compiles_nothing(tiny, likelihood):
 
 def test_nothing_moves_between_host_and_device_during_the_generations(tiny, likelihood):
     space = spaces.full_space(tiny.zero)
-    problem = searching._Problem(likelihood, space, text(1), text(2), jnp.float32(1.0), KEY)
-    loop = searching._begin(problem, method=TEXT_METHOD, generations=3)
+    problem = loop.Problem(likelihood, space, text(1), KEY, text(2), jnp.float32(1.0))
+    first = loop._begin(TEXT_METHOD, problem, generations=3)
     limit = jnp.int32(3)
-    options = {"method": TEXT_METHOD, "returned": "mean", "population_chunk": 0}
-    expected = jax.block_until_ready(searching._advance(problem, loop, limit, **options))
+    expected = jax.block_until_ready(loop._advance(TEXT_METHOD, problem, first, limit))
     with jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match=r"(?i)disallowed host-to-device"):
-            searching._advance(problem, loop, np.int32(3), **options)  # the guard is awake
-        again = jax.block_until_ready(searching._advance(problem, loop, limit, **options))
-    assert int(again.state.generation) == 3
+            loop._advance(TEXT_METHOD, problem, first, np.int32(3))  # the guard is awake
+        again = jax.block_until_ready(loop._advance(TEXT_METHOD, problem, first, limit))
+    assert int(again.generation) == 3
     same(again.history, expected.history)
     # Nor is there any call to the host inside the program.
-    program = str(
-        jax.make_jaxpr(lambda *x: searching._advance(*x, **options))(problem, loop, limit)
-    )
+    program = str(jax.make_jaxpr(lambda *x: loop.advance(TEXT_METHOD, *x))(problem, first, limit))
     assert "while" in program
     assert "callback" not in program
     assert "infeed" not in program
@@ -328,7 +325,7 @@ def test_nothing_moves_between_host_and_device_during_the_generations(tiny, like
 def test_gradient_ascent_makes_a_text_more_likely(tiny, likelihood):
     method = GradientAscent(learning_rate=0.05)
     space = spaces.full_space(tiny.zero)
-    found = searching.search(method, likelihood, space, text(1), KEY, generations=8)
+    found = loop.search(method, likelihood, space, text(1), KEY, generations=8)
     assert (found.generations, found.candidates) == (8, 8)
     assert not found.converged
     measure = jax.jit(lambda *x: likelihood(*x))
@@ -419,11 +416,12 @@ def test_the_gate_has_one_key_that_no_generation_has():
 @pytest.mark.parametrize(("chunk", "at_once"), [(0, 3), (2, 2), (1, 1), (40, 3)])
 def test_the_gate_scores_no_more_points_at_a_time_than_candidates(chunk, at_once):
     data, function = targets(1.0, 1.1, 0.9), Quadratic(jnp.float32(1.0))
-    problem = searching._Problem(function, SPACE, data, data, jnp.float32(1.0), KEY)
-    loop = searching._begin(problem, method=METHOD, generations=1)
-    options = {"method": METHOD, "returned": "mean", "population_chunk": chunk}
+    problem = loop.Problem(function, SPACE, data, KEY, data, jnp.float32(1.0))
+    first = loop.begin(METHOD, problem, generations=1)
     program = str(
-        jax.make_jaxpr(lambda *x: searching._advance(*x, **options))(problem, loop, jnp.int32(1))
+        jax.make_jaxpr(lambda *x: loop.advance(METHOD, *x, population_chunk=chunk))(
+            problem, first, jnp.int32(1)
+        )
     )
     # Distances of points, targets and coordinates: [points, 3, 3].
     sizes = {int(n) for n in re.findall(r"f32\[(\d+),3,3\]", program)}
@@ -461,11 +459,11 @@ NEW = (
 FIRST, SECOND = np.array([1.0, 3.0]), np.array([1.1, 1.3])
 
 
-best_of = jax.jit(searching.choose)
+best_of = jax.jit(gate.choose)
 
 
 def choose(before, z):
-    chosen = searching.Chosen(jnp.float32(5.0), jnp.float32(before), jnp.float32(0.5))
+    chosen = gate.Chosen(jnp.float32(5.0), jnp.float32(before), jnp.float32(0.5))
     return best_of(chosen, POINTS, NEW, BEGINNING, jnp.float32(z))
 
 
@@ -495,7 +493,7 @@ def test_the_choice_is_by_the_lower_confidence_bound_of_the_gain(before, z, poin
 
 
 def test_a_point_with_a_bound_that_is_no_number_is_never_chosen():
-    chosen = searching.Chosen(jnp.float32(5.0), jnp.float32(0.0), jnp.float32(0.0))
+    chosen = gate.Chosen(jnp.float32(5.0), jnp.float32(0.0), jnp.float32(0.0))
     values = jnp.array([[jnp.nan, 1.0], [2.0, 2.0]])
     scores = (values, jnp.ones((2, 2), bool))
     start = (jnp.zeros(2), jnp.ones(2, bool))
@@ -508,7 +506,7 @@ def test_a_point_with_a_bound_that_is_no_number_is_never_chosen():
 
 
 def test_the_points_followed_are_at_a_quarter_a_half_and_the_whole_of_the_way():
-    points = searching.scaled({"a": jnp.array([4.0, 8.0]), "b": jnp.float16(2.0)})
+    points = gate.scaled({"a": jnp.array([4.0, 8.0]), "b": jnp.float16(2.0)})
     close(points, {"a": np.array([[1.0, 2.0], [2.0, 4.0], [4.0, 8.0]]), "b": [0.5, 1.0, 2.0]})
     assert points["b"].dtype == jnp.float16
 
@@ -539,8 +537,8 @@ def test_scores_on_the_host_are_averaged_and_nan_abstains():
 
 def test_a_candidate_without_any_score_on_the_host_is_no_elite():
     # The optimum has a negative second coordinate, where there is no score.
-    def evaluate(adapters, key):
-        scores = host()(adapters, key)
+    def evaluate(adapters, batch, key):
+        scores = host()(adapters, batch, key)
         return np.where(adapters[SITE][:, 1:2] < 0, np.nan, scores)
 
     # With so many generations nothing but the edge is left.
@@ -560,7 +558,7 @@ def test_a_candidate_without_any_score_on_the_host_is_no_elite():
 def test_the_gate_on_the_host(way, spread, returned):
     held_back = host(targets(way)[0][0], spread=spread)
     found = run_on_host(
-        evaluate_held_back=held_back,
+        scores=held_back,
         generations=10,
     )
     assert found.returned == returned
@@ -571,45 +569,24 @@ def test_the_gate_on_the_host(way, spread, returned):
     else:
         close(found.adapter[SITE], TARGET, 0.2)
         # All scores of a point are moved alike, so there is no spread and the gain is the bound.
-        start, end = (held_back({SITE: x[SITE][None]}, KEY)[0, 0] for x in (START, found.adapter))
+        start, end = (
+            held_back({SITE: x[SITE][None]}, "held back", KEY)[0, 0] for x in (START, found.adapter)
+        )
         close(found.held_back_gain, end - start)
         close(found.history.held_back.max(), end - start)
-
-
-@pytest.mark.parametrize(
-    ("best", "returned", "expected"),
-    [(START, "start", START), (AWAY, "mean", AWAY), (TARGET_POINT, "mean", TARGET_POINT)],
-)
-def test_the_gate_on_the_host_compares_with_a_baseline_that_the_search_does_not_start_from(
-    best, returned, expected
-):
-    # The search goes from AWAY to the target; held-back data say which of the three is best.
-    found = run_on_host(
-        evaluate_held_back=host(best[SITE], spread=(0.0, 0.1)),
-        baseline=START,
-        space=spaces.full_space(AWAY),
-    )
-    assert found.returned == returned
-    if expected is TARGET_POINT:
-        close(found.adapter[SITE], TARGET, 0.2)
-    else:
-        same(found.adapter, expected)
-    # With the start of the search for a baseline, AWAY would come back as "start", with gain 0.
-    gain = np.sum((best[SITE] - START[SITE]) ** 2) - np.sum((best[SITE] - found.adapter[SITE]) ** 2)
-    close(found.held_back_gain, gain)
 
 
 def test_the_gate_on_the_host_uses_one_key_and_the_fitness_another_each_generation():
     keys, held_back_keys = [], []
 
     def remember(found):
-        def evaluate(adapters, key):
+        def evaluate(adapters, batch, key):
             found.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
-            return host()(adapters, key)
+            return host()(adapters, batch, key)
 
         return evaluate
 
-    run_on_host(remember(keys), evaluate_held_back=remember(held_back_keys), generations=4)
+    run_on_host(remember(keys), remember(held_back_keys), generations=4)
     assert len(set(keys)) == 4
     assert len(held_back_keys) == 5  # the start, and every generation
     assert len(set(held_back_keys)) == 1
@@ -627,6 +604,97 @@ def test_convergence_and_the_budget_stop_a_search_on_the_host():
     assert {x.shape for x in soon.history} == {(1,)}
 
 
+@pytest.mark.parametrize(("chunk", "sizes"), [(0, {40}), (16, {16}), (7, {7}), (1, {1})])
+def test_candidates_are_given_to_python_in_chunks_of_one_size(chunk, sizes):
+    seen = []
+
+    def evaluate(adapters, batch, key):
+        seen.append(len(adapters[SITE]))
+        return host()(adapters, batch, key)
+
+    found = run_on_host(evaluate, generations=2, population_chunk=chunk)
+    assert set(seen) == sizes
+    assert len(seen) == 2 * -(-40 // max(sizes))
+    same(found.adapter, run_on_host(generations=2).adapter)
+
+
+def test_one_score_of_each_candidate_may_come_without_an_axis_of_its_own():
+    flat = run_on_host(lambda *args: host()(*args)[:, 0], generations=3)
+    same(flat.adapter, run_on_host(generations=3).adapter)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [0.5, None, "high", np.zeros(39), np.zeros((40, 2, 2)), np.zeros((40, 0)), [[1.0], [2.0, 3.0]]],
+)
+def test_scores_in_python_of_another_shape_are_refused(returned):
+    with pytest.raises(InputError, match=r"^fitness: returned [^\n]*40 adapters[^\n]*\.$"):
+        run_on_host(lambda *args: returned)
+
+
+def test_compilation_does_not_count_where_the_fitness_is_in_python():
+    def compiling(adapters, batch, key):
+        jax.jit(lambda x: x + 1)(0.0)  # a new function each time
+        return host()(adapters, batch, key)
+
+    found = run_on_host(compiling, generations=2)
+    assert found.compile_seconds > 0
+    assert found.seconds > 0
+
+
+# Many problems in one program.
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("method", [METHOD, GradientAscent(learning_rate=0.1)])
+def test_two_hundred_searches_in_one_call_are_two_hundred_single_ones(method, gated):
+    count, generations = 200, 12
+    rng = np.random.default_rng(0)
+    goals = jnp.asarray(rng.normal(size=(count, 3)), jnp.float32)
+    held = jnp.asarray(rng.normal(size=(count, 3)), jnp.float32)
+    starts = jnp.asarray(rng.normal(size=(count, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(3), count)
+    # Some searches end early, each at a generation of its own.
+    if isinstance(method, CEM):
+        method = dataclasses.replace(method, threshold=0.3)
+
+    def found(goal, held, start, key):
+        problem = loop.Problem.of(
+            noisy, spaces.full_space({SITE: start}), goal, key, held_back=held if gated else None
+        )
+        search = loop.begin(method, problem, generations=generations)
+        # In two calls, as a server does that has others to serve in between.
+        search = loop.advance(method, problem, search, 3)
+        return loop.advance(method, problem, search, generations)
+
+    together = jax.jit(jax.vmap(found))(goals, held, starts, keys)
+    alone = [jax.jit(found)(*each) for each in zip(goals, held, starts, keys, strict=True)]
+    alone = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+    np.testing.assert_array_equal(together.generation, alone.generation)
+    close((together.state.mean, together.best), (alone.state.mean, alone.best), 1e-5)
+    close(together.chosen, alone.chosen, 1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-4), *[
+        x.history for x in (together, alone)
+    ])  # fmt: skip
+    assert len(np.unique(together.generation)) > (1 if isinstance(method, CEM) else 0)
+    assert len(np.unique(together.state.mean[SITE], axis=0)) == count
+    # And they are those of the driver.
+    for row in (0, 57, 199):
+        single = loop.search(
+            method,
+            noisy,
+            spaces.full_space({SITE: starts[row]}),
+            goals[row],
+            keys[row],
+            generations=generations,
+            held_back=held[row] if gated else None,
+        )
+        assert single.generations == int(together.generation[row])
+        close(single.final[SITE], starts[row] + together.state.mean[SITE][row])
+        if gated:
+            close(single.adapter[SITE], starts[row] + together.chosen.point[SITE][row])
+
+
 # Settings.
 
 
@@ -642,7 +710,7 @@ def test_convergence_and_the_budget_stop_a_search_on_the_host():
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(where, field, value):
-    with pytest.raises(InputError, match=rf"^cem\.{field}={value!r}: [^\n]*\.$"):
+    with pytest.raises(InputError, match=rf"^{field}={value!r}: [^\n]*\.$"):
         where(**{field: value})
 
 

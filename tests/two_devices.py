@@ -14,22 +14,13 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from grpocem_jax import (
-    adaptation,
-    devices,
-    fitness,
-    grpo,
-    rollouts,
-    screens,
-    searching,
-    training,
-)
-from grpocem_jax.adapters.spaces import full_space
-from grpocem_jax.cem import CEM, GradientAscent
+from grpocem_jax import adaptation, devices, grpo, rollouts, screens, training
 from grpocem_jax.config import parse_config
 from grpocem_jax.config_files import load_config
 from grpocem_jax.data import load_data
 from grpocem_jax.policy import load_policy
+from grpocem_jax.search import CEM, GradientAscent, fitness, loop
+from grpocem_jax.search.spaces import full_space
 
 PROMPT = "Review: The soup was cold, but the waiter was kind."
 MESH = devices.make_mesh(jax.devices())
@@ -129,10 +120,10 @@ def compare_update(micro_batches: int) -> dict[str, float]:
     }
 
 
-def search(policy: Any, method: Any, chunk: int) -> searching.SearchResult:
+def search(policy: Any, method: Any, chunk: int) -> loop.SearchResult:
     """A short search on the likelihood of a text."""
     encoded = [adaptation.encode(policy, PROMPT, config.cem)]
-    return searching.search(
+    return loop.search(
         method,
         fitness.Likelihood(policy.params, policy.model),
         full_space(policy.zero),
@@ -155,15 +146,18 @@ def work_of_a_generation() -> float:
     batch = adaptation.batch([adaptation.encode(one, PROMPT, config.cem)], config.cem)
     method = CEM(population_size=10)
 
+    space = full_space(one.zero)
+
     @functools.partial(jax.jit, static_argnames="mesh")
-    def step(score, state, key, *, mesh):
-        return method.step(key, state, lambda x, k: score(x, batch, k), 0, mesh)
+    def step(score, key, *, mesh):
+        problem = loop.Problem(score, space, batch, key)
+        first = loop.begin(method, problem, generations=1)
+        return loop.advance(method, problem, first, 1, mesh=mesh)
 
     counts = [
         work(
             step,
             fitness.Likelihood(policy.params, policy.model),
-            method.init(one.zero),
             jax.random.key(0),
             mesh=policy.mesh,
         )

@@ -79,7 +79,7 @@ def expert_space(start: Offsets, experts: list[Offsets], *, per_site: bool = Fal
       InputError: no experts.
     """
     if not experts:
-        raise InputError("cem.experts: there are none to mix; give at least one.")
+        raise InputError("experts=[]: there are none to mix; give at least one.")
     basis = jax.tree.map(lambda *x: jnp.stack(x), *experts)
     origin = jnp.zeros(len(experts), jnp.float32)
     return Space(dict.fromkeys(start, origin) if per_site else origin, start, basis)
@@ -97,14 +97,13 @@ def principal_space(start: Offsets, vectors: Offsets, rank: int) -> Space:
       InputError: a rank below 1, or vectors that span fewer directions.
     """
     if rank < 1:
-        raise InputError(f"cem.rank={rank}: must be at least 1.")
+        raise InputError(f"rank={rank}: must be at least 1.")
     rows = jax.vmap(lambda x: ravel_pytree(x)[0])(vectors)
     _, values, directions = jnp.linalg.svd(rows, full_matrices=False)
     spanned = int(jnp.sum(values > 1e-5 * values[0]))
     if spanned < rank:
         raise InputError(
-            f"cem.rank={rank}: the {len(rows)} vectors of the library span {spanned} directions; "
-            "lower it, or train more experts."
+            f"rank={rank}: the {len(rows)} vectors span {spanned} directions; lower it, or give more."
         )
     basis = jax.vmap(ravel_pytree(start)[1])(directions[:rank])
     return Space(jnp.zeros(rank, jnp.float32), start, basis)

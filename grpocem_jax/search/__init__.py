@@ -1,0 +1,57 @@
+"""Search for an adapter: methods, spaces, fitness, and the loop that brings them together.
+
+A method is anything that keeps to `SearchMethod`; the loop (`search`, and its pure kernel
+`advance`) does everything else.
+"""
+
+from grpocem_jax.search.base import Point, SearchMethod, check_method
+from grpocem_jax.search.cem import CEM, CEMState
+from grpocem_jax.search.evosax import Evosax, EvosaxState
+from grpocem_jax.search.fitness import Likelihood, Texts
+from grpocem_jax.search.gate import Chosen, choose, scaled
+from grpocem_jax.search.gradient import GradientAscent, GradientState
+from grpocem_jax.search.loop import (
+    FOLLOWED,
+    Fitness,
+    History,
+    HostFitness,
+    Problem,
+    SearchResult,
+    SearchState,
+    advance,
+    begin,
+    search,
+)
+from grpocem_jax.search.spaces import Space, decode, expert_space, full_space, principal_space
+
+__all__ = [
+    "CEM",
+    "FOLLOWED",
+    "CEMState",
+    "Chosen",
+    "Evosax",
+    "EvosaxState",
+    "Fitness",
+    "GradientAscent",
+    "GradientState",
+    "History",
+    "HostFitness",
+    "Likelihood",
+    "Point",
+    "Problem",
+    "SearchMethod",
+    "SearchResult",
+    "SearchState",
+    "Space",
+    "Texts",
+    "advance",
+    "begin",
+    "check_method",
+    "choose",
+    "decode",
+    "expert_space",
+    "full_space",
+    "principal_space",
+    "scaled",
+    "search",
+]

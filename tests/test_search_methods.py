@@ -1,0 +1,435 @@
+"""What every search method must do, ours, evosax's and a newcomer's; and how others are refused."""
+
+import dataclasses
+import importlib.util
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpocem_jax.config import section
+from grpocem_jax.errors import InputError
+from grpocem_jax.search import CEM, Evosax, GradientAscent, HostFitness, Problem, loop
+from grpocem_jax.search.base import check_method, needs
+from grpocem_jax.search.spaces import full_space
+
+KEY = jax.random.key(0)
+START = {"a": jnp.array([0.5, -0.5, 0.25]), "b": jnp.float16(1.0)}
+GOAL = {"a": jnp.array([1.0, -1.0, 0.5]), "b": jnp.float32(0.5)}
+needs_evosax = pytest.mark.skipif(
+    importlib.util.find_spec("evosax") is None, reason="evosax is not installed"
+)
+
+
+class ClimberState(NamedTuple):
+    mean: dict
+    size: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Climber:
+    """A newcomer's method: the best of some steps, and smaller steps where none was better."""
+
+    population_size: int = 12
+
+    def init(self, start):
+        return ClimberState(start, jnp.float32(0.5))
+
+    def ask(self, key, state):
+        leaves, structure = jax.tree.flatten(state.mean)
+        drawn = [
+            (x[None] + state.size * jax.random.normal(k, (self.population_size, *x.shape))).astype(
+                x.dtype
+            )
+            for k, x in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+        ]
+        drawn = [x.at[0].set(old) for x, old in zip(drawn, leaves, strict=True)]
+        return jax.tree.unflatten(structure, drawn)
+
+    def tell(self, state, candidates, fitness):
+        best = jnp.argmax(fitness)
+        size = jnp.where(best == 0, 0.8 * state.size, state.size)
+        return ClimberState(jax.tree.map(lambda x: x[best], candidates), size)
+
+    def converged(self, state):
+        return state.size < 1e-4
+
+
+METHODS = [
+    pytest.param(lambda: CEM(population_size=30, noise_std=0.5, momentum=0.0), id="cem"),
+    pytest.param(lambda: GradientAscent(learning_rate=0.1), id="gradient"),
+    pytest.param(Climber, id="newcomer"),
+    *(
+        pytest.param(
+            lambda name=name: Evosax(name=name, population_size=20, noise_std=0.5),
+            id=name,
+            marks=needs_evosax,
+        )
+        for name in ("Sep_CMA_ES", "CR_FM_NES", "DifferentialEvolution")
+    ),
+]
+every_method = pytest.mark.parametrize("make", METHODS)
+
+
+def quadratic(point, goal, key):
+    del key
+    return -sum(
+        jnp.sum((point[name].astype(jnp.float32) - goal[name]) ** 2) for name in sorted(point)
+    )
+
+
+def generation(method, key, state, fitness=None):
+    """One generation; ``fitness`` in place of that of the quadratic."""
+    candidates = method.ask(key, state)
+    values, gradient = jax.vmap(jax.value_and_grad(lambda x: quadratic(x, GOAL, None)))(candidates)
+    told = {"gradient": gradient, "key": key}
+    values = values if fitness is None else fitness
+    return method.tell(state, candidates, values, **{name: told[name] for name in needs(method)})
+
+
+def described(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.asarray(x).dtype), tree)
+
+
+def same(x, y):
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def finite(tree):
+    return all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in jax.tree.leaves(tree))
+
+
+@every_method
+def test_it_is_accepted_and_begins_at_the_start(make):
+    method = make()
+    check_method(method, START)
+    same(method.init(START).mean, START)
+    assert method == make()
+    assert hash(method) == hash(make())
+
+
+@every_method
+def test_it_climbs_a_quadratic(make):
+    found = loop.search(make(), quadratic, full_space(START), GOAL, KEY, generations=80)
+    before = float(quadratic(START, GOAL, None))
+    assert before == pytest.approx(-(0.25 + 0.25 + 0.0625 + 0.25))
+    assert float(quadratic(found.adapter, GOAL, None)) > -5e-3
+    assert found.history.best.max() > -5e-3
+    assert found.candidates == found.generations * make().population_size
+
+
+@every_method
+@pytest.mark.parametrize("bad", ["one", "all"])
+def test_fitness_that_is_no_number_does_not_spoil_it(make, bad):
+    method = make()
+    size = method.population_size
+
+    @jax.jit
+    def run(state, spoiled):
+        def body(number, state):
+            key = jax.random.fold_in(KEY, number)
+            values = jax.vmap(lambda x: quadratic(x, GOAL, None))(method.ask(key, state))
+            # As the loop gives it to methods.
+            values = jnp.where(spoiled, -jnp.inf, values)
+            return generation(method, key, state, values)
+
+        return jax.lax.fori_loop(0, 3, body, state)
+
+    spoiled = jnp.arange(size) % 3 == 0 if bad == "one" else jnp.ones(size, bool)
+    state = run(method.init(START), spoiled)
+    assert finite(state.mean)
+    # It goes on from there.
+    after = run(state, jnp.zeros(size, bool))
+    assert finite(after.mean)
+    assert described(after) == described(state)
+
+    def sometimes(point, goal, key):
+        value = quadratic(point, goal, key)
+        return jnp.where(point["a"][1] > 0, jnp.nan, value)
+
+    found = loop.search(method, sometimes, full_space(START), GOAL, KEY, generations=20)
+    assert finite(found.adapter)
+    assert float(quadratic(found.adapter, GOAL, None)) > float(quadratic(START, GOAL, None))
+
+
+@every_method
+def test_equal_fitness_does_not_spoil_it(make):
+    method = make()
+    state = method.init(START)
+    step = jax.jit(lambda key, state: generation(method, key, state, jnp.full(size, 7.0)))
+    size = method.population_size
+    for key in jax.random.split(KEY, 5):
+        state = step(key, state)
+    assert finite(state.mean)
+
+
+@every_method
+def test_shapes_and_dtypes_are_those_of_the_start_under_jit_scan_and_vmap(make):
+    method = make()
+    first = method.init(START)
+    candidates = method.ask(KEY, first)
+    for x, like in zip(jax.tree.leaves(candidates), jax.tree.leaves(START), strict=True):
+        assert (x.shape, x.dtype) == ((method.population_size, *like.shape), like.dtype)
+    assert described(first.mean) == described(START)
+    assert described(generation(method, KEY, first)) == described(first)
+    stop = method.converged(first)
+    assert (jnp.shape(stop), jnp.asarray(stop).dtype) == ((), jnp.dtype(bool))
+    assert not bool(stop)
+
+    def scanned(key, state):
+        return jax.lax.scan(
+            lambda state, key: (generation(method, key, state), None),
+            state,
+            jax.random.split(key, 4),
+        )[0]
+
+    keys = jax.random.split(KEY, 3)
+    together = jax.jit(jax.vmap(scanned, (0, None)))(keys, first)
+    one = jax.jit(scanned)(keys[1], first)
+    close = lambda x, y: np.testing.assert_allclose(  # noqa: E731
+        np.float32(x), np.float32(y), rtol=2e-3, atol=2e-3
+    )
+    jax.tree.map(close, jax.tree.map(lambda x: x[1], together.mean), one.mean)
+
+
+@every_method
+def test_it_depends_on_the_key_alone(make):
+    method = make()
+    first = method.init(START)
+    one, again, other = (method.ask(key, first) for key in (KEY, KEY, jax.random.key(1)))
+    same(one, again)
+    if method.population_size > 1:
+        assert bool(jnp.any(one["a"] != other["a"]))
+    runs = [
+        loop.search(method, quadratic, full_space(START), GOAL, key, generations=4)
+        for key in (KEY, KEY, jax.random.key(1))
+    ]
+    same(runs[0].adapter, runs[1].adapter)
+    if method.population_size > 1:
+        assert bool(jnp.any(runs[0].adapter["a"] != runs[2].adapter["a"]))
+
+
+@every_method
+def test_searches_of_several_problems_advance_in_one_program(make):
+    method = make()
+    keys = jax.random.split(KEY, 5)
+    goals = jax.tree.map(lambda x: jnp.stack([x * n for n in (1, 2, -1, 0, 1.5)]), GOAL)
+
+    def found(goal, key):
+        problem = Problem.of(quadratic, full_space(START), goal, key)
+        return loop.advance(method, problem, loop.begin(method, problem, generations=6), 6)
+
+    together = jax.jit(jax.vmap(found))(goals, keys)
+    for row in range(5):
+        alone = loop.search(
+            method,
+            quadratic,
+            full_space(START),
+            jax.tree.map(lambda x, row=row: x[row], goals),
+            keys[row],
+            generations=6,
+        )
+        assert int(together.generation[row]) == alone.generations
+        np.testing.assert_allclose(together.history.best[row], alone.history.best, 2e-3, 2e-3)
+
+
+@every_method
+def test_a_fitness_in_python_is_for_methods_that_need_no_gradient(make):
+    method = make()
+
+    def judge(adapters, goal, key):
+        return np.stack([np.float64(quadratic(x, goal, key)) for x in rows(adapters)])[:, None]
+
+    def rows(adapters):
+        return [
+            jax.tree.map(lambda x, row=row: x[row], adapters) for row in range(len(adapters["a"]))
+        ]
+
+    def run():
+        return loop.search(method, HostFitness(judge), full_space(START), GOAL, KEY, generations=3)
+
+    if "gradient" in needs(method):
+        with pytest.raises(InputError, match=r"^method=GradientAscent: needs a gradient"):
+            run()
+        return
+    traced = loop.search(method, quadratic, full_space(START), GOAL, KEY, generations=3)
+    np.testing.assert_allclose(run().history.best, traced.history.best, 2e-3, 2e-3)
+
+
+# What is refused.
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(Climber):
+    """A `Climber` of which one part is replaced."""
+
+    part: str = "init"
+    function: object = None
+
+    def __getattribute__(self, name):
+        own = object.__getattribute__(self, "__dict__")
+        if name == own.get("part"):
+            return own["function"]
+        return object.__getattribute__(self, name)
+
+
+leaked = []
+WHOLE = Climber()
+
+
+def leak(key, state):
+    leaked.append(state.size * 2)
+    return WHOLE.ask(key, state)
+
+
+def to_numpy(state, candidates, fitness):
+    return WHOLE.tell(state, candidates, np.asarray(fitness))
+
+
+REFUSED = [
+    ("init", None, "has no function init"),
+    ("ask", 3, "has no function ask"),
+    ("population_size", 0, "population_size=0"),
+    ("population_size", "many", "population_size='many'"),
+    ("needs", ("hessian",), r"needs=\('hessian',\)"),
+    ("init", lambda: None, r"its init raised TypeError .*init\(start\)"),
+    ("ask", lambda key: None, r"its ask raised TypeError .*ask\(key, state\)"),
+    ("tell", lambda state, candidates: state, r"its tell raised TypeError .*tell\(state, cand"),
+    ("init", lambda start: {"x": start}, "its init returned a state without an attribute mean"),
+    (
+        "init",
+        lambda start: ClimberState({"a": start["a"]}, jnp.float32(0)),
+        "its init returned mean of another structure",
+    ),
+    (
+        "init",
+        lambda start: ClimberState(jax.tree.map(jnp.float32, start), jnp.float32(0)),
+        r"its init returned mean with float32\[\] at \['b'\]; it must be float16\[\]",
+    ),
+    (
+        "init",
+        lambda start: ClimberState(jax.tree.map(lambda x: x * jnp.nan, start), jnp.float32(0)),
+        "its init returned mean of which 4 of 4 numbers are not finite",
+    ),
+    (
+        "ask",
+        lambda key, state: jax.tree.map(lambda x: jnp.stack([x] * 3), state.mean),
+        r"its ask returned candidates with float32\[3, 3\] .* it must be float32\[12, 3\]",
+    ),
+    ("ask", leak, "its ask leaks a traced value"),
+    ("tell", to_numpy, "its tell raised TracerArrayConversionError"),
+    (
+        "tell",
+        lambda state, candidates, fitness: state._replace(size=fitness),
+        r"its tell returned a state with float32\[12\] at .size; it must be float32\[\]",
+    ),
+    (
+        "tell",
+        lambda state, candidates, fitness: state._replace(
+            mean=jax.tree.map(lambda x: x + (jnp.log(fitness[0] - 1)).astype(x.dtype), state.mean)
+        ),
+        "its tell returned mean of which 4 of 4 numbers are not finite",
+    ),
+    ("converged", lambda state: state.size, r"its converged returned a value with float32\[\]"),
+    ("converged", lambda state: jnp.zeros(2, bool), r"with bool\[2\]; it must be bool\[\]"),
+]
+
+
+@pytest.mark.parametrize(("part", "function", "reason"), REFUSED)
+def test_a_method_that_does_not_keep_to_the_protocol_is_refused_in_one_sentence(
+    part, function, reason
+):
+    class Asks(Broken):
+        needs = ()
+
+    method = Asks(part=part, function=function)
+    with pytest.raises(InputError, match=rf"^method=Asks: .*{reason}") as error:
+        loop.search(method, never, full_space(START), GOAL, KEY)
+    assert str(error.value).endswith(".")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"^config\.cem\.method='mine:it': "):
+        check_method(method, START, name="config.cem.method='mine:it'")
+
+
+def never(point, goal, key):
+    raise AssertionError("the fitness was traced")
+
+
+def test_a_method_that_is_not_hashable_is_refused():
+    @dataclasses.dataclass
+    class Mutable(Climber.__bases__[0]):
+        population_size: int = 4
+        init = ask = tell = converged = print
+
+    with pytest.raises(InputError, match=r"^method=Mutable: is not hashable"):
+        check_method(Mutable(), START)
+
+
+# evosax by name.
+
+
+@needs_evosax
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"name": "Sep_CMA"}, r"^name='Sep_CMA': evosax has no such strategy; .*Sep_CMA_ES"),
+        ({"name": "zzz"}, r"^name='zzz': evosax has no such strategy; .*CMA_ES"),
+        ({"name": "RandomSearch"}, r"cannot do without sampling_fn"),
+        ({"name": "Open_ES", "population_size": 7}, r"refuses its settings \(Population size must"),
+        ({"name": "PSO", "options": {"inertia": 1.0}}, r"^options\.inertia=1\.0: PSO has no such"),
+        ({"name": "PSO", "options": {"a": [1]}}, r"^options=\{'a': \[1\]\}: give numbers"),
+        ({"name": "PSO", "noise_std": 0.0}, r"^noise_std=0\.0: must be above 0"),
+    ],
+)
+def test_a_strategy_or_option_that_evosax_lacks_is_refused(options, reason):
+    with pytest.raises(InputError, match=reason):
+        Evosax(**options)
+
+
+@needs_evosax
+def test_options_reach_the_strategy():
+    half, whole = (
+        Evosax(name="DifferentialEvolution", options={"crossover_rate": rate})
+        for rate in (0.0, 1.0)
+    )
+    assert half != whole
+    states = [method.init({"x": jnp.zeros(50)}) for method in (half, whole)]
+    moved = [
+        int(jnp.sum(method.ask(KEY, state)["x"][5] != state.inner.population[5]))
+        for method, state in zip((half, whole), states, strict=True)
+    ]
+    # One coordinate of fifty is always taken from the mutant.
+    assert moved == [1, 50]
+
+
+@needs_evosax
+def test_the_noise_is_the_deviation_of_the_first_candidates():
+    for name in ("Sep_CMA_ES", "Open_ES", "xNES"):
+        method = Evosax(name=name, population_size=400, noise_std=0.05)
+        drawn = method.ask(KEY, method.init(jnp.full(5, 3.0)))
+        assert np.std(drawn) == pytest.approx(0.05, rel=0.1)
+        assert np.mean(drawn) == pytest.approx(3.0, abs=0.01)
+
+
+def test_without_evosax_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "evosax.algorithms", None)
+    with pytest.raises(InputError, match=r"pip install 'grpocem_jax\[evosax\]'"):
+        Evosax(name="Sep_CMA_ES", population_size=31)
+
+
+def test_the_section_is_added_to_the_names_of_arguments():
+    @dataclasses.dataclass
+    class Record:
+        rank: int = 0
+        options: int = 0
+
+    def refused(text):
+        with pytest.raises(InputError) as error, section("cem", Record):
+            raise InputError(text)
+        return str(error.value)
+
+    assert refused("rank=0: set rank=1.") == "config.cem.rank=0: set config.cem.rank=1."
+    assert refused("options.x=1: no.") == "config.cem.options.x=1: no."
+    assert refused("my_rank=0, 'rank=2', /rank=1.") == "my_rank=0, 'rank=2', /rank=1."
