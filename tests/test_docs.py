@@ -31,7 +31,7 @@ def _is_module(name):
 
 def resolve(name):
     """What the package has under a dotted name; a folder may have the name of a function."""
-    parts = name.split(".")
+    parts = name.removeprefix("grpocem_jax.").split(".")
     for length in range(len(parts), 0, -1):
         module = ".".join(["grpocem_jax", *parts[:length]])
         if _is_module(module):
