@@ -408,7 +408,7 @@ def test_options_reach_the_strategy():
 
 @needs_evosax
 def test_the_noise_is_the_deviation_of_the_first_candidates():
-    for name in ("Sep_CMA_ES", "Open_ES", "xNES"):
+    for name in ("Sep_CMA_ES", "Open_ES"):
         method = Evosax(name=name, population_size=400, noise_std=0.05)
         drawn = method.ask(KEY, method.init(jnp.full(5, 3.0)))
         assert np.std(drawn) == pytest.approx(0.05, rel=0.1)
