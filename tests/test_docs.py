@@ -1,6 +1,7 @@
 """The documents: made files are up to date, names and links lead somewhere."""
 
 import importlib
+import importlib.util
 import inspect
 import re
 import tomllib
@@ -21,15 +22,24 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
+def _is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a parent that is not a package
+        return False
+
+
 def resolve(name):
-    """The object that a dotted name means from the package on."""
+    """What the package has under a dotted name; a folder may have the name of a function."""
     parts = name.removeprefix("grpocem_jax.").split(".")
-    value = importlib.import_module("grpocem_jax")
-    for number, part in enumerate(parts, start=1):
-        if not hasattr(value, part):
-            importlib.import_module(".".join(["grpocem_jax", *parts[:number]]))
-        value = getattr(value, part)
-    return value
+    for length in range(len(parts), 0, -1):
+        module = ".".join(["grpocem_jax", *parts[:length]])
+        if _is_module(module):
+            found = importlib.import_module(module)
+            for part in parts[length:]:
+                found = getattr(found, part)
+            return found
+    raise AttributeError(name)
 
 
 def named(text):

@@ -172,7 +172,7 @@ def test_fewer_principal_directions_are_those_of_the_largest_singular_values():
 
 def test_more_rank_than_the_vectors_span_is_refused():
     def refused(rank, spanned):
-        pattern = rf"^cem\.rank={rank}: the 3 vectors [^\n]* {spanned} directions[^\n]*\.$"
+        pattern = rf"^rank={rank}: the 3 vectors [^\n]* {spanned} directions[^\n]*\.$"
         return pytest.raises(InputError, match=pattern)
 
     with refused(4, 3):
