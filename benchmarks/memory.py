@@ -85,7 +85,7 @@ def cem_bytes(subject: common.Subject, length: int) -> int:
         return gj.advance(method, problem, search, 1, population_chunk=chunk)
 
     key = jax.random.key(0)
-    problem = gj.Problem.of(lambda *_: 0.0, space, texts, key)
+    problem = gj.Problem.of(lambda *_: jnp.float32(0.0), space, texts, key)
     first = gj.begin(method, problem, generations=1)
     arguments = (carrier.params, first, texts, key)
     return program_bytes(jax.jit(generation).lower(*arguments).compile())

@@ -246,15 +246,16 @@ def adapt(
         check_fits_reward(settings, method)
         subject = _rewarded(run, listed, settings, key)
     else:
-        if any(isinstance(x, rollouts.Item) for x in listed):
+        texts = [x for x in listed if not isinstance(x, rollouts.Item)]
+        if len(texts) < len(listed):
             raise InputError(
                 f"config.cem.fitness={settings.fitness!r}: prompts of a task have a reward, texts "
                 "a likelihood; give texts, or set config.cem.fitness='reward'."
             )
-        if len(listed) == 1 and len(_encode(run.policy, _as_text(listed[0]), settings)[0]) == 1:
+        if len(texts) == 1 and len(_encode(run.policy, _as_text(texts[0]), settings)[0]) == 1:
             note = "a single token has no likelihood given what comes before it"
             return Adaptation(run.adapter, math.nan, math.nan, None, note)
-        subject = _written(run, listed, settings, key)
+        subject = _written(run, texts, settings, key)
     space = space or make_space(run.policy, run.adapter, settings)
     if settings.method not in ("cem", "gradient"):
         check_method(method, space.origin, name=f"config.cem.method={settings.method!r}")

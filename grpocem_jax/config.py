@@ -670,8 +670,8 @@ def _check_cem(cem: CEMConfig, tasks: Mapping[str, Any]) -> None:
     method = cem.search_method
     if cem.options and cem.method in ("cem", "gradient"):
         raise InputError(
-            "config.cem.options are settings of an evosax strategy, or keywords for a search method "
-            f"of your own; leave them empty with config.cem.method={cem.method!r}."
+            "config.cem.options are settings of an evosax strategy, or keywords for a method of "
+            f"your own; leave them empty with config.cem.method={cem.method!r}."
         )
     if cem.space != "full" and not cem.experts:
         raise InputError(

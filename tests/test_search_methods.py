@@ -58,7 +58,9 @@ class Climber:
 
 
 METHODS = [
-    pytest.param(lambda: CEM(population_size=30, noise_std=0.5, momentum=0.0, std_momentum=0.7), id="cem"),
+    pytest.param(
+        lambda: CEM(population_size=30, noise_std=0.5, momentum=0.0, std_momentum=0.7), id="cem"
+    ),
     pytest.param(lambda: GradientAscent(learning_rate=0.1), id="gradient"),
     pytest.param(Climber, id="newcomer"),
     *(

@@ -8,7 +8,7 @@ and nothing has to be inherited from.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 import jax
@@ -68,8 +68,9 @@ class SearchMethod(Protocol):
           points with a leading axis ``population_size``, in the start's dtypes.
         """
 
-    def tell(self, state: State, candidates: Point, fitness: jax.Array) -> State:
-        """The next state.
+    @property
+    def tell(self) -> Callable[..., State]:
+        """``(state, candidates, fitness, **needs) -> state``, the next state.
 
         Args:
           state: the state that was asked.
@@ -117,11 +118,12 @@ def check_method(method: SearchMethod, start: Point, *, name: str = "") -> None:
     except TypeError:
         _refuse(name, "", "is not hashable; make it a frozen dataclass, or give it a __hash__")
     leaves, structure = jax.tree.flatten(start)
-    _check_once(method, structure, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves), name)
+    hashable: Any = method
+    _check_once(hashable, structure, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves), name)
 
 
 @functools.lru_cache(maxsize=256)
-def _check_once(method: SearchMethod, structure: Any, arrays: tuple[Any, ...], name: str) -> None:
+def _check_once(method: Any, structure: Any, arrays: tuple[Any, ...], name: str) -> None:
     leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
     start = jax.tree.unflatten(structure, leaves)
     size = int(method.population_size)
@@ -196,7 +198,8 @@ CALLS: Mapping[str, str] = {
 
 def _compare(name: str, part: str, what: str, found: Any, like: str, wanted: Any) -> None:
     """Refuses arrays of another structure, shape or dtype than wanted."""
-    if jax.tree.structure(found) != jax.tree.structure(wanted):
+    own: Any = jax.tree.structure(found)
+    if own != jax.tree.structure(wanted):
         _refuse(name, part, f"returned {what} of another structure than {like}; make them equal")
     flat = jax.tree_util.tree_flatten_with_path(found)[0]
     for (path, x), y in zip(flat, jax.tree.leaves(wanted), strict=True):

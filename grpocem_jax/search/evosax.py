@@ -123,9 +123,9 @@ class Evosax:
     ) -> EvosaxState:
         """The strategy's update.
 
-        A candidate whose fitness is not finite counts as the worst of the others, one at infinity as
-        the best. Where no fitness is finite, or the strategy's new mean is not, the state stays as
-        it is.
+        A candidate whose fitness is not finite counts as the worst of the others, one at infinity
+        as the best. Where no fitness is finite, or the strategy's new mean is not, the state stays
+        as it is.
         """
         flat, unravel = ravel(state.mean)
         points = jax.vmap(lambda point: ravel(point)[0])(candidates)
@@ -203,7 +203,7 @@ def _make(
     ]
     if missing:
         raise InputError(
-            f"name={name!r}: the strategy cannot do without {', '.join(missing)}; give it in options."
+            f"name={name!r}: the strategy needs {', '.join(missing)}; give it in options."
         )
     own = {x: given[x] for x in given if x in arguments and x not in GIVEN}
     # A strategy is made once for all traces, so it must not hold values of one.
@@ -260,5 +260,5 @@ def _std(inner: Any, unravel: Any, size: int) -> Any:
 
 
 def _retyped(tree: Any, like: Any) -> Any:
-    """Arrays in the dtypes of others: evosax's weak types and counters settle after a generation."""
+    """Arrays in others' dtypes: evosax's weak types and counters settle after a generation."""
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, like)

@@ -494,7 +494,7 @@ def _host_scores(returned: Any, count: int) -> np.ndarray:
     try:
         scores = np.asarray(returned, np.float32)
     except (TypeError, ValueError):
-        scores = np.empty(())
+        scores = np.empty((), np.float32)
     if scores.ndim not in (1, 2) or len(scores) != count or scores.size == 0:
         what = f"an array of shape {scores.shape}" if scores.ndim else repr(returned)[:80]
         raise InputError(
