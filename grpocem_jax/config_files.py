@@ -1,6 +1,7 @@
 """Config files: Python files with a ``get_config``, some of which come with the package, and the
 ``config.json`` of a run."""
 
+import dataclasses
 import importlib.util
 import sys
 import types
@@ -123,8 +124,9 @@ def _typed(value: Any, kind: Any) -> Any:
     if value is None and isinstance(kind, types.UnionType):
         (held,) = (each for each in typing.get_args(kind) if each is not type(None))
         return config_dict.placeholder(held)
-    # Options of one's own adapter are handed over as they are.
-    return tuple(value) if isinstance(value, list) and kind is not Any else value
+    # Options of one's own adapter are handed over as they are, and no section is a list.
+    plain = kind is Any or dataclasses.is_dataclass(kind)
+    return tuple(value) if isinstance(value, list) and not plain else value
 
 
 def _find(file: str) -> Path:

@@ -106,6 +106,7 @@ def export_model(
     """
     workdir, out = files.expand(workdir, "--workdir"), files.expand(out, "--out")
     _check_new(out)
+    _check_options(format, dtype, rank)
     source = workdir / "adapter" if adapter is None else files.expand(adapter, "--adapter")
     run = load_run(workdir, settings, adapter=adapter, model=model)
     pretrained = run.policy.pretrained

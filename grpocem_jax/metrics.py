@@ -71,7 +71,7 @@ class JsonLines:
 
 def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
     """The last records of a file of JSON lines, at most ``count``; none of a file not there."""
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[-count - 1 :] if line]

@@ -82,7 +82,7 @@ def check_settings(workdir: Path, settings: Mapping[str, Any]) -> bool:
             "give another folder. It can be adapted and exported."
         )
     stored = _but(NEUTRAL, _complete(found))
-    given = _but(NEUTRAL, json.loads(json.dumps(settings)))
+    given = _but(NEUTRAL, _complete(json.loads(json.dumps(settings))))
     changed = [x for x in sorted(stored.keys() | given) if stored.get(x) != given.get(x)]
     if set(changed) - set(LENGTH):
         listed = [

@@ -231,7 +231,7 @@ def test_what_is_no_text_is_named(prompt, workdir):
         with pytest.raises(InputError, match="is no text") as error:
             action()
         assert_sentence(str(error.value))
-    with pytest.raises(InputError, match="no text to adapt to"):
+    with pytest.raises(InputError, match="nothing to adapt to"):
         gj.adapt(run, [] if prompt is None else 3)
     with pytest.raises(InputError, match="is one string"):
         gj.complete(run, {}, "Review")

@@ -470,9 +470,20 @@ def test_a_best_checkpoint_that_is_damaged_is_named(stored, tmp_path, capsys):
 # Updates that are not finite
 
 
+def break_advantages(monkeypatch):
+    """From now on, runs have advantages that are not a number."""
+    make = training.make_algorithm
+
+    def broken(rewards, step_rewards, tokens, mask):
+        return jnp.full(mask.shape, jnp.nan)
+
+    monkeypatch.setattr(
+        training, "make_algorithm", lambda config: make(config)._replace(advantages=broken)
+    )
+
+
 def test_a_run_of_updates_that_are_not_finite_stops_with_the_prompts(tmp_path, monkeypatch):
-    broken = jnp.full((8, 4, 4), jnp.nan)
-    monkeypatch.setattr(training.Run, "advantages", lambda *args: broken[: len(args[1])])
+    break_advantages(monkeypatch)
     with pytest.raises(InputError, match=r"not finite 3 times in a row, at last in step 3"):
         training.train(settings(**{"train.max_skipped_updates": 2}), tmp_path / "run")
     prompts = lines(tmp_path / "run" / "nonfinite.jsonl")
@@ -483,8 +494,7 @@ def test_a_run_of_updates_that_are_not_finite_stops_with_the_prompts(tmp_path, m
 
 
 def test_prompts_of_skipped_updates_are_not_repeated(tmp_path, monkeypatch):
-    broken = jnp.full((8, 4, 4), jnp.nan)
-    monkeypatch.setattr(training.Run, "advantages", lambda *args: broken[: len(args[1])])
+    break_advantages(monkeypatch)
     changes = {"train.max_skipped_updates": 9}
     cut_off(tmp_path / "run", monkeypatch, after=3, **changes)
     training.train(settings(**changes), tmp_path / "run")

@@ -103,7 +103,8 @@ def principal_space(start: Offsets, vectors: Offsets, rank: int) -> Space:
     spanned = int(jnp.sum(values > 1e-5 * values[0]))
     if spanned < rank:
         raise InputError(
-            f"rank={rank}: {len(rows)} vectors span {spanned} directions; lower it, or give more."
+            f"rank={rank}: the {len(rows)} vectors span {spanned} directions; lower it, or give "
+            "more vectors."
         )
     basis = jax.vmap(ravel_pytree(start)[1])(directions[:rank])
     return Space(jnp.zeros(rank, jnp.float32), start, basis)
