@@ -72,9 +72,9 @@ def test_the_example_of_the_readme_runs():
     assert -5.0 < float(value) < -0.1
 
 
-def test_imports_point_down_the_layout_of_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    layout = readme[readme.index("    grpocem_jax/\n") : readme.index("Imports point down")]
+def test_imports_point_down_the_layout():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    layout = text[text.index("    grpocem_jax/\n") : text.index("Imports point down this")]
     names = [re.match(r" {6}(?:\S+(?:\.py|/) ?)+", line) for line in layout.splitlines()]
     layers = [re.findall(r"(\w+)(?:\.py|/)", found.group()) for found in names if found]
     level = {name: depth for depth, layer in enumerate(layers) for name in layer}
