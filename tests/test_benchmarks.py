@@ -16,6 +16,7 @@ from benchmarks import common, decode, gpu, memory, ppo, scaling
 from benchmarks import grpo as grpo_benchmark
 from configs import tiny as tiny_config
 from grpocem_jax import grpo
+from grpocem_jax.grpo import step as grpo_step
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -226,7 +227,7 @@ def test_a_step_counts_reference_policy_and_backward_pass(subject, monkeypatch):
     linear = 2 * 13 * d * d * layers * (prompts * 5 + completions * 3)
     head = 2 * d * vocabulary * completions * 4
     assert step - rollout == 3 * linear + 3 * head
-    monkeypatch.setattr(grpo, "KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr(grpo_step, "KEPT_LOGITS_BYTES", 0)
     step = common.arithmetic(grpo_benchmark.step_products(subject, 5, 4))
     assert step - rollout == 3 * linear + 4 * head
 

@@ -3,6 +3,7 @@
 import ast
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -37,6 +38,12 @@ ALLOWED = {
     ("benchmarks/peers.py", "torch"),
     ("benchmarks/peers_trl.py", "torch"),
     ("studies/kills.py", "subprocess"),
+    # An optional package, and only where a config names it.
+    ("grpocem_jax/search/evosax.py", "import_module"),
+    # git, which says of which commit a checkout is.
+    ("grpocem_jax/metrics.py", "subprocess"),
+    # The training commands and nvidia-smi, in processes of their own.
+    ("benchmarks/gpu.py", "subprocess"),
     # transformers runs the exported folder where PyTorch is installed, to compare logits.
     ("grpocem_jax/export.py", "torch"),
 }
@@ -140,7 +147,8 @@ def test_what_adaptation_shows_is_text(as_json, original, tmp_path, monkeypatch,
     name = HOSTILE.replace("\0", "")
     workdir = shutil.copytree(original, tmp_path / name)
     (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": PROMPT + HOSTILE}))
-    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: [HOSTILE])
+    completions = itertools.cycle(["before", HOSTILE])
+    monkeypatch.setattr(adaptation, "complete", lambda *_: [next(completions)])
     monkeypatch.setattr(
         adaptation,
         "adapt",
