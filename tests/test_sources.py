@@ -543,6 +543,15 @@ def test_nothing_left_is_an_error_that_names_the_limit(tmp_path):
         "data.max_prompt_tokens=9",
         "2 are longer",
     )
+    rows = [row, {**row, "context": "word " * 31}]
+    source = SourceConfig(write(tmp_path, train__jsonl=rows))
+    with pytest.raises(InputError) as error:
+        load("qa", source, max_prompt_tokens=9)
+    enough = re.search(r"raise it to (\d+) or more\.$", str(error.value))
+    assert enough is not None
+    assert len(load("qa", source, max_prompt_tokens=int(enough[1])).examples) == 1
+    with pytest.raises(InputError, match="2 are longer"):
+        load("qa", source, max_prompt_tokens=int(enough[1]) - 1)
     headings = SourceConfig(write(tmp_path, valid__txt=" = Title = \n"), train_split="valid")
     assert_refused(lambda: load("general", headings), "data.general.source", "train", "nothing")
 

@@ -129,6 +129,7 @@ def load_examples(
 
     examples: list[Example] = []
     shortened = dropped = excluded = 0
+    shortest: int | None = None
     for index in order:
         if len(examples) == max_samples:
             break
@@ -150,6 +151,8 @@ def load_examples(
         fitting = _fit(task, columns, count_tokens, max_prompt_tokens)
         if fitting is None:
             dropped += 1
+            length = count_tokens(task.template.format_map(columns))
+            shortest = length if shortest is None else min(shortest, length)
             continue
         prompt = task.template.format_map(fitting)
         if prompt in exclude:
@@ -167,7 +170,8 @@ def load_examples(
         if dropped:
             raise InputError(
                 f"{where}in which no {split} prompt of the task {task.name} fits into "
-                f"data.max_prompt_tokens={max_prompt_tokens} ({dropped} are longer): raise it."
+                f"data.max_prompt_tokens={max_prompt_tokens} ({dropped} are longer): raise it to "
+                f"{shortest} or more."
             )
         if excluded:
             raise InputError(
@@ -365,7 +369,7 @@ def _fit(
     if tokens(0) > limit:
         raise InputError(
             f"data.max_prompt_tokens is {limit}, which a prompt of the task {task.name} exceeds "
-            f"with an empty {shorten} already ({tokens(0)} tokens): raise it."
+            f"with an empty {shorten} already: raise it to {tokens(0)} or more."
         )
     # Bisection needs counts that rise with the words; a tokenizer that merges across words may
     # break this by a token, so the result is checked rather than trusted.

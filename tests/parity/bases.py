@@ -55,6 +55,7 @@ BASES = {
     "llama": Base(weights.LLAMAS["llama"], ("self_attn.o_proj",), "bfloat16"),
     "llama-biases": Base(weights.LLAMAS["llama-biases"], ("self_attn.k_proj", "mlp.down_proj")),
     "qwen2": Base(weights.LLAMAS["qwen2"], ("self_attn.o_proj",), "bfloat16"),
+    "qwen3": Base(weights.LLAMAS["qwen3"], ("self_attn.o_proj",), "bfloat16"),
     "qwen2-untied": Base(weights.LLAMAS["qwen2-untied"], ("mlp.up_proj",)),
     "mistral": Base(weights.LLAMAS["mistral"], ("self_attn.q_proj",), "float16"),
 }
