@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 parity: $(PARITY_VENV)/.installed $(TRANSFORMERS_4_VENV)/.installed
 	TRANSFORMERS_4=$(TRANSFORMERS_4_VENV)/bin/python \
 	    $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
-	$(PARITY_VENV)/bin/python -m pytest tests/test_search_methods.py $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest tests/test_search_methods.py -k Sep_CMA_ES $(ARGS)
 
 # Makes the figures of docs/benchmarks.md again, against PyTorch, transformers and TRL.
 bench: $(PEERS_VENV)/.installed
