@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grpocem_jax.fitness import Texts
 
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
 from grpocem_jax.models import gpt2
 from grpocem_jax.search import fitness, spaces
+from grpocem_jax.search.fitness import Texts
 from tests.parity import weights
 
 KEY = jax.random.key(0)

@@ -88,12 +88,12 @@ def test_a_candidate_far_out_is_worth_nothing_and_the_others_are_judged(monkeypa
 
 
 def test_k3_is_exponential_up_to_its_bound_and_its_tangent_beyond():
-    inside = jnp.array([-50.0, 0.0, 1e-3, 5.0, grpo.STEEP])
+    inside = jnp.array([-50.0, 0.0, 1e-3, 5.0, grpo.objectives.STEEP])
     np.testing.assert_array_equal(
         grpo.k3_divergence(-inside, jnp.zeros(5)), jnp.expm1(inside) - inside
     )
     slope = jax.vmap(jax.grad(lambda u: grpo.k3_divergence(-u, 0.0)))
-    at, far = slope(jnp.array([grpo.STEEP - 1e-3, 700.0]))
+    at, far = slope(jnp.array([grpo.objectives.STEEP - 1e-3, 700.0]))
     assert at == pytest.approx(np.exp(20.0), rel=2e-3)
     assert far == pytest.approx(np.exp(20.0) - 1, rel=1e-5)
     value = float(grpo.k3_divergence(jnp.float32(-700.0), jnp.float32(0.0)))
@@ -101,13 +101,13 @@ def test_k3_is_exponential_up_to_its_bound_and_its_tangent_beyond():
 
 
 def test_a_kl_term_that_is_very_large_is_named_with_its_log_ratio(tmp_path, monkeypatch, capsys):
-    update = grpo.update_alone
+    update = training.update_program
 
     def far(state, *args, **options):
         new, found = update(state, *args, **options)
         return new, {**found, "kl": jnp.float32(3e9), "skipped": jnp.float32(skipped)}
 
-    monkeypatch.setattr(training.grpo, "update_alone", far)
+    monkeypatch.setattr(training, "update_program", far)
     monkeypatch.setattr(training, "largest_log_ratio", lambda *args, **options: 119.4)
     changes = {"train.max_steps": 1, "train.max_skipped_updates": 0}
     said = "the KL term is 3e+09, as a token is 119 nats more probable under the base model"
@@ -129,8 +129,7 @@ def test_the_largest_log_ratio_is_that_of_a_token_in_use():
     tokens = jnp.arange(24).reshape(2, 3, 4) % 50
     mask = jnp.arange(4)[None, None] < jnp.array([[[1], [4], [2]]] * 2)
     prompts = jnp.array([[5, 6], [7, 8]])
-    batch = grpo.Batch(prompts, prompts > 0, tokens, mask, jnp.zeros(tokens.shape), None)
-    batch = batch._replace(advantages=batch.old_logps)
+    batch = grpo.Batch(prompts, prompts > 0, tokens, mask, *(jnp.zeros(tokens.shape),) * 3)
     found = float(training.largest_log_ratio(params, adapter, batch, 1.0, model=model))
     ratios = []
     for p in range(2):
