@@ -117,5 +117,7 @@ def k3_divergence(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
     update gets more from a larger one, but a single such token must not make the loss infinite.
     """
     u = ref_logps - logps
-    bounded = jnp.minimum(u, STEEP)
-    return jnp.expm1(bounded) - u + math.exp(STEEP) * (u - bounded)
+    inside = jnp.minimum(u, STEEP)
+    # Apart, so that the tangent's slope does not drown the gradient of small log-ratios.
+    beyond = jnp.maximum(u - STEEP, 0.0)
+    return jnp.expm1(inside) - inside + math.expm1(STEEP) * beyond
