@@ -93,8 +93,8 @@ def test_k3_is_exponential_up_to_its_bound_and_its_tangent_beyond():
         grpo.k3_divergence(-inside, jnp.zeros(5)), jnp.expm1(inside) - inside
     )
     slope = jax.vmap(jax.grad(lambda u: grpo.k3_divergence(-u, 0.0)))
-    # To the last bits, also where the slope beyond is 5e8 times as large.
-    np.testing.assert_allclose(slope(inside[:4]), jnp.expm1(inside[:4]), rtol=1e-6, atol=1e-9)
+    # Added to the slope of the tangent and taken off again, it would be off by 32.
+    np.testing.assert_allclose(slope(inside[:4]), jnp.expm1(inside[:4]), rtol=1e-6, atol=1e-6)
     at, far = slope(jnp.array([grpo.objectives.STEEP - 1e-3, 700.0]))
     assert at == pytest.approx(np.exp(20.0), rel=2e-3)
     assert far == pytest.approx(np.exp(20.0) - 1, rel=1e-5)
