@@ -53,6 +53,7 @@ BASES = {
     "gpt2": Base(weights.SHAPES["small"], ("attn.c_attn", "attn.c_proj")),
     "gpt2-half": Base(weights.SHAPES["small"], ("h.1.attn.c_proj",), "float16"),
     "llama": Base(weights.LLAMAS["llama"], ("self_attn.o_proj",), "bfloat16"),
+    "llama-biases": Base(weights.LLAMAS["llama-biases"], ("self_attn.k_proj", "mlp.down_proj")),
     "qwen2": Base(weights.LLAMAS["qwen2"], ("self_attn.o_proj",), "bfloat16"),
     "qwen3": Base(weights.LLAMAS["qwen3"], ("self_attn.o_proj",), "bfloat16"),
     "qwen2-untied": Base(weights.LLAMAS["qwen2-untied"], ("mlp.up_proj",)),
