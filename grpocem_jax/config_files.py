@@ -1,20 +1,16 @@
 """Config files: Python files with a ``get_config``, some of which come with the package, and the
 ``config.json`` of a run."""
 
-import dataclasses
 import importlib.util
 import sys
 import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_collections
-from ml_collections import config_dict
 
 from grpocem_jax import user_code
-from grpocem_jax.config import Config, lay_defaults, renamed
+from grpocem_jax.config import lay_defaults, renamed
 from grpocem_jax.errors import InputError
 from grpocem_jax.files import expand, is_file, is_folder, read_object
 
@@ -102,7 +98,7 @@ def _load_run_config(
     fix = "give another run"
     stored = read_object(path, fix=fix)
     try:
-        settings = ml_collections.ConfigDict(_typed(renamed(stored), Config))
+        settings = ml_collections.ConfigDict(renamed(stored))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: holds no settings ({error}); {fix}.") from None
     if is_file(path.with_name("run.json")):
@@ -112,21 +108,6 @@ def _load_run_config(
                 _look_in(folder)
     lay_defaults(settings, flags)
     return settings
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    """What JSON does not keep: tuples, and the type of what is None, without which no flag can set
-    it."""
-    if isinstance(value, Mapping):
-        hints = typing.get_type_hints(kind) if isinstance(kind, type) else {}
-        (*_, others) = typing.get_args(kind) or (kind if kind is Any else None,)
-        return {name: _typed(each, hints.get(name, others)) for name, each in value.items()}
-    if value is None and isinstance(kind, types.UnionType):
-        (held,) = (each for each in typing.get_args(kind) if each is not type(None))
-        return config_dict.placeholder(held)
-    # Options of one's own adapter are handed over as they are, and no section is a list.
-    plain = kind is Any or dataclasses.is_dataclass(kind)
-    return tuple(value) if isinstance(value, list) and not plain else value
 
 
 def _find(file: str) -> Path:
