@@ -145,10 +145,9 @@ class Bench:
             self._cast[precision] = jax.block_until_ready(base.cast_params(self.params, dtype))
         return self._cast[precision]
 
-    def time(self, function: Callable[[], Any], *, warm: bool = False) -> float:
+    def time(self, function: Callable[[], Any]) -> float:
         """Median seconds of a function, after one call to warm up."""
-        if not warm:
-            jax.block_until_ready(function())
+        jax.block_until_ready(function())
         seconds = []
         for _ in range(self.sizes.repetitions):
             started = time.perf_counter()
