@@ -15,9 +15,9 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import common
-from grpocem_jax import commands
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import commands
 from grpocem_jax.search import fitness
+from grpocem_jax.utils.errors import InputError
 
 
 def problem(subject: common.Subject, tokens: np.ndarray) -> tuple[fitness.Texts, int]:

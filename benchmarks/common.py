@@ -17,13 +17,14 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grpocem_jax import commands, metrics
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
-from grpocem_jax.config import Config, parse_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import commands
+from grpocem_jax.config.schema import Config, parse_config
 from grpocem_jax.models import base, hub
-from grpocem_jax.policy import Carrier, put_adapter
+from grpocem_jax.rollouts.policy import Carrier, put_adapter
+from grpocem_jax.runs import metrics
+from grpocem_jax.utils.errors import InputError
 
 
 class Subject(NamedTuple):

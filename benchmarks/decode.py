@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode [--config configs/gpt2.py] [--tokens 32] [--json] [--peers]
 
-Times `grpocem_jax.sampling.sample` with the config's sampling settings: a step's prompts, a group
-of completions of each, none of which ends early.
+Times `grpocem_jax.models.sampling.sample` with the config's sampling settings: a step's prompts, a
+group of completions of each, none of which ends early.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import common
-from grpocem_jax import commands, sampling
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import commands
+from grpocem_jax.models import sampling
+from grpocem_jax.utils.errors import InputError
 
 
 def sampling_settings(subject: common.Subject, length: int) -> dict[str, Any]:

@@ -45,8 +45,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import grpocem_jax as gj
-from grpocem_jax import grpo, likelihood, metrics, sampling
-from grpocem_jax.models import base
+from grpocem_jax import grpo
+from grpocem_jax.models import base, likelihood, sampling
+from grpocem_jax.runs import metrics
 from grpocem_jax.search import fitness
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common, decode
-from grpocem_jax import grpo, sampling, training
-from grpocem_jax.algorithm import make_algorithm
+from grpocem_jax import grpo
+from grpocem_jax.models import sampling
+from grpocem_jax.training import loop as training
+from grpocem_jax.training.algorithm import make_algorithm
 
 
 class Step(NamedTuple):

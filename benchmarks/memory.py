@@ -19,10 +19,11 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import cem, common, decode, grpo, ppo
-from grpocem_jax import commands, sampling
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import commands
 from grpocem_jax.grpo import init_state
+from grpocem_jax.models import sampling
 from grpocem_jax.search import fitness
+from grpocem_jax.utils.errors import InputError
 
 COMPILER = (
     "largest of the step's compiled programs by XLA's memory analysis: arguments + results + "

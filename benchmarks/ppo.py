@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpocem_jax import grpo, training
-from grpocem_jax.likelihood import token_logps
+from grpocem_jax import grpo
 from grpocem_jax.models.base import Model, Params
+from grpocem_jax.models.likelihood import token_logps
+from grpocem_jax.training import loop as training
 
 DISCOUNT = 1.0
 TRACE = 0.95

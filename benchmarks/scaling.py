@@ -17,10 +17,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cem, common
-from grpocem_jax import commands
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_folder
+from grpocem_jax.config import commands
 from grpocem_jax.models import gpt2
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import is_folder
 
 POPULATIONS = (10, 30, 100, 300, 1000)
 LENGTHS = (8, 16, 32, 64, 128, 256)

@@ -12,7 +12,7 @@ reasons and what came of it.
 import ml_collections
 from ml_collections import config_dict
 
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 
 
 def get_config(recipe: str = "report") -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ may want a smaller learning rate.
 
 import ml_collections
 
-from grpocem_jax.config_files import load_config
+from grpocem_jax.config.files import load_config
 
 
 def get_config() -> ml_collections.ConfigDict:

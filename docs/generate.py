@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpocem_jax.config import Config, parse_config
-from grpocem_jax.config_files import load_config
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import Config, parse_config
 
 TARGET = Path(__file__).with_name("config.md")
 CONFIGS = ("tiny", "gpt2", "gpt2:tuned")
 INTRODUCTION = """\
 # Settings
 
-Made by `make docs` from `grpocem_jax/config.py` and `configs/`; do not edit.
+Made by `make docs` from `grpocem_jax/config/schema.py` and `configs/`; do not edit.
 
 A config is a Python file whose `get_config()` returns an `ml_collections.ConfigDict` with the
 sections below. `--config` takes such a file, or the name of one that comes with the package:

@@ -17,8 +17,6 @@ from grpocem_jax.adapters.base import (
     select_sites,
 )
 from grpocem_jax.adapters.svf import SVFFactors, cached_svd, svd, svf
-from grpocem_jax.devices import divide, make_mesh, replicate
-from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import (
     Batch,
     TrainState,
@@ -32,9 +30,9 @@ from grpocem_jax.grpo import (
     token_weights,
     update,
 )
-from grpocem_jax.likelihood import completion_logps, token_logps
 from grpocem_jax.models.base import Context, KeyValues, Model, cast_params, dense
-from grpocem_jax.sampling import Rollouts, sample
+from grpocem_jax.models.likelihood import completion_logps, token_logps
+from grpocem_jax.models.sampling import Rollouts, sample
 from grpocem_jax.search import (
     CEM,
     CEMState,
@@ -58,6 +56,8 @@ from grpocem_jax.search import (
     principal_space,
     search,
 )
+from grpocem_jax.utils.devices import divide, make_mesh, replicate
+from grpocem_jax.utils.errors import InputError
 
 if TYPE_CHECKING:
     from grpocem_jax.adaptation import (
@@ -69,29 +69,35 @@ if TYPE_CHECKING:
         load_run,
         log_likelihoods,
     )
-    from grpocem_jax.checkpoints import load_adapter, save_adapter
-    from grpocem_jax.config import AdapterConfig, CEMConfig, Config, ModelConfig, parse_config
-    from grpocem_jax.config_files import load_config
-    from grpocem_jax.export import Exported, export_model
+    from grpocem_jax.config.files import load_config
+    from grpocem_jax.config.schema import (
+        AdapterConfig,
+        CEMConfig,
+        Config,
+        ModelConfig,
+        parse_config,
+    )
+    from grpocem_jax.export.model import Exported, export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
-    from grpocem_jax.policy import Policy, load_policy
-    from grpocem_jax.rollouts import Item, encode
+    from grpocem_jax.rollouts.engine import Item, encode
+    from grpocem_jax.rollouts.policy import Policy, load_policy
+    from grpocem_jax.runs.checkpoints import load_adapter, save_adapter
     from grpocem_jax.tasks import TASKS, Example, Reward, Task
-    from grpocem_jax.training import train
+    from grpocem_jax.training.loop import train
 
 _LAZY = {
     name: module
     for module, names in {
         "adaptation": "Adaptation Text TrainedRun adapt complete load_run log_likelihoods",
-        "checkpoints": "load_adapter save_adapter",
-        "config": "AdapterConfig CEMConfig Config ModelConfig parse_config",
-        "config_files": "load_config",
-        "export": "Exported export_model",
+        "config.files": "load_config",
+        "config.schema": "AdapterConfig CEMConfig Config ModelConfig parse_config",
+        "export.model": "Exported export_model",
         "models.hub": "Pretrained load_model save_model",
-        "policy": "Policy load_policy",
-        "rollouts": "Item encode",
+        "rollouts.engine": "Item encode",
+        "rollouts.policy": "Policy load_policy",
+        "runs.checkpoints": "load_adapter save_adapter",
         "tasks": "Example Reward TASKS Task",
-        "training": "train",
+        "training.loop": "train",
     }.items()
     for name in names.split()
 }

@@ -6,9 +6,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from grpocem_jax import commands, inference
-from grpocem_jax.errors import InputError
-from grpocem_jax.training import train as train_run
+from grpocem_jax.adaptation import command as inference
+from grpocem_jax.config import commands
+from grpocem_jax.training.loop import train as train_run
+from grpocem_jax.utils.errors import InputError
 
 
 def train() -> None:

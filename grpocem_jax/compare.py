@@ -11,10 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
-from grpocem_jax import commands
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import write_bytes
-from grpocem_jax.terminal import say
+from grpocem_jax.config import commands
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import write_bytes
+from grpocem_jax.utils.terminal import say
 
 
 def compare(folders: Sequence[str], out: str | Path) -> str:

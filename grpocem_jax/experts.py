@@ -17,14 +17,17 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grpocem_jax import checkpoints, commands, files, grpo
-from grpocem_jax.algorithm import make_algorithm
-from grpocem_jax.config import parse_config
-from grpocem_jax.errors import InputError
-from grpocem_jax.policy import load_policy
+from grpocem_jax import grpo
+from grpocem_jax.config import commands
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.rollouts.policy import load_policy
+from grpocem_jax.runs import checkpoints
 from grpocem_jax.tasks import Task
-from grpocem_jax.terminal import say
-from grpocem_jax.training import train
+from grpocem_jax.training.algorithm import make_algorithm
+from grpocem_jax.training.loop import train
+from grpocem_jax.utils import files
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.terminal import say
 
 SNAPSHOTS = 5
 """Points of each training trajectory that the library keeps, for `spaces.principal_space`."""

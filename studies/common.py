@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grpocem_jax import commands
+from grpocem_jax.config import commands
 
 
 def mean_ci(values: Any) -> tuple[float, float]:

@@ -29,23 +29,17 @@ import pyarrow
 import pyarrow.parquet
 from absl import flags
 
-from grpocem_jax import (
-    adaptation,
-    checkpoints,
-    commands,
-    files,
-    grpo,
-    policy,
-    report,
-    rundir,
-    tasks,
-)
-from grpocem_jax.config import parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax import adaptation, grpo, report, tasks
+from grpocem_jax.config import commands
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import parse_config
 from grpocem_jax.models import hub
 from grpocem_jax.report import record
-from grpocem_jax.terminal import visible
+from grpocem_jax.rollouts import policy
+from grpocem_jax.runs import checkpoints, rundir
+from grpocem_jax.utils import files
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.terminal import visible
 
 PIECES = (
     b"null", b"-1", b"0", b"1e999", b"1e-45", b"NaN", b"true", b'""', b"[]", b"{}", b"\x00",

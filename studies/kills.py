@@ -20,8 +20,8 @@ from typing import Any
 
 from absl import flags
 
-from grpocem_jax import commands
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import commands
+from grpocem_jax.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12

@@ -26,10 +26,10 @@ import numpy as np
 
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
-from grpocem_jax.config import CEMConfig, parse_config
-from grpocem_jax.config_files import load_config
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import CEMConfig, parse_config
 from grpocem_jax.models.tokenizer import continuing, load_tokenizer
-from grpocem_jax.policy import load_policy
+from grpocem_jax.rollouts.policy import load_policy
 from studies import common
 from studies.common import interval, mean_ci, prompt_table, say, table
 

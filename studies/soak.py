@@ -26,9 +26,11 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grpocem_jax import adaptation, commands, training
-from grpocem_jax.config_files import load_config
-from grpocem_jax.data import load_data
+from grpocem_jax import adaptation
+from grpocem_jax.config import commands
+from grpocem_jax.config.files import load_config
+from grpocem_jax.training import loop as training
+from grpocem_jax.training.data import load_data
 
 BOUND = 0.02
 """Growth of memory in the second half, as a share of it, that passes."""

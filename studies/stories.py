@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from grpocem_jax import adaptation, training
+from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Text
-from grpocem_jax.config_files import load_config
+from grpocem_jax.config.files import load_config
+from grpocem_jax.training import loop as training
 from studies import common
 from studies.common import interval, mean_ci, say, table
 

@@ -13,8 +13,11 @@ import sys
 import pytest
 from absl import flags
 
-from grpocem_jax import cli, commands, compare, export, training
+from grpocem_jax import cli, compare
+from grpocem_jax.config import commands
+from grpocem_jax.export import __main__ as export_main
 from grpocem_jax.search import loop
+from grpocem_jax.training import loop as training
 from tests.conftest import ROOT
 from tests.test_adaptation import no_search, write_run
 
@@ -29,7 +32,7 @@ def benchmark(name):
 COMMANDS = {
     "train": cli.train,
     "adapt": cli.adapt,
-    "export": export.main,
+    "export": export_main.main,
     "compare": compare.main,
     "report": lambda: runpy.run_module("grpocem_jax.report", run_name="__main__"),
     "experts": lambda: runpy.run_path(

@@ -17,13 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, checkpoints, experts, policy, rollouts, training
-from grpocem_jax.adaptation import Text
-from grpocem_jax.clock import CompileClock
-from grpocem_jax.config import parse_config
-from grpocem_jax.errors import InputError
+from grpocem_jax import adaptation, experts
+from grpocem_jax.adaptation import Text, workflow
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts import policy
+from grpocem_jax.runs import checkpoints, trained
 from grpocem_jax.search import loop
 from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils.clock import CompileClock
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import OUT_OF_MEMORY
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +64,7 @@ one_policy = functools.cache(policy.load_policy)
 def cheap_programs():
     """One policy for equal settings, so that programs are shared, and a quick compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (adaptation, training, experts):
+        for module in (trained, training, experts):
             patch.setattr(module, "load_policy", one_policy)
         before = jax.config.read("jax_disable_most_optimizations")
         jax.config.update("jax_disable_most_optimizations", True)
@@ -555,7 +559,7 @@ def test_samples_under_own_adapters_are_those_of_one_call_for_each_adapter(
 def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     run, questions, by_words, monkeypatch
 ):
-    monkeypatch.setattr(adaptation, "HELD_BACK_SAMPLES", 1)
+    monkeypatch.setattr(workflow, "HELD_BACK_SAMPLES", 1)
 
     def compiling(**columns):
         jax.jit(lambda x: x + 1)(0.0)  # a new function: the other programs may be there already
@@ -602,7 +606,7 @@ def test_where_memory_runs_out_fewer_candidates_answer_at_a_time(
     settings = reward_settings(run, gate=False, fit_memory=asked)
     search = functools.partial(adaptation.adapt, run, items, key=jax.random.key(8))
     expected = search(settings=dataclasses.replace(settings, population_chunk=2))
-    monkeypatch.setattr(adaptation.rollouts, "population_rewards", short)
+    monkeypatch.setattr(rollouts, "population_rewards", short)
     if not asked:
         with pytest.raises(
             InputError, match=r"memory in the search: .* config\.cem\.population_chunk=2,"
@@ -675,7 +679,7 @@ def test_the_search_and_the_gate_judge_by_different_prompts(run, questions, monk
     task = dataclasses.replace(TASKS["qa"], rewards=(Reward(record),))
     items = [item._replace(task=task) for item in questions]
     by_prompt = {item.example.prompt: row for row, item in enumerate(items)}
-    monkeypatch.setattr(adaptation, "HELD_BACK_SAMPLES", 1)
+    monkeypatch.setattr(workflow, "HELD_BACK_SAMPLES", 1)
     adaptation.adapt(run, items, settings=reward_settings(run, held_back=0.3, generations=1))
     # Before; the start; the candidates; the points of the gate; after.
     assert asked == [[0, 1, 2, 3], [0, 1], [2, 3], [0, 1], [0, 1, 2, 3]]
@@ -688,7 +692,7 @@ def test_one_lucky_prompt_of_those_held_back_does_not_pass_the_gate(run, questio
         moved = [distance(a, run.adapter) > 0 for a in unstacked(adapters)]
         return np.array([[gains[i.example.prompt] * away for i in items] for away in moved])
 
-    monkeypatch.setattr(adaptation.rollouts, "population_rewards", rewards)
+    monkeypatch.setattr(rollouts, "population_rewards", rewards)
     search = functools.partial(adaptation.adapt, run, questions[:3])
     # Of the two held back the gain is 1, its standard error sqrt(8) / sqrt(2) = 2. The first alone
     # would pass with a gain of 3 and no standard error.
@@ -735,7 +739,7 @@ def test_a_fitness_that_is_not_finite_at_the_start_is_named_before_the_search(
 ):
     monkeypatch.setattr(loop, "search", no_search)
     function = functools.partial(constant, value)
-    monkeypatch.setattr(adaptation.user_code, "load_function", lambda *args, **kwargs: function)
+    monkeypatch.setattr(workflow.user_code, "load_function", lambda *args, **kwargs: function)
     settings = cem(run, fitness="mine:constant", gate=gate)
     with pytest.raises(InputError) as error:
         adaptation.adapt(run, PROMPT, settings=settings)
@@ -749,9 +753,7 @@ def test_a_fitness_that_is_not_finite_for_the_result_is_named(run, monkeypatch):
         moved = sum(jnp.sum(jnp.abs(adapter[name] - run.adapter[name])) for name in adapter)
         return jnp.where(moved > 0, jnp.nan, 1.0)
 
-    monkeypatch.setattr(
-        adaptation.user_code, "load_function", lambda *args, **kwargs: off_the_start
-    )
+    monkeypatch.setattr(workflow.user_code, "load_function", lambda *args, **kwargs: off_the_start)
     found = types.SimpleNamespace(adapter=jax.tree.map(lambda x: x + 1, run.adapter))
     monkeypatch.setattr(loop, "search", lambda *args, **kwargs: found)
     with pytest.raises(InputError, match=r"is nan for the adapter found.*cem.gate=True"):

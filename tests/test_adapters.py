@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import gpt2 as gpt2_recipe
-from grpocem_jax import checkpoints
 from grpocem_jax.adapters import base as adapters
 from grpocem_jax.adapters import svf
-from grpocem_jax.errors import InputError
 from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2
+from grpocem_jax.runs import checkpoints
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import SITES
 from tests.parity import weights
 

@@ -18,8 +18,10 @@ import hypothesis.strategies as st
 import pytest
 
 import grpocem_jax as gj
-from grpocem_jax import adaptation, commands, training
-from grpocem_jax.errors import InputError
+from grpocem_jax import adaptation
+from grpocem_jax.config import commands
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils.errors import InputError
 from studies.fuzz import parse_command
 from tests.command_line import TINY, assert_sentence
 from tests.conftest import ROOT

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import grpocem_jax as gj
-from grpocem_jax.errors import InputError
 from grpocem_jax.models import hub
+from grpocem_jax.utils.errors import InputError
 from tests.command_line import TINY
 from tests.test_adaptation import PROMPT, SMALL, cheap_programs
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.search import CEM, GradientAscent, cem
+from grpocem_jax.utils.errors import InputError
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(jax.random.key(1), 3)

@@ -13,10 +13,10 @@ import absl.flags
 import ml_collections
 import pytest
 
-from grpocem_jax import commands
-from grpocem_jax.config import Config, lay_defaults, parse_config, with_defaults
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import commands
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import Config, lay_defaults, parse_config, with_defaults
+from grpocem_jax.utils.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -14,8 +14,8 @@ import pytest
 
 from examples import variants
 from grpocem_jax import grpo
-from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import checks
+from grpocem_jax.utils.errors import InputError
 
 OBJECTIVES = {
     "clipped": grpo.clipped(),

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpocem_jax.config import parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.data import Data, load_data
-from grpocem_jax.errors import InputError
-from grpocem_jax.policy import load_policy
-from grpocem_jax.rollouts import Item
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.rollouts.engine import Item
+from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks import Example, Task
 from grpocem_jax.tasks.identity import identity
+from grpocem_jax.training.data import Data, load_data
+from grpocem_jax.utils.errors import InputError
 
 # Held out
 

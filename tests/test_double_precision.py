@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo, sampling
+from grpocem_jax import grpo
+from grpocem_jax.models import sampling
 from grpocem_jax.search import CEM, GradientAscent, fitness, loop, spaces
 
 PROMPTS, GROUP, LENGTH = 2, 4, 6

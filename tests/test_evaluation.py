@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import evaluation, rollouts
-from grpocem_jax.config import parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.tasks import TASKS, Example, Reward
+from grpocem_jax.training import evaluation
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import OUT_OF_MEMORY
 from tests.test_adaptation import cheap_programs, random_offsets, tiny_policy
 

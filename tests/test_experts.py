@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from grpocem_jax import checkpoints, rundir, tasks, training
+from grpocem_jax import tasks
 from grpocem_jax.adaptation import LIBRARY
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config.files import load_config
 from grpocem_jax.experts import mixtures, train_experts
+from grpocem_jax.runs import checkpoints, rundir
 from grpocem_jax.search import spaces
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import ROOT
 from tests.test_adaptation import cheap_programs, get_config, random_offsets, tiny_policy
 

@@ -18,12 +18,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from grpocem_jax import checkpoints, export, files, peft, screens
 from grpocem_jax.adaptation import load_run
 from grpocem_jax.adapters import base as adapters
-from grpocem_jax.errors import InputError
+from grpocem_jax.export import command, peft, screens
+from grpocem_jax.export import model as export
 from grpocem_jax.models import base as models
 from grpocem_jax.models import conversion, hub, llama, tokenizer
+from grpocem_jax.runs import checkpoints
+from grpocem_jax.utils import files
+from grpocem_jax.utils.errors import InputError
 from tests.parity import bases, weights
 from tests.test_adaptation import (
     PROMPT,
@@ -738,7 +741,7 @@ def test_a_run_without_adapter_or_summary_is_refused(workdir, tmp_path):
 )
 def test_flags_that_do_not_fit_are_refused(flags, sentence):
     with pytest.raises(InputError, match=sentence):
-        export.run(**flags)
+        command.run(**flags)
 
 
 # The Hub
@@ -767,9 +770,9 @@ def push(workdir, exported, tmp_path, monkeypatch):
     def call(hub=None, token="hf_token", **flags):
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
-        monkeypatch.setattr(export, "export_model", lambda *args, **kwargs: exported)
+        monkeypatch.setattr(command, "export_model", lambda *args, **kwargs: exported)
         given = {"workdir": str(workdir), "out": str(tmp_path / "model"), "repository": "me/tiny"}
-        return export.run(**{**given, **flags})
+        return command.run(**{**given, **flags})
 
     return call
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo, likelihood, sampling, training
+from grpocem_jax import grpo
 from grpocem_jax.adapters import base as adapters
-from grpocem_jax.errors import InputError
 from grpocem_jax.grpo import step as grpo_step
 from grpocem_jax.models import base as models
-from grpocem_jax.models import gpt2
+from grpocem_jax.models import gpt2, likelihood, sampling
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils.errors import InputError
 
 PROMPTS, GROUP, LENGTH, PROMPT_LENGTH = 4, 4, 6, 5
 

@@ -18,9 +18,9 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.models import gpt2, hub
 from grpocem_jax.models.tokenizer import load_tokenizer
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import ROOT
 from tests.parity import weights
 
@@ -380,7 +380,7 @@ def test_the_real_tokenizer_loads(shared):
 
 LOAD = """
 import sys
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 from grpocem_jax.models import hub
 for source in sys.argv[1:]:
     try:

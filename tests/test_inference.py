@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, checkpoints, files, inference, tables
-from grpocem_jax.adaptation import LIBRARY, Text
-from grpocem_jax.config import parse_config
-from grpocem_jax.errors import InputError
+from grpocem_jax import adaptation
+from grpocem_jax.adaptation import LIBRARY, Text, tables
+from grpocem_jax.adaptation import command as inference
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.runs import checkpoints
 from grpocem_jax.search import loop
 from grpocem_jax.tasks import SourceConfig, Task, example_of
 from grpocem_jax.tasks.rows import file_rows
+from grpocem_jax.utils import files
+from grpocem_jax.utils.errors import InputError
 from tests.test_adaptation import (
     OTHER,
     PROMPT,

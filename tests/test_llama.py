@@ -13,15 +13,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
-from grpocem_jax import adaptation, export, rollouts, training
+from grpocem_jax import adaptation
 from grpocem_jax.adapters import base as adapters
-from grpocem_jax.config import ModelConfig, parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import ModelConfig, parse_config
+from grpocem_jax.export import model as export
 from grpocem_jax.models import base, hub, llama, rope
 from grpocem_jax.models.tokenizer import load_tokenizer
-from grpocem_jax.policy import load_policy
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks.base import Example, Task
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import make_tiny
 from tests.parity import weights
 from tests.test_hub import assert_refused, edit_config, edit_state, shard

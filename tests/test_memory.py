@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
-from grpocem_jax import memory
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils import memory
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import OUT_OF_MEMORY, ROOT
 
 
@@ -81,9 +81,9 @@ def test_other_errors_of_the_device_pass_through():
 
 def test_a_command_ends_with_a_sentence_wherever_memory_runs_out():
     code = (
-        "import jax, grpocem_jax.commands\n"
+        "import jax, grpocem_jax.config.commands\n"
         f"def main(argv): raise jax.errors.JaxRuntimeError({OUT_OF_MEMORY!r})\n"
-        "grpocem_jax.commands.run(main)"
+        "grpocem_jax.config.commands.run(main)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

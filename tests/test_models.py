@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.models import base, hub
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import make_tiny
 from tests.parity import weights
 

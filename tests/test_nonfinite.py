@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, grpo, policy, rollouts, training
+from grpocem_jax import adaptation, grpo
 from grpocem_jax.adaptation import TrainedRun
-from grpocem_jax.config import parse_config
-from grpocem_jax.errors import InputError
-from grpocem_jax.sampling import Rollouts
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.models.sampling import Rollouts
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts import policy
 from grpocem_jax.tasks import Example
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils.errors import InputError
 from tests.test_resume import lines, settings
 
 FIX = "set config.model.dtype to 'bfloat16', or to 'float32'"

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from grpocem_jax import screens, terminal
+from grpocem_jax.utils import progress, terminal
 
 
 def ipython(config):
@@ -25,11 +25,11 @@ def where(request, monkeypatch):
 
 
 def test_progress_is_a_bar_in_a_notebook_and_lines_in_a_file(where, capsys):
-    progress = screens.Progress(2)
-    progress.update(1, reward="0.5")
-    progress.write("step 1")
-    progress.update(2, reward="0.75")
-    progress.close()
+    shown = progress.Progress(2)
+    shown.update(1, reward="0.5")
+    shown.write("step 1")
+    shown.update(2, reward="0.75")
+    shown.close()
     terminal.say("held-out reward", sys.stderr)
     out, err = capsys.readouterr()
     if where == "kernel":
@@ -47,4 +47,4 @@ def test_progress_is_a_bar_in_a_notebook_and_lines_in_a_file(where, capsys):
 def test_the_bar_is_the_one_that_notebooks_draw():
     import tqdm.auto
 
-    assert screens.tqdm is tqdm.auto.tqdm
+    assert progress.tqdm is tqdm.auto.tqdm

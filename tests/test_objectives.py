@@ -11,9 +11,10 @@ import optax
 import pytest
 
 from examples import variants
-from grpocem_jax import grpo, likelihood
-from grpocem_jax.errors import InputError
+from grpocem_jax import grpo
 from grpocem_jax.grpo import checks
+from grpocem_jax.models import likelihood
+from grpocem_jax.utils.errors import InputError
 
 PROMPTS, GROUP, LENGTH = 2, 3, 5
 

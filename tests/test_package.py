@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from grpocem_jax import config_files, user_code
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import files as config_files
+from grpocem_jax.config.files import load_config
+from grpocem_jax.utils import user_code
+from grpocem_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

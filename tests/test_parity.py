@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import likelihood
-from grpocem_jax.models import gpt2, hub, llama
+from grpocem_jax.models import gpt2, hub, likelihood, llama
 from tests.parity import stories, weights
 
 REFERENCE = Path(__file__).parent / "parity" / "reference"

@@ -9,12 +9,15 @@ import tempfile
 import jax
 import pytest
 
-from grpocem_jax import commands, files, report, training
+from grpocem_jax import report
 from grpocem_jax.adapters import svf
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config import commands
+from grpocem_jax.config.files import load_config
 from grpocem_jax.models import hub
 from grpocem_jax.tasks import TASKS, SourceConfig, load_examples
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils import files
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import ROOT
 
 pytest_plugins = ["tests.command_line"]

@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from grpocem_jax import adaptation, evaluation, report, tables
+from grpocem_jax import adaptation, report
+from grpocem_jax.adaptation import tables
 from grpocem_jax.adapters import svf
-from grpocem_jax.errors import InputError
 from grpocem_jax.report import courses, plots, record, sites
 from grpocem_jax.report import page as page_module
 from grpocem_jax.search import loop
+from grpocem_jax.training import evaluation
+from grpocem_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["qa", "sentiment"]

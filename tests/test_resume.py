@@ -19,21 +19,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import (
-    adaptation,
-    checkpoints,
-    files,
-    grpo,
-    metrics,
-    policy,
-    rundir,
-    training,
-)
-from grpocem_jax.algorithm import make_algorithm
-from grpocem_jax.config import parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.data import load_data
-from grpocem_jax.errors import InputError
+from grpocem_jax import adaptation, grpo
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.rollouts import policy
+from grpocem_jax.runs import checkpoints, metrics, rundir, trained
+from grpocem_jax.training import loop as training
+from grpocem_jax.training.algorithm import make_algorithm
+from grpocem_jax.training.data import load_data
+from grpocem_jax.utils import files
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import OUT_OF_MEMORY, ROOT
 
 STEPS = 6
@@ -82,7 +77,7 @@ def _one_policy():
     """One model for all runs of this process, so that programs are shared, and no pictures."""
     with pytest.MonkeyPatch.context() as patch:
         load = functools.cache(policy.load_policy)
-        for module in (adaptation, training):
+        for module in (trained, training):
             patch.setattr(module, "load_policy", load)
         patch.setattr(training.report, "write", lambda workdir: workdir / "report")
         yield

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from grpocem_jax import rewards
+from grpocem_jax.tasks import rewards
 
 
 def answer(completion: str, *answers: str) -> float | None:

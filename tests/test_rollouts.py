@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import rollouts, rundir
-from grpocem_jax.errors import InputError
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.runs import rundir
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
+from grpocem_jax.utils.errors import InputError
 
 # One token a letter; token 0 ends a text.
 POLICY = types.SimpleNamespace(

@@ -12,9 +12,14 @@ import pytest
 from absl import flags
 
 import grpocem_jax as gj
-from grpocem_jax import adaptation, checkpoints, commands, config_files, rundir, screens
-from grpocem_jax.config import parse_config
-from grpocem_jax.errors import InputError
+from grpocem_jax import adaptation
+from grpocem_jax.config import commands
+from grpocem_jax.config import files as config_files
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.runs import checkpoints, rundir
+from grpocem_jax.runs import screens as run_screens
+from grpocem_jax.training import screens
+from grpocem_jax.utils.errors import InputError
 from tests.test_adaptation import get_config, random_offsets, tiny_policy, write_run
 
 
@@ -148,10 +153,12 @@ def test_a_command_is_named_by_its_path_where_its_environment_is_not_active(
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
     monkeypatch.setenv("PATH", str(folder) if active else "/nowhere")
     monkeypatch.chdir(tmp_path)
-    assert screens.installed("grpocem-adapt") == ("" if active else "env/bin/") + "grpocem-adapt"
+    assert (
+        run_screens.installed("grpocem-adapt") == ("" if active else "env/bin/") + "grpocem-adapt"
+    )
     monkeypatch.chdir("/")
     expected = "grpocem-adapt" if active else str(folder / "grpocem-adapt").removeprefix("/")
-    assert screens.installed("grpocem-adapt") == expected
+    assert run_screens.installed("grpocem-adapt") == expected
 
 
 def test_paths_of_adapters_are_relative_to_the_current_directory(run, monkeypatch):

@@ -14,10 +14,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, evaluation, inference, terminal, training
+from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Adaptation
-from grpocem_jax.config_files import load_config
-from grpocem_jax.terminal import one_line, visible
+from grpocem_jax.adaptation import command as inference
+from grpocem_jax.config.files import load_config
+from grpocem_jax.training import evaluation
+from grpocem_jax.training import loop as training
+from grpocem_jax.utils import terminal
+from grpocem_jax.utils.terminal import one_line, visible
 from tests.conftest import ROOT
 from tests.test_adaptation import PROMPT, cheap_programs, get_config
 
@@ -28,9 +32,9 @@ FUNCTIONS = {"eval", "exec", "compile", "__import__", "execfile"}
 METHODS = {"exec_module", "import_module", "system", "popen", "spawn", "load_module", "run_path"}
 ALLOWED = {
     # A config is a Python file, and the docs say that it is code.
-    ("grpocem_jax/config_files.py", "exec_module"),
+    ("grpocem_jax/config/files.py", "exec_module"),
     # Functions of the user's own, named in a config.
-    ("grpocem_jax/user_code.py", "import_module"),
+    ("grpocem_jax/utils/user_code.py", "import_module"),
     # Names of this package, looked up when they are used.
     ("grpocem_jax/__init__.py", "import_module"),
     # Comparisons with PyTorch, in processes of their own; never in the product.
@@ -41,11 +45,11 @@ ALLOWED = {
     # An optional package, and only where a config names it.
     ("grpocem_jax/search/evosax.py", "import_module"),
     # git, which says of which commit a checkout is.
-    ("grpocem_jax/metrics.py", "subprocess"),
+    ("grpocem_jax/runs/metrics.py", "subprocess"),
     # The training commands and nvidia-smi, in processes of their own.
     ("benchmarks/gpu.py", "subprocess"),
     # transformers runs the exported folder where PyTorch is installed, to compare logits.
-    ("grpocem_jax/export.py", "torch"),
+    ("grpocem_jax/export/model.py", "torch"),
 }
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import likelihood, sampling
-from grpocem_jax.errors import InputError
+from grpocem_jax.models import likelihood, sampling
+from grpocem_jax.utils.errors import InputError
 
 PROMPTS, GROUP, LENGTH = 3, 4, 8
 NO_END = jnp.array([-1])

@@ -9,10 +9,12 @@ import warnings
 import numpy as np
 import pytest
 
-from grpocem_jax import metrics, rollouts, step_metrics
-from grpocem_jax.errors import InputError
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.runs import metrics
 from grpocem_jax.tasks import scoring
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
+from grpocem_jax.training import step_metrics
+from grpocem_jax.utils.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,11 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from grpocem_jax import adaptation, screens
-from grpocem_jax.config import parse_config
-from grpocem_jax.errors import InputError
+from grpocem_jax import adaptation
+from grpocem_jax.adaptation import screens
+from grpocem_jax.config.schema import parse_config
 from grpocem_jax.search import CEM, Evosax
+from grpocem_jax.utils.errors import InputError
 from tests.test_adaptation import PROMPT, cheap_programs, get_config, write_run
 from tests.test_search_methods import Climber, needs_evosax
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.config import section
-from grpocem_jax.errors import InputError
+from grpocem_jax.config.schema import section
 from grpocem_jax.search import CEM, Evosax, GradientAscent, HostFitness, Problem, loop
 from grpocem_jax.search.base import check_method, needs
 from grpocem_jax.search.spaces import full_space
+from grpocem_jax.utils.errors import InputError
 
 KEY = jax.random.key(0)
 START = {"a": jnp.array([0.5, -0.5, 0.25]), "b": jnp.float16(1.0)}

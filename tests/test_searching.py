@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.search import CEM, GradientAscent, fitness, gate, loop, spaces
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import OUT_OF_MEMORY
 
 KEY = jax.random.key(0)

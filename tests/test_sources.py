@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 
 from grpocem_jax import tasks
-from grpocem_jax.errors import InputError
 from grpocem_jax.tasks import rows
 from grpocem_jax.tasks.sources import Loaded, SourceConfig, load_examples
+from grpocem_jax.utils.errors import InputError
 
 LABELS = ("negative", "positive")
 REVIEWS = [{"text": f"film {i} was fine", "label": i % 2} for i in range(10)]
@@ -563,7 +563,7 @@ HUB = """
 import json, os, shutil, sys
 from datasets.packaged_modules.parquet.parquet import Parquet
 from grpocem_jax import tasks
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 
 def build(repo, subset, path, *splits):
     # The builder that load_dataset runs for a Hub data set of parquet files; what it has prepared

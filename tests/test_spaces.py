@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.search import spaces
+from grpocem_jax.utils.errors import InputError
 
 RNG = np.random.default_rng(0)
 SITES = ("h.0.attn.c_proj", "h.1.attn.c_proj")

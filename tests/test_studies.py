@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpocem_jax import training
+from grpocem_jax.training import loop as training
 from studies import adaptation, common, pretrained, soak, stories
 
 ROOT = Path(__file__).parent.parent

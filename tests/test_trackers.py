@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from grpocem_jax import trackers
-from grpocem_jax.config import LoggingConfig
-from grpocem_jax.errors import InputError
+from grpocem_jax.config.schema import LoggingConfig
+from grpocem_jax.runs import trackers
+from grpocem_jax.utils.errors import InputError
 
 VALUES = {"train/reward": 0.25, "train/kl": 0.5}
 

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import adaptation, checkpoints, grpo, rundir, sampling, training
-from grpocem_jax.algorithm import make_algorithm
-from grpocem_jax.config import parse_config
-from grpocem_jax.data import load_data
-from grpocem_jax.errors import InputError
-from grpocem_jax.policy import load_policy
+from grpocem_jax import adaptation, grpo
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.models import sampling
+from grpocem_jax.rollouts.policy import load_policy
+from grpocem_jax.runs import checkpoints, rundir
+from grpocem_jax.training import loop as training
+from grpocem_jax.training.algorithm import make_algorithm
+from grpocem_jax.training.data import load_data
+from grpocem_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["qa", "sentiment", "summarization", "classification", "general"]

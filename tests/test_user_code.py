@@ -7,15 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import export, grpo, rundir, training, user_code
+from grpocem_jax import grpo
 from grpocem_jax.adaptation import TrainedRun
-from grpocem_jax.algorithm import make_algorithm
-from grpocem_jax.config import parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.errors import InputError
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.export import model as export
 from grpocem_jax.grpo import checks
 from grpocem_jax.models import hub
-from grpocem_jax.policy import load_policy, make_adapter, own_code, put_adapter
+from grpocem_jax.rollouts.policy import load_policy, make_adapter, own_code, put_adapter
+from grpocem_jax.runs import rundir
+from grpocem_jax.training import loop as training
+from grpocem_jax.training.algorithm import make_algorithm
+from grpocem_jax.utils import user_code
+from grpocem_jax.utils.errors import InputError
 from tests.conftest import OUT_OF_MEMORY
 
 MODULE = """
@@ -112,7 +116,7 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "broken_for_tests.py").write_text("import nowhere_to_be_found\n")
     (tmp_path / "leaves_for_tests.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "stopped_for_tests.py").write_text(
-        "from grpocem_jax.rundir import Interrupted\nraise Interrupted(143)\n"
+        "from grpocem_jax.runs.rundir import Interrupted\nraise Interrupted(143)\n"
     )
     monkeypatch.chdir(tmp_path)
 

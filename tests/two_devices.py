@@ -14,13 +14,17 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from grpocem_jax import adaptation, devices, grpo, rollouts, screens, training
-from grpocem_jax.config import parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.data import load_data
-from grpocem_jax.policy import load_policy
+from grpocem_jax import adaptation, grpo
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.search import CEM, GradientAscent, fitness, loop
 from grpocem_jax.search.spaces import full_space
+from grpocem_jax.training import loop as training
+from grpocem_jax.training import screens
+from grpocem_jax.training.data import load_data
+from grpocem_jax.utils import devices
 
 PROMPT = "Review: The soup was cold, but the waiter was kind."
 MESH = devices.make_mesh(jax.devices())

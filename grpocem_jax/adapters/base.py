@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 
 Factors = Any
 SiteOffsets = Any

@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from grpocem_jax.adapters.base import Adapter, Sites
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import cache_folder, expand, write_safetensors
 from grpocem_jax.models.base import dense
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import cache_folder, expand, write_safetensors
 
 
 class SVFFactors(NamedTuple):
@@ -49,8 +49,8 @@ def cached_svd(folder: str | Path | None = None) -> SVD:
     """`svd` behind a cache on disk, one file a kernel, named by the SHA-256 of its bytes.
 
     Args:
-      folder: of the cache; by default ``svd`` in `grpocem_jax.files.cache_folder`, and no cache
-        where that is None.
+      folder: of the cache; by default ``svd`` in `utils.files.cache_folder`, and no cache where
+        that is None.
 
     Returns:
       a function like `svd`. A file that is damaged, or whose product is not the kernel, is computed

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 
 Advantages = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], ArrayLike]
 """An advantage function: ``(rewards, step_rewards, tokens, mask) -> advantages``.

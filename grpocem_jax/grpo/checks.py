@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.grpo.advantages import Advantages
 from grpocem_jax.grpo.batch import Batch, seen_by_objective
 from grpocem_jax.grpo.objectives import Objective
 from grpocem_jax.grpo.step import METRICS
 from grpocem_jax.grpo.weights import WeightRule, token_weights
-from grpocem_jax.sampling import Rollouts
+from grpocem_jax.models.sampling import Rollouts
+from grpocem_jax.utils.errors import InputError
 
 SHAPE = (2, 4, 5)
 """Prompts, samples and tokens of the question."""

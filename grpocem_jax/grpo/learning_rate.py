@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 
 FACTOR = 1.5
 """By how much a step raises or lowers the scale."""

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.grpo.batch import Batch
+from grpocem_jax.utils.errors import InputError
 
 Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 """An objective: ``(logps, batch) -> (values, metrics)``.

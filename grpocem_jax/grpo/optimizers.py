@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import optax
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.grpo.learning_rate import adapt_to_kl, warmup
+from grpocem_jax.utils.errors import InputError
 
 
 @functools.lru_cache

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.grpo.batch import Batch, seen_by_objective
 from grpocem_jax.grpo.objectives import Objective, k3_divergence
-from grpocem_jax.likelihood import completion_logps
 from grpocem_jax.models.base import Model, Params
+from grpocem_jax.models.likelihood import completion_logps
+from grpocem_jax.utils.errors import InputError
 
 KEPT_LOGITS_BYTES = 2**28
 """Logits of a micro-batch up to this size are kept for the backward pass: 16 completions of 64

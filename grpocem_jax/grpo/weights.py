@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.sampling import Rollouts
+from grpocem_jax.models.sampling import Rollouts
+from grpocem_jax.utils.errors import InputError
 
 WeightRule = Callable[[jax.Array, Rollouts], tuple[jax.Array, jax.Array | None]]
 """A weight rule: ``(key, rollouts) -> (weights, positions)``.

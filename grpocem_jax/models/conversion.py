@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.models.base import Params
+from grpocem_jax.utils.errors import InputError
 
 HEAD = "lm_head.weight"
 MAX_LAYERS = 10_000

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.models.base import (
     AdapterParams,
     Context,
@@ -18,6 +17,7 @@ from grpocem_jax.models.base import (
     SiteFunction,
     dense,
 )
+from grpocem_jax.utils.errors import InputError
 
 
 class Linear(nn.Module):

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.models import conversion, decoder
 from grpocem_jax.models.base import Model, Params, SiteFunction, attend, keep, remat
 from grpocem_jax.models.conversion import Tensor
+from grpocem_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

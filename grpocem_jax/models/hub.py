@@ -12,8 +12,11 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import (
+from grpocem_jax.models import conversion, gpt2, llama
+from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
+from grpocem_jax.models.tokenizer import fitting_tokenizer, write_tokenizer
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import (
     expand,
     is_file,
     is_folder,
@@ -21,9 +24,6 @@ from grpocem_jax.files import (
     write_json,
     write_safetensors,
 )
-from grpocem_jax.models import conversion, gpt2, llama
-from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
-from grpocem_jax.models.tokenizer import fitting_tokenizer, write_tokenizer
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt2": gpt2,

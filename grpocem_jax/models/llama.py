@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.models import conversion, decoder, rope
 from grpocem_jax.models.base import Model, Params, SiteFunction, attend, keep, remat
 from grpocem_jax.models.conversion import Tensor
 from grpocem_jax.models.rope import rotary_angles, rotate
+from grpocem_jax.utils.errors import InputError
 
 NAMES: Mapping[str, str] = {
     "llama": "Llama",

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.models import conversion
+from grpocem_jax.utils.errors import InputError
 
 LLAMA3 = "llama3"
 FIELDS = ("rope_parameters", "rope_scaling")

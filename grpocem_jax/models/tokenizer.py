@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import read_object, write_json
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import read_object, write_json
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -7,9 +7,9 @@ Everything on it is read from the run directory, so it can be made again at any 
 
 from pathlib import Path
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import expand, write_bytes
 from grpocem_jax.report import record
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import expand, write_bytes
 
 __all__ = ["write"]
 

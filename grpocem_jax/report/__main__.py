@@ -2,9 +2,10 @@
 
 from absl import flags
 
-from grpocem_jax import commands, report
-from grpocem_jax.errors import InputError
-from grpocem_jax.terminal import show
+from grpocem_jax import report
+from grpocem_jax.config import commands
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.terminal import show
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 

@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file
 from grpocem_jax.report import page as pages
 from grpocem_jax.report import plots, record
 from grpocem_jax.report.courses import course, kept, moving_mean, smoothing_window
 from grpocem_jax.report.panels import Panel, Table, exact, interval, sentence
 from grpocem_jax.report.record import Record
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import is_file
 
 KINDS = {"heldout": "sampled", "heldout_greedy": "greedy"}
 CURVES = {

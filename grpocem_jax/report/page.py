@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from grpocem_jax import metrics
 from grpocem_jax.report import courses, panels, plots, sites
 from grpocem_jax.report.panels import Panel, Table, exact, interval
 from grpocem_jax.report.record import Record
-from grpocem_jax.terminal import one_line, visible
+from grpocem_jax.runs import metrics
+from grpocem_jax.utils.terminal import one_line, visible
 
 SAMPLES = 12
 """The first prompts of each task that are shown; heldout.jsonl has all."""

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grpocem_jax.terminal import one_line
+from grpocem_jax.utils.terminal import one_line
 
 COLOURS = {
     "surface": ("#ffffff", "#1a1f26"),

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, parse_object, read_arrays, read_object
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import is_file, parse_object, read_arrays, read_object
 
 FIX = "restore or remove it"
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import user_code
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils import user_code
+from grpocem_jax.utils.errors import InputError
 
 Point: TypeAlias = Any
 """A pytree of float arrays: a point of the space that is searched."""

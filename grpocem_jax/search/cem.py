@@ -19,8 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.search.base import Point, check_start, norm
+from grpocem_jax.utils.errors import InputError
 
 
 class CEMState(NamedTuple):

@@ -20,8 +20,8 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.search.base import Point, check_start
+from grpocem_jax.utils.errors import InputError
 
 GIVEN = ("population_size", "solution", "fitness_shaping_fn", "metrics_fn")
 """Arguments of a strategy that are not options."""

@@ -2,7 +2,7 @@
 
 Any traceable function of that form can be searched with (`grpocem_jax.searching`); `Likelihood` is
 the report's.  Rewards of completions are no functions of arrays, they judge text on the host; see
-`grpocem_jax.rollouts.population_rewards`.
+`grpocem_jax.rollouts.engine.population_rewards`.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpocem_jax.likelihood import token_logps
 from grpocem_jax.models.base import AdapterParams, Model, Params
+from grpocem_jax.models.likelihood import token_logps
 
 
 class Texts(NamedTuple):

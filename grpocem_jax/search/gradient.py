@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax.errors import InputError
 from grpocem_jax.search.base import Point, check_start
+from grpocem_jax.utils.errors import InputError
 
 
 class GradientState(NamedTuple):

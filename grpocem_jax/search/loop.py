@@ -22,11 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpocem_jax import memory
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.clock import CompileClock
-from grpocem_jax.devices import map_chunks
-from grpocem_jax.errors import InputError
 from grpocem_jax.search import gate
 from grpocem_jax.search.base import (
     Point,
@@ -40,6 +36,10 @@ from grpocem_jax.search.base import (
 from grpocem_jax.search.cem import CEM
 from grpocem_jax.search.gradient import GradientAscent
 from grpocem_jax.search.spaces import Space, decode
+from grpocem_jax.utils import memory
+from grpocem_jax.utils.clock import CompileClock
+from grpocem_jax.utils.devices import map_chunks
+from grpocem_jax.utils.errors import InputError
 
 FOLLOWED = ("mean", "best")
 
@@ -217,7 +217,7 @@ def advance(
       limit: generations in all, at most those that `begin` was given; int32 ``[]``.
       returned: the point that the gate follows, "mean" or "best"; static.
       population_chunk: candidates scored at a time; 0 for all of them; static.
-      mesh: devices among which the candidates are divided, see `grpocem_jax.devices`; static.
+      mesh: devices among which the candidates are divided, see `grpocem_jax.utils.devices`; static.
 
     Returns:
       the state of the search after these generations.
@@ -293,8 +293,8 @@ def search(
       population_chunk: candidates scored at a time; 0 for all of them.
       fit_memory: whether ``population_chunk`` is halved where device memory runs out, and the
         generations that did not fit are tried again.
-      mesh: devices among which the candidates are divided, see `grpocem_jax.devices`; where the
-        fitness has parameters, they lie on each of them.
+      mesh: devices among which the candidates are divided, see `utils.devices`; where the fitness
+        has parameters, they lie on each of them.
       budget_s: seconds; the search stops at the first chance after them. Chunks grow and shrink
         with the time that is left. Compilation does not count.
       on_chunk: called with the number of generations done and their history, after the first and

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 
 
 class Space(NamedTuple):

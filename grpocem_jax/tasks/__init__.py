@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from grpocem_jax import user_code
-from grpocem_jax.errors import InputError
 from grpocem_jax.tasks import classification, general, qa, sentiment, summarization
 from grpocem_jax.tasks.base import Example, Reward, Task
 from grpocem_jax.tasks.sources import Loaded, SourceConfig, example_of, load_examples
+from grpocem_jax.utils import user_code
+from grpocem_jax.utils.errors import InputError
 
 __all__ = [
     "TASKS",

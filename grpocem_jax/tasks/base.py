@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from grpocem_jax.rewards import ProcessRewardFunction, RewardFunction, StepReward
+from grpocem_jax.tasks.rewards import ProcessRewardFunction, RewardFunction, StepReward
 
 __all__ = ["Example", "ProcessRewardFunction", "Reward", "RewardFunction", "StepReward", "Task"]
 

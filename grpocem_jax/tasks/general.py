@@ -1,7 +1,7 @@
 """Continuing the opening of a text (WikiText), judged sentence by sentence as well."""
 
-from grpocem_jax.rewards import text_process_reward, text_reward
 from grpocem_jax.tasks.base import Reward, Task
+from grpocem_jax.tasks.rewards import text_process_reward, text_reward
 
 TASK = Task(
     name="general",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grpocem_jax.errors import InputError
+from grpocem_jax.utils.errors import InputError
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _DEEPEST = 200

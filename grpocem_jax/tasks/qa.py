@@ -1,7 +1,7 @@
 """Answering a question from a passage (SQuAD)."""
 
-from grpocem_jax.rewards import answer_reward
 from grpocem_jax.tasks.base import Reward, Task
+from grpocem_jax.tasks.rewards import answer_reward
 
 TASK = Task(
     name="qa",

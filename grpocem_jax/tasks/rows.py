@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import is_file, is_folder
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import is_file, is_folder
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 HELDOUT_SPLITS = ("test", "validation", "valid")

@@ -17,10 +17,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpocem_jax import user_code
-from grpocem_jax.errors import InputError
 from grpocem_jax.tasks.base import Example, Reward, Task
-from grpocem_jax.terminal import say
+from grpocem_jax.utils import user_code
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.terminal import say
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Before the second try of a call; each pause is twice the one before, up to the longest."""

@@ -1,7 +1,7 @@
 """Naming the sentiment of a review (SST-2)."""
 
-from grpocem_jax.rewards import label_reward
 from grpocem_jax.tasks.base import Reward, Task
+from grpocem_jax.tasks.rewards import label_reward
 
 TASK = Task(
     name="sentiment",

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, NamedTuple
 
-from grpocem_jax.errors import InputError
-from grpocem_jax.files import expand, is_folder
 from grpocem_jax.tasks.base import Example, Task
 from grpocem_jax.tasks.rows import Row, Rows, builtin_rows, hub_rows, local_rows
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import expand, is_folder
 
 _INTEGER = re.compile(r"\s*-?\d{1,9}\s*", re.ASCII)
 _HEADING = re.compile(r"=.*=", re.DOTALL)

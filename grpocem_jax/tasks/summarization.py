@@ -1,7 +1,7 @@
 """Summarizing a document (XSum), with GPT-2's own cue for it."""
 
-from grpocem_jax.rewards import summary_reward
 from grpocem_jax.tasks.base import Reward, Task
+from grpocem_jax.tasks.rewards import summary_reward
 
 TASK = Task(
     name="summarization",

@@ -11,10 +11,10 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, pre_tokenizers, processors
 
-from grpocem_jax import checkpoints
-from grpocem_jax.config import parse_config
-from grpocem_jax.config_files import load_config
-from grpocem_jax.policy import load_policy
+from grpocem_jax.config.files import load_config
+from grpocem_jax.config.schema import parse_config
+from grpocem_jax.rollouts.policy import load_policy
+from grpocem_jax.runs import checkpoints
 from tests.parity import weights
 
 GAIN = {"before": 0.125, "after": 0.375, "gain": 0.25, "gain_ci95": [0.125, 0.5], "n": 7}

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, export
+from grpocem_jax import adaptation
+from grpocem_jax.export import model as export
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from tests.parity import bases

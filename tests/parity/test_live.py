@@ -9,8 +9,9 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpocem_jax import adaptation, export, sampling
-from grpocem_jax.models import base, hub, rope
+from grpocem_jax import adaptation
+from grpocem_jax.export import model as export
+from grpocem_jax.models import base, hub, rope, sampling
 from tests.parity import stories, weights
 from tests.test_adaptation import PROMPT
 from tests.test_export import make_run

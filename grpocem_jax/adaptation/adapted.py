@@ -1,0 +1,117 @@
+"""What a run's model does with an adapter: completions and likelihoods of texts."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpocem_jax.adaptation.texts import Text, bucket, encode, to_arrays, tokenize, within_context
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.runs.trained import TrainedRun
+from grpocem_jax.search import fitness
+from grpocem_jax.utils import devices
+from grpocem_jax.utils.errors import InputError
+
+
+def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[str]:
+    """Greedy completions of prompts, each in a program of its bucket's length.
+
+    Raises:
+      InputError: a prompt that is empty, or too long to be completed; a single string; logits
+        that are not finite.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
+    settings = within_context(run.config.cem, run.policy)
+    texts = []
+    for prompt in prompts:
+        tokens, _ = tokenize(run.policy, Text(prompt), run.config.cem)
+        check_room(run, len(tokens))
+        padded = rollouts.pad([tokens], bucket(len(tokens), settings))
+        out = rollouts.generate(
+            run.policy,
+            adapter,
+            padded,
+            jax.random.split(jax.random.key(0), 1),
+            run.config.generation,
+            num_samples=1,
+            temperature=run.config.generation.temperature,
+            greedy=True,
+        )
+        drawn = rollouts.fetch_finite(run.policy, out)
+        texts.append(rollouts.decode(run.policy, drawn.tokens, drawn.mask)[0][0])
+    return texts
+
+
+def room(run: TrainedRun) -> int:
+    """Tokens of the longest prompt that leaves room for ``generation.max_new_tokens``."""
+    new, context = run.config.generation.max_new_tokens, run.policy.model.context_length
+    return min(context - new, run.config.cem.buckets[-1])
+
+
+def check_room(run: TrainedRun, length: int) -> None:
+    """Refuses a prompt of ``length`` tokens that is too long to be completed.
+
+    Raises:
+      InputError: it leaves no room for ``generation.max_new_tokens``, or is beyond ``cem.buckets``.
+    """
+    if length > room(run):
+        raise InputError(
+            f"a prompt has {length} tokens, but cem.buckets={run.config.cem.buckets} and "
+            f"generation.max_new_tokens={run.config.generation.max_new_tokens} of a context of "
+            f"{run.policy.model.context} allow {room(run)}; shorten it."
+        )
+
+
+def count_tokens(run: TrainedRun, prompt: str) -> int:
+    """Tokens of a prompt.
+
+    Raises:
+      InputError: it is empty, not UTF-8 text, or longer than the last of ``cem.buckets``.
+    """
+    return len(tokenize(run.policy, Text(prompt), run.config.cem)[0])
+
+
+def log_likelihoods(
+    run: TrainedRun, adapters: Offsets, texts: Sequence[Text], *, own_adapters: bool = False
+) -> np.ndarray:
+    """Mean log-likelihood per scored token of each text, nats, float32 ``[n]``.
+
+    Args:
+      run: the run.
+      adapters: offsets; with ``own_adapters`` one for each text, a leading axis ``n``.
+      texts: the texts.
+      own_adapters: whether each text has an adapter of its own.
+
+    Raises:
+      InputError: a text that cannot be used, or logits that are not finite.
+    """
+    settings = run.config.cem
+    encoded = [encode(run.policy, text, settings) for text in texts]
+    settings = within_context(settings, run.policy)
+    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
+    arrays = [to_arrays([(tokens, scored)], length) for tokens, scored in encoded]
+    score = fitness.Likelihood(run.policy.params, run.policy.model)
+    values = []
+    for start in range(0, len(texts), 16):
+        # The last batch repeats its last text: one compiled shape.
+        rows = np.minimum(np.arange(start, start + 16), len(texts) - 1)
+        part = jax.tree.map(lambda *x: jnp.stack(x), *(arrays[i] for i in rows))
+        part = devices.divide(run.policy.mesh, part)
+        own = jax.tree.map(lambda x, rows=rows: x[rows], adapters) if own_adapters else adapters
+        values.append(np.asarray(_values(score, own, part, own_adapters=own_adapters)))
+    found = np.concatenate(values)[: len(texts)]
+    if not np.isfinite(found).all():
+        fix = "give other texts, or another adapter"
+        raise InputError(f"a likelihood is not finite: {run.policy.nonfinite_logits(fix)}.")
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="own_adapters")
+def _values(score, adapters, batches, *, own_adapters):
+    key = jax.random.key(0)
+    axes = (0 if own_adapters else None, 0)
+    return jax.vmap(lambda adapter, batch: score(adapter, batch, key), axes)(adapters, batches)

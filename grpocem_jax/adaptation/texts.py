@@ -1,0 +1,139 @@
+"""Texts to adapt to, as arrays: what counts, and what is held back."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from grpocem_jax.config.schema import CEMConfig
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.search import fitness
+from grpocem_jax.utils.errors import InputError
+
+
+class Text(NamedTuple):
+    """A text to adapt to: all of it counts, or only the completion where there is one."""
+
+    prompt: str
+    completion: str = ""
+
+
+def as_text(text: str | Text) -> Text:
+    """A string is a prompt."""
+    return text if isinstance(text, Text) else Text(text)
+
+
+def tokenize(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray, int]:
+    """Tokens of a text, int32 ``[n]``, and the number of the first that counts."""
+    if not isinstance(text.prompt, str) or not isinstance(text.completion, str):
+        raise InputError(f"{text!r} is no text to adapt to or to complete; give strings.")
+    if not text.prompt.strip():
+        raise InputError("the prompt is empty; give some text.")
+    try:
+        (text.prompt + text.completion).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not UTF-8 text (character {error.start} is "
+            f"{error.object[error.start]!r}); convert it."
+        ) from None
+    prompt = policy.encode(text.prompt)
+    completion = policy.encode_completion(text.completion)
+    tokens = np.asarray(prompt + completion, np.int32)
+    limit = min(settings.buckets[-1], policy.model.context_length)
+    if len(tokens) > limit:
+        raise InputError(
+            f"a text of {len(tokens)} tokens is longer than the limit of {limit}, the last of "
+            f"cem.buckets={settings.buckets} (the model's context is "
+            f"{policy.model.context}); shorten it, or end cem.buckets with {len(tokens)} "
+            "or more."
+        )
+    return tokens, len(prompt) if completion else 1
+
+
+def encode(policy: Policy, text: str | Text, settings: CEMConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a text, int32 ``[n]``, and which of them count, bool ``[n]``.
+
+    Raises:
+      InputError: an empty prompt, a single token (there is nothing to predict), or too many.
+    """
+    text = as_text(text)
+    tokens, first = tokenize(policy, text, settings)
+    if len(tokens) < 2:
+        raise InputError(
+            f"the prompt {text.prompt!r} is one token, which has no likelihood given what comes "
+            "before it; give a longer one."
+        )
+    return tokens, np.arange(len(tokens)) >= first
+
+
+def batch(encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig) -> fitness.Texts:
+    """Encoded texts as arrays, padded to the bucket of the longest."""
+    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
+    return to_arrays(encoded, length)
+
+
+def num_held_back(count: int, share: float, *, least: int = 1) -> int:
+    """How many of ``count`` texts or prompts are held back: a share, ``least``, but never all.
+
+    It is always the first ones.
+    """
+    return min(max(least, round(share * count)), count - 1)
+
+
+def hold_back(
+    encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig
+) -> tuple[fitness.Texts, fitness.Texts] | None:
+    """Splits texts into what is fitted and what the gate judges by.
+
+    Of one text the last part of its scored tokens is held back; of several, the first texts.
+
+    Returns:
+      the two, padded alike; None where either would have fewer than 2 scored tokens.
+    """
+    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
+    if len(encoded) > 1:
+        count = num_held_back(len(encoded), settings.held_back)
+        fitted, held = encoded[count:], encoded[:count]
+        parts = [to_arrays(part, length) for part in (fitted, held)]
+    else:
+        ((tokens, scored),) = encoded
+        places = np.flatnonzero(scored)
+        count = math.ceil(settings.held_back * len(places))
+        last = np.isin(np.arange(len(tokens)), places[len(places) - count :])
+        cut = places[len(places) - count] if count else len(tokens)
+        parts = [
+            to_arrays([(tokens[:cut], scored[:cut])], length),
+            to_arrays([(tokens, last)], length),
+        ]
+    if min(int(part.scored[:, 1:].sum()) for part in parts) < 2:
+        return None
+    return parts[0], parts[1]
+
+
+def within_context(settings: CEMConfig, policy: Policy) -> CEMConfig:
+    """The settings with the model's context in place of the buckets beyond it."""
+    limit = policy.model.context_length
+    return dataclasses.replace(
+        settings, buckets=tuple(sorted({min(length, limit) for length in settings.buckets}))
+    )
+
+
+def bucket(length: int, settings: CEMConfig) -> int:
+    """The length that a text of ``length`` tokens is padded to."""
+    return rollouts.bucket_length(length, settings.buckets, settings.buckets[-1])
+
+
+def to_arrays(encoded: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> fitness.Texts:
+    """Encoded texts as arrays of ``length`` tokens."""
+    tokens = np.zeros((len(encoded), length), np.int32)
+    mask = np.zeros((len(encoded), length), bool)
+    scored = np.zeros((len(encoded), length), bool)
+    for row, (own, counts) in enumerate(encoded):
+        tokens[row, : len(own)] = own
+        mask[row, : len(own)] = True
+        scored[row, : len(own)] = counts
+    return fitness.Texts(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(scored))

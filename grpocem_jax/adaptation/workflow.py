@@ -1,0 +1,349 @@
+"""Adaptation at inference: a trained adapter is searched further for a prompt or a few examples.
+
+    run = load_run("runs/tiny")
+    result = adapt(run, "Review: The soup was cold.")
+    print(complete(run, result.adapter, ["Review: The soup was cold."]))
+
+The model's parameters and the trained adapter are never changed; the result is a new adapter.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpocem_jax.adaptation.adapted import check_room
+from grpocem_jax.adaptation.texts import (
+    Text,
+    as_text,
+    batch,
+    encode,
+    hold_back,
+    num_held_back,
+    tokenize,
+    within_context,
+)
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.config.schema import CEMConfig, check_fits_reward, section
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.runs import checkpoints
+from grpocem_jax.runs.trained import TrainedRun
+from grpocem_jax.search import fitness, loop, spaces
+from grpocem_jax.search.base import check_method
+from grpocem_jax.utils import memory, user_code
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import expand
+
+HELD_BACK_SAMPLES = 8
+"""Completions of a held-back prompt for each one of a prompt that is adapted to: single rewards of
+a few prompts tell little, and the gate judges three points at a time, not a population."""
+
+LIBRARY = Path(__file__).parents[1] / "builtin" / "experts"
+"""The experts of the built-in model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """The result of adapting to some texts or prompts.
+
+    Attributes:
+      adapter: the adapter found; the one adapted from where the gate let nothing pass.
+      fitness_before: fitness of the adapter started from, on all that was given; NaN of one token.
+      fitness_after: fitness of the result.
+      search: the search itself; None where there was too little text for one.
+      note: why there was no search; "" where there was one.
+    """
+
+    adapter: Offsets
+    fitness_before: float
+    fitness_after: float
+    search: loop.SearchResult | None
+    note: str = ""
+
+    @property
+    def returned(self) -> str:
+        """Which point the result is: "mean", "best" or "start"."""
+        return "start" if self.search is None else self.search.returned
+
+
+def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Space:
+    """The search space of the settings around an adapter.
+
+    Raises:
+      InputError: an expert library that cannot be used.
+    """
+    if settings.space == "full":
+        return spaces.full_space(start)
+    given = settings.experts
+    folder = LIBRARY if given == "builtin" else expand(given, "config.cem.experts")
+    experts, vectors = checkpoints.load_library(
+        folder, policy.zero, base_sha256=policy.pretrained.sha256
+    )
+    with section("cem", CEMConfig):
+        if settings.space == "subspace":
+            return spaces.principal_space(start, vectors, settings.rank)
+        return spaces.expert_space(start, list(experts.values()), per_site=settings.per_site)
+
+
+class _Subject(NamedTuple):
+    """What is adapted to, whatever the fitness.
+
+    Attributes:
+      fitness: what is maximised.
+      fitted: its data.
+      held_back: data for the gate, None without one.
+      value: the fitness of one adapter on all that was given.
+      name: the setting that names the fitness.
+      fix: what to do where it is not finite.
+      chunk: candidates to score at a time, where the settings do not say.
+    """
+
+    fitness: loop.Fitness | loop.HostFitness
+    fitted: Any
+    held_back: Any
+    value: Callable[[Offsets], float]
+    name: str
+    fix: str
+    chunk: int
+
+
+def adapt(
+    run: TrainedRun,
+    examples: str | Text | Sequence[str | Text] | Sequence[rollouts.Item],
+    *,
+    key: jax.Array | None = None,
+    settings: CEMConfig | None = None,
+    space: spaces.Space | None = None,
+    on_chunk: Callable[[int, loop.History], None] | None = None,
+) -> Adaptation:
+    """Adapts to one text, or to several that stand for their kind, by the fitness of the settings.
+
+    Texts are adapted to by likelihood or by a fitness of the user's own, prompts of a task by the
+    reward of their completions.  The search method may be any; with a reward, one that needs no
+    gradient.
+
+    With the gate, one text is adapted to in its first part and judged on its last; of several texts
+    or prompts, some are held back, at least 2 prompts: the gain on a single one has no standard
+    error, and what helped it by chance would pass. Where the texts are too short for that, they are
+    left alone, as is a text of one token, of which nothing can be scored.
+
+    Args:
+      run: what to adapt.
+      examples: a text, or several; with ``settings.fitness="reward"`` prompts, `rollouts.encode`,
+        at least 3 with the gate.
+      key: PRNG key; by default from the config's seed.
+      settings: other settings than ``run.config.cem``.
+      space: the search space, to reuse one; by default `make_space` around the run's adapter.
+      on_chunk: as in `search.search`.
+
+    Raises:
+      InputError: a text that is empty, has nothing to score or is too long; too few prompts, or one
+        that leaves no room for a completion; prompts where texts are wanted, or the reverse;
+        settings or a search method that cannot be used; a fitness that is not finite for the run's
+        adapter (before any search) or the result.
+    """
+    settings = settings or run.config.cem
+    key = jax.random.key(run.config.seed) if key is None else key
+    method = settings.search_method
+    listed = [examples] if isinstance(examples, str | Text) else examples
+    if not isinstance(listed, Sequence) or not listed:
+        raise InputError("there is nothing to adapt to; give at least one text or prompt.")
+    if settings.fitness == "reward":
+        check_fits_reward(settings, method)
+        subject = _rewarded(run, listed, settings, key)
+    else:
+        texts = [x for x in listed if not isinstance(x, rollouts.Item)]
+        if len(texts) < len(listed):
+            raise InputError(
+                f"config.cem.fitness={settings.fitness!r}: prompts of a task have a reward, texts "
+                "a likelihood; give texts, or set config.cem.fitness='reward'."
+            )
+        if len(texts) == 1 and len(tokenize(run.policy, as_text(texts[0]), settings)[0]) == 1:
+            note = "a single token has no likelihood given what comes before it"
+            return Adaptation(run.adapter, math.nan, math.nan, None, note)
+        subject = _written(run, texts, settings, key)
+    space = space or make_space(run.policy, run.adapter, settings)
+    if settings.method not in ("cem", "gradient"):
+        check_method(method, space.origin, name=f"config.cem.method={settings.method!r}")
+    fix = subject.fix
+    before = _finite(subject.value(run.adapter), subject.name, "to start from", fix)
+    if settings.gate and subject.held_back is None:
+        note = "too few tokens to hold a part back, so the gate cannot judge"
+        return Adaptation(run.adapter, before, before, None, note)
+    with section("cem", CEMConfig):
+        found = loop.search(
+            method,
+            subject.fitness,
+            space,
+            subject.fitted,
+            key,
+            generations=settings.generations,
+            held_back=subject.held_back,
+            gate_z=settings.gate_z,
+            returned=settings.returned,
+            population_chunk=settings.population_chunk or subject.chunk,
+            fit_memory=settings.fit_memory,
+            mesh=run.policy.mesh,
+            budget_s=settings.budget_s,
+            on_chunk=on_chunk,
+        )
+    fix += "" if settings.gate else ", or set cem.gate=True"
+    after = _finite(subject.value(found.adapter), subject.name, "found", fix)
+    return Adaptation(found.adapter, before, after, found)
+
+
+def _written(
+    run: TrainedRun, texts: Sequence[str | Text], settings: CEMConfig, key: jax.Array
+) -> _Subject:
+    """Texts, by likelihood or by a fitness of the user's own."""
+    encoded = [encode(run.policy, text, settings) for text in texts]
+    settings = within_context(settings, run.policy)
+    everything = batch(encoded, settings)
+    score = make_fitness(run.policy, settings, everything)
+
+    def value(adapter: Offsets) -> float:
+        with memory.advise("the fitness of one adapter", "give shorter texts or fewer"):
+            return float(_value(score, adapter, batch=everything, key=key))
+
+    own = user_code.is_reference(settings.fitness)
+    fix = "give other texts, or another adapter"
+    if own:
+        fix = "return a finite number for it"
+    elif run.policy.dtype == "float16":
+        fix = run.policy.nonfinite_logits("")
+    parts = hold_back(encoded, settings) if settings.gate else None
+    fitted, held_back = parts or (everything, None)
+    return _Subject(
+        fitness=score,
+        fitted=fitted,
+        held_back=held_back,
+        value=value,
+        name=settings.fitness if own else "likelihood",
+        fix=fix,
+        chunk=fitness.population_chunk(settings.search_method.population_size, fitted),
+    )
+
+
+def _rewarded(
+    run: TrainedRun, items: Sequence[Any], settings: CEMConfig, key: jax.Array
+) -> _Subject:
+    """Prompts of a task, by the reward of their completions."""
+    if not all(isinstance(item, rollouts.Item) for item in items):
+        raise InputError(
+            "config.cem.fitness='reward': a text has no reward; give prompts of a task "
+            "(grpocem_jax.encode), or set config.cem.fitness='likelihood'."
+        )
+    if len(items) < (3 if settings.gate else 1):
+        raise InputError(
+            f"{len(items)} prompts to adapt to: give at least 1, and with cem.gate=True, which "
+            "holds back at least 2, at least 3."
+        )
+    for item in items:
+        check_room(run, len(item.tokens))
+    held = num_held_back(len(items), settings.held_back, least=2) if settings.gate else 0
+
+    def rewards(num_samples, adapters, items, key):
+        return rollouts.population_rewards(
+            run.policy,
+            adapters,
+            items,
+            key,
+            run.config.generation,
+            num_samples=num_samples,
+            buckets=settings.buckets,
+        )
+
+    # What is compared with the start is paired with it, and looked at more closely.
+    closely = functools.partial(rewards, HELD_BACK_SAMPLES * settings.samples)
+
+    def value(adapter: Offsets) -> float:
+        one = jax.tree.map(lambda x: x[None], adapter)
+        with memory.advise("the reward of one adapter", "give fewer prompts"):
+            found = closely(one, items, key)
+        present = found[~np.isnan(found)]
+        return float(present.mean()) if len(present) else math.nan
+
+    return _Subject(
+        fitness=loop.HostFitness(functools.partial(rewards, settings.samples), closely),
+        fitted=items[held:],
+        held_back=items[:held] if held else None,
+        value=value,
+        name="reward",
+        fix="correct the reward function, which abstained each time, or give other examples",
+        chunk=0,
+    )
+
+
+def _finite(value: float, name: str, which: str, fix: str) -> float:
+    """A fitness that others can be compared with.
+
+    Raises:
+      InputError: it is not finite.
+    """
+    if not math.isfinite(value):
+        raise InputError(
+            f"config.cem.fitness={name!r} is {value} for the adapter {which}, and there is nothing "
+            f"to compare with that; {fix}."
+        )
+    return value
+
+
+def make_fitness(
+    policy: Policy, settings: CEMConfig, texts: fitness.Texts
+) -> fitness.Likelihood | fitness.Own:
+    """The fitness that the settings name, for texts.
+
+    Raises:
+      InputError: a fitness of the user's own that fails on the texts, or gives no single number.
+    """
+    if not user_code.is_reference(settings.fitness):
+        return fitness.Likelihood(policy.params, policy.model)
+    field = "config.cem.fitness"
+    function = user_code.load_function(settings.fitness, field=field)
+    own = fitness.Own(policy.params, policy.model, function)
+    try:
+        value = jax.eval_shape(own, policy.zero, texts, jax.random.key(0))
+    except (Exception, SystemExit) as error:  # whatever the function's own code may raise
+        kind, message = user_code.failure(error)
+        raise InputError(
+            f"{field}={settings.fitness!r} raised {kind} ({message.splitlines()[0]}); it is called "
+            "as (model, params, adapter, texts, key) and must be traceable by JAX."
+        ) from error
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise InputError(
+            f"{field}={settings.fitness!r} returned {value}; it must return one float, shape ()."
+        )
+    return own
+
+
+@jax.jit
+def _value(score, adapter, *, batch, key):
+    return score(adapter, batch, key)
+
+
+def summary(result: Adaptation) -> dict[str, Any]:
+    """The result as plain values, with the names of ``adapt.py --json``."""
+    found = result.search
+    return {
+        "fitness_before": None if math.isnan(result.fitness_before) else result.fitness_before,
+        "fitness_after": None if math.isnan(result.fitness_after) else result.fitness_after,
+        "adapted": result.returned != "start",
+        "returned": result.returned,
+        "held_back_gain": None
+        if found is None or math.isnan(found.held_back_gain)
+        else found.held_back_gain,
+        "generations": found.generations if found else 0,
+        "candidates": found.candidates if found else 0,
+        "converged": found.converged if found else False,
+        "population_chunk": found.population_chunk if found else 0,
+        "seconds": found.seconds if found else 0.0,
+        "compile_seconds": found.compile_seconds if found else 0.0,
+        "note": result.note,
+    }

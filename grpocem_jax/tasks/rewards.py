@@ -1,0 +1,261 @@
+"""Text metrics as reward functions.
+
+A reward function has TRL's signature, ``f(prompts, completions, **columns) -> list[float | None]``.
+``prompts`` and ``completions`` are lists of B strings, completions without their end token; every
+column is a list of B values, and columns that a function does not read are ignored.  The values
+lie in [-1, 1]; ``None`` abstains.  White space around a completion does not count.
+"""
+
+import functools
+import itertools
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from grpocem_jax.utils.files import some_home
+
+with some_home():  # for nltk, which rouge_score imports
+    from rouge_score import rouge_scorer, tokenizers
+
+FULL_LENGTH = 12
+"""Number of words from which a free text is no longer marked down as short."""
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
+_TEXT_END = re.compile(r"[.!?][\s\"'”’)\]]*$")
+
+
+class StepReward(NamedTuple):
+    """The reward of one step of a completion, for process supervision.
+
+    Attributes:
+      end: number of characters of the completion up to the end of the step, in (0, len].
+      reward: the step's reward, in [-1, 1].
+    """
+
+    end: int
+    reward: float
+
+
+RewardFunction = Callable[..., list[float | None]]
+ProcessRewardFunction = Callable[..., list[list[StepReward]]]
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case without punctuation, English articles and extra white space.
+
+    The normalisation of SQuAD's evaluation (Rajpurkar et al. 2016, arXiv 1606.05250).
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+class _AnswerTokenizer(tokenizers.Tokenizer):
+    def tokenize(self, text: str) -> list[str]:
+        return normalise_answer(text).split()
+
+
+# Tokenizers are passed explicitly: the scorer logs a line whenever it falls back to its own.
+_token_f1 = rouge_scorer.RougeScorer(["rouge1"], tokenizer=_AnswerTokenizer())
+_rouge = rouge_scorer.RougeScorer(
+    ["rouge1", "rougeL"], tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True)
+)
+
+
+def answer_reward(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    answers: Sequence[Sequence[str] | str],
+    **columns: Any,
+) -> list[float | None]:
+    """Exact match plus token F1 minus 1, for the accepted answer that fits best.
+
+    Both metrics are SQuAD's (arXiv 1606.05250); F1 is ROUGE-1's F on normalised tokens.  So 1 is
+    an exact match, values in (-1, 0] share words with an answer, and -1 shares none.
+
+    Args:
+      prompts: B prompts, not read.
+      completions: B completions.
+      answers: accepted answers of each sample, one string or several.  No answers: ``None``.
+      **columns: not read.
+    """
+    del prompts, columns
+    return [
+        max((_answer_score(completion, answer) for answer in _listed(accepted)), default=None)
+        for completion, accepted in zip(completions, answers, strict=True)
+    ]
+
+
+def _answer_score(completion: str, answer: str) -> float:
+    if completion.strip() and normalise_answer(completion) == normalise_answer(answer):
+        return 1.0
+    return _token_f1.score(answer, completion)["rouge1"].fmeasure - 1.0
+
+
+def label_reward(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    label: Sequence[str],
+    labels: Sequence[Sequence[str]],
+    **columns: Any,
+) -> list[float | None]:
+    """1 when the first label that a completion names is the right one, otherwise -1.
+
+    A label is named when it occurs as whole words, in any case.  Where two labels begin at the
+    same place the longer one is meant ("Sci/Tech", not "Sci").
+
+    Args:
+      prompts: B prompts, not read.
+      completions: B completions.
+      label: the right label of each sample.
+      labels: all label names, for each sample.
+      **columns: not read.
+    """
+    del prompts, columns
+    return [
+        1.0 if _first_label(completion, tuple(names)) == right.casefold() else -1.0
+        for completion, right, names in zip(completions, label, labels, strict=True)
+    ]
+
+
+def _first_label(completion: str, names: tuple[str, ...]) -> str | None:
+    found = _label_pattern(names).search(completion)
+    return found.group().casefold() if found else None
+
+
+@functools.cache
+def _label_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    alternatives = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+
+
+def summary_reward(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    summary: Sequence[Sequence[str] | str],
+    **columns: Any,
+) -> list[float | None]:
+    """2 m - 1, where m is the mean of ROUGE-1 F and ROUGE-L F with the best reference.
+
+    ROUGE (Lin 2004) with Porter stemming.  A value of 1 has the reference's stems in its order.
+
+    Args:
+      prompts: B prompts, not read.
+      completions: B completions.
+      summary: reference summaries of each sample, one string or several.  None at all: ``None``.
+      **columns: not read.
+    """
+    del prompts, columns
+    return [
+        max((_summary_score(completion, reference) for reference in _listed(given)), default=None)
+        for completion, given in zip(completions, summary, strict=True)
+    ]
+
+
+def _summary_score(completion: str, reference: str) -> float:
+    scores = _rouge.score(reference, completion)
+    return scores["rouge1"].fmeasure + scores["rougeL"].fmeasure - 1.0
+
+
+def text_reward(
+    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+) -> list[float | None]:
+    """2 (novelty x completeness x length) - 1, for free text without a reference.
+
+    novelty: the fraction of the completion's word bigrams that occur neither earlier in the
+    completion nor in the prompt (a lone word counts as a bigram).  completeness: 1 when the text
+    ends with a full stop, an exclamation mark or a question mark, closing quotes or brackets
+    allowed after it, otherwise 0.5.  length: words / 12, at most 1.  It punishes repetition,
+    copying and breaking off; it does not judge sense.
+
+    Args:
+      prompts: B prompts.
+      completions: B completions; one without a word gets -1.
+      **columns: not read.
+    """
+    del columns
+    return [
+        _text_score(prompt, completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def _text_score(prompt: str, completion: str) -> float:
+    length = min(1.0, len(_WORD.findall(completion)) / FULL_LENGTH)
+    novelty = _novelty(completion, set(_bigrams(prompt)))
+    return 2.0 * novelty * _completeness(completion) * length - 1.0
+
+
+def text_process_reward(
+    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+) -> list[list[StepReward]]:
+    """2 novelty - 1 for each sentence of a free text, as steps for process supervision.
+
+    A sentence's novelty is that of ``text_reward``, judged against the prompt and the sentences
+    before it; the last sentence's is multiplied by the text's completeness.
+
+    Args:
+      prompts: B prompts.
+      completions: B completions.
+      **columns: not read.
+
+    Returns:
+      For each completion its steps in order.  The ends rise strictly to the completion's length.
+      A completion of zero characters has no steps; one without a word has one, with reward -1.
+    """
+    del columns
+    return [
+        _sentence_steps(prompt, completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def _sentence_steps(prompt: str, completion: str) -> list[StepReward]:
+    seen = set(_bigrams(prompt))
+    ends = _sentence_ends(completion)
+    steps, start = [], 0
+    for end in ends:
+        weight = _completeness(completion) if end == len(completion) else 1.0
+        steps.append(StepReward(end, 2.0 * weight * _novelty(completion[start:end], seen) - 1.0))
+        start = end
+    return steps
+
+
+def _sentence_ends(text: str) -> list[int]:
+    """Ends of sentences; what holds no word, such as a detached quote, joins the one before."""
+    ends: list[int] = []
+    for stop in [match.end() for match in _SENTENCE_END.finditer(text)] + [len(text)]:
+        start = ends[-1] if ends else 0
+        if _WORD.search(text, start, stop):
+            ends.append(stop)
+        elif ends:
+            ends[-1] = stop
+    return ends or ([len(text)] if text else [])
+
+
+def _bigrams(text: str) -> list[tuple[str, ...]]:
+    words = [word.casefold() for word in _WORD.findall(text)]
+    return list(itertools.pairwise(words)) or ([tuple(words)] if words else [])
+
+
+def _novelty(text: str, seen: set[tuple[str, ...]]) -> float:
+    """Fraction of bigrams not seen before, 0 without any; adds the text's bigrams to ``seen``."""
+    bigrams = _bigrams(text)
+    new = 0
+    for bigram in bigrams:
+        new += bigram not in seen
+        seen.add(bigram)
+    return new / max(1, len(bigrams))
+
+
+def _completeness(text: str) -> float:
+    return 1.0 if _TEXT_END.search(text) else 0.5
+
+
+def _listed(texts: Sequence[str] | str) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts

@@ -1,0 +1,199 @@
+"""The parts of GRPO that a config names: advantages, token weights, objective, optimizer."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from grpocem_jax import grpo
+from grpocem_jax.config.schema import Config
+from grpocem_jax.models.sampling import Rollouts
+from grpocem_jax.utils import memory, user_code
+from grpocem_jax.utils.errors import InputError
+
+
+class Algorithm(NamedTuple):
+    """What a training step is made of; `grpocem_jax.grpo` has the signatures.
+
+    Attributes:
+      advantages: an advantage function.
+      weights: a weight rule.
+      objective: an objective.
+      optimizer: with its learning rate and gradient clipping.
+    """
+
+    advantages: grpo.Advantages
+    weights: grpo.WeightRule
+    objective: grpo.Objective
+    optimizer: optax.GradientTransformation
+
+
+def make_algorithm(config: Config) -> Algorithm:
+    """Makes the parts by their names and options, and tries out those of the user's own.
+
+    Raises:
+      InputError: a function that fails or makes no such part, or a part that does not keep to its
+        signature; in one sentence with the config's field and the function.
+    """
+    return Algorithm(
+        _make_advantages(config),
+        _make_weights(config),
+        _make_objective(config),
+        _make_optimizer(config),
+    )
+
+
+def _make_advantages(config: Config) -> grpo.Advantages:
+    settings = config.grpo
+    scaling = {"scale": settings.reward_scale, "clip": settings.reward_clip}
+    group = functools.partial(grpo.group_advantages, supervision=settings.supervision)
+    scaled = functools.partial(grpo.scaled_advantages, supervision=settings.supervision)
+    where, function = _make(
+        "grpo.advantages",
+        settings.advantages,
+        settings.advantages_options,
+        named={
+            "group": lambda: group,
+            "scaled": lambda **options: functools.partial(scaled, **{**scaling, **options}),
+        },
+        returns="a function (rewards, step_rewards, tokens, mask) -> advantages [P, G, N]",
+        check=grpo.check_advantages,
+    )
+    if not user_code.is_reference(settings.advantages):
+        return function
+
+    def guarded(
+        rewards: ArrayLike, step_rewards: ArrayLike, tokens: ArrayLike, mask: ArrayLike
+    ) -> jax.Array:
+        with _naming(where, "the advantage function"):
+            found = function(rewards, step_rewards, tokens, mask)
+            grpo.require_array("advantage function", found, jnp.shape(mask), "in this step")
+        return jnp.asarray(found, jnp.float32)
+
+    return guarded
+
+
+def _make_weights(config: Config) -> grpo.WeightRule:
+    settings = config.grpo
+    where, rule = _make(
+        "grpo.weights",
+        settings.weights,
+        settings.weights_options,
+        named={name: functools.partial(grpo.aggregate, name) for name in grpo.AGGREGATIONS},
+        returns="a function (key, rollouts) -> (weights [P, G, N], positions or None)",
+        check=grpo.check_weights,
+    )
+    if not user_code.is_reference(settings.weights):
+        return rule
+
+    def guarded(key: jax.Array, rollouts: Rollouts) -> tuple[jax.Array, jax.Array | None]:
+        with _naming(where, "the weight rule"):
+            weights, positions = rule(key, rollouts)
+            grpo.require_array("weight rule", weights, rollouts.mask.shape, "as weights")
+        return jnp.asarray(weights, jnp.float32), positions
+
+    return guarded
+
+
+def _make_objective(config: Config) -> grpo.Objective:
+    settings = config.grpo
+    clip = {"low": settings.clip, "high": settings.clip}
+    # What a micro-batch of whole groups may look like.
+    shape = (1, settings.group_size, config.generation.max_new_tokens)
+    _, objective = _make(
+        "grpo.objective",
+        settings.objective,
+        settings.objective_options,
+        named={"clipped": lambda **options: grpo.clipped(**{**clip, **options})},
+        returns="a function (logps, batch) -> (values [P, G, N], metrics)",
+        check=lambda objective: grpo.check_objective(objective, shape),
+    )
+    return objective
+
+
+def _make_optimizer(config: Config) -> optax.GradientTransformation:
+    train = config.train
+    low, high = train.lr_scale_range
+    rates: dict[str, Any] = {
+        "learning_rate": train.learning_rate,
+        "warmup_steps": train.warmup_steps,
+        "max_grad_norm": train.max_grad_norm,
+        "target_kl": train.target_kl,
+        "lr_scale_range": (low, high),
+    }
+    decay = {"weight_decay": train.weight_decay}
+    _, optimizer = _make(
+        "train.optimizer",
+        train.optimizer,
+        train.optimizer_options,
+        named={"adamw": lambda **options: grpo.adamw(**rates, **{**decay, **options})},
+        own=lambda function: (
+            lambda **options: grpo.optimizer(functools.partial(function, **options), **rates)
+        ),
+        returns="an optax.GradientTransformation; it also gets learning_rate, a schedule",
+        check=lambda made: grpo.check_optimizer(made, {"h.0": jnp.zeros(3), "h.1": jnp.zeros(2)}),
+    )
+    return optimizer
+
+
+def _make(
+    field: str,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    named: Mapping[str, Callable[..., Any]],
+    returns: str,
+    check: Callable[[Any], None],
+    own: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+) -> tuple[str, Any]:
+    """Makes a part.
+
+    Args:
+      field: of the config.
+      name: its value.
+      options: keywords of what makes the part.
+      named: what makes the parts of the package.
+      returns: what a function of the user's own must return.
+      check: raises an InputError where a part is not what it must be.
+      own: what makes a part of the user's function, by default the function itself.
+
+    Returns:
+      how messages name the part, and the part.
+    """
+    where = f"config.{field}={name!r}" + (f" with options {dict(options)}" if options else "")
+    if user_code.is_reference(name):
+        make = own(user_code.load_function(name, field=f"config.{field}"))
+    else:
+        make = named[name]
+    with _naming(
+        where, "the function", f"; it is called with the options as keywords, to return {returns}"
+    ):
+        part = make(**options)
+    if options or user_code.is_reference(name):
+        with _naming(where, "the check of it"):
+            check(part)
+    return where, part
+
+
+@contextlib.contextmanager
+def _naming(where: str, what: str, needed: str = "; correct it") -> Iterator[None]:
+    """Puts the part's name before what goes wrong inside the block.
+
+    Raises:
+      InputError: whatever is raised there. Where memory runs out, that error passes through.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's own code may raise
+        if isinstance(error, Exception) and memory.ran_out(error):
+            raise
+        kind, message = user_code.failure(error)
+        reason = (message.splitlines() or [""])[0].rstrip(".")
+        raise InputError(f"{where}: {what} raised {kind} ({reason}){needed}.") from error

@@ -1,0 +1,209 @@
+"""Held-out reward: what a policy scores on prompts it was not trained on, before and after."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.config.schema import Config
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.utils import memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """Mean held-out reward before and after, and the mean of the paired differences.
+
+    Attributes:
+      before: mean reward of the base model.
+      after: mean reward of the adapted model.
+      gain: ``after - before``.
+      gain_ci95: 95% interval of the gain over prompts (normal approximation of paired differences).
+      n: number of prompts.
+    """
+
+    before: float
+    after: float
+    gain: float
+    gain_ci95: tuple[float, float]
+    n: int
+
+
+class Judged(NamedTuple):
+    """What a policy makes of ``n`` held-out prompts.
+
+    Attributes:
+      rewards: mean reward of each prompt's samples, float64 ``[n]``, NaN where all abstained.
+      texts: the samples, ``[n][samples]``.
+      greedy_rewards: reward of each prompt's greedy completion, float64 ``[n]``.
+      greedy_texts: those completions, ``[n][1]``.
+    """
+
+    rewards: np.ndarray
+    texts: list[list[str]]
+    greedy_rewards: np.ndarray
+    greedy_texts: list[list[str]]
+
+
+def judge(
+    policy: Policy,
+    adapter: Offsets,
+    items: Sequence[rollouts.Item],
+    key: jax.Array,
+    config: Config,
+) -> Judged:
+    """`evaluate` with samples and greedily, both with the same arguments."""
+    return Judged(
+        *evaluate(policy, adapter, items, key, config, greedy=False),
+        *evaluate(policy, adapter, items, key, config, greedy=True),
+    )
+
+
+def records(items: Sequence[rollouts.Item], before: Judged, after: Judged) -> list[dict[str, Any]]:
+    """What heldout.jsonl says of each prompt: the first sample, the mean reward of all samples,
+    and the greedy completion with its reward; None for a reward where all abstained."""
+    lines = []
+    for number, item in enumerate(items):
+        line: dict[str, Any] = {"task": item.task.name, "prompt": item.example.prompt}
+        for when, judged in (("before", before), ("after", after)):
+            rewards = (judged.rewards[number], judged.greedy_rewards[number])
+            mean, greedy = (None if np.isnan(x) else float(x) for x in rewards)
+            line |= {
+                f"reward_{when}": mean,
+                f"completion_{when}": judged.texts[number][0],
+                f"greedy_reward_{when}": greedy,
+                f"greedy_{when}": judged.greedy_texts[number][0],
+            }
+        lines.append(line)
+    return lines
+
+
+def evaluate(
+    policy: Policy,
+    adapter: Offsets,
+    items: Sequence[rollouts.Item],
+    key: jax.Array,
+    config: Config,
+    *,
+    greedy: bool,
+    own_adapters: bool = False,
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Rewards on held-out prompts.
+
+    Args:
+      policy: the policy.
+      adapter: its offsets; with ``own_adapters`` one for each prompt, a leading axis ``n``.
+      items: ``n`` prompts.
+      key: PRNG key; consumed. A prompt's samples depend on it and the prompt's place in ``items``.
+      config: for sampling settings; samples are drawn at ``generation.temperature``.
+      greedy: one greedy completion a prompt, instead of ``train.eval_samples`` drawn ones.
+      own_adapters: whether each prompt has an adapter of its own.
+
+    Returns:
+      mean reward per prompt, float64 ``[n]`` (NaN where all samples abstained), and the texts
+      ``[n][samples]``.
+
+    Raises:
+      InputError: out of device memory, logits that are not finite, or what `rollouts.score`
+        raises.
+    """
+    size = min(config.train.eval_batch_size, max(len(items), 1))
+    advice = (
+        f"lower train.eval_batch_size={config.train.eval_batch_size} to {size // 2}"
+        if size > 1
+        else f"lower generation.max_new_tokens={config.generation.max_new_tokens}"
+    )
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(items)))
+    rewards = np.full(len(items), np.nan)
+    texts: list[list[str]] = [[] for _ in items]
+    # Prompts of like length share a batch, so that short ones are padded to a small bucket.
+    order = sorted(range(len(items)), key=lambda i: len(items[i].tokens))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        chosen = [items[i] for i in rows]
+        length = rollouts.bucket_length(
+            max(len(item.tokens) for item in chosen),
+            config.generation.prompt_buckets,
+            config.data.max_prompt_tokens,
+        )
+        # A last batch that is not full repeats its first prompt: one compiled shape.
+        filled = np.array(rows + rows[:1] * (size - len(rows)))
+        with memory.advise("the evaluation", advice):
+            out = rollouts.generate(
+                policy,
+                jax.tree.map(lambda x, rows=filled: x[rows], adapter) if own_adapters else adapter,
+                rollouts.pad([items[i].tokens for i in filled], length),
+                keys[filled],
+                config.generation,
+                num_samples=1 if greedy else config.train.eval_samples,
+                temperature=config.generation.temperature,
+                greedy=greedy,
+                own_adapters=own_adapters,
+            )
+            drawn = rollouts.fetch_finite(policy, out)
+        groups = rollouts.decode(policy, drawn.tokens, drawn.mask)[: len(rows)]
+        scores = rollouts.score(chosen, groups).total
+        for row, group, values in zip(rows, groups, scores, strict=True):
+            texts[row] = group
+            present = values[~np.isnan(values)]
+            rewards[row] = present.mean() if len(present) else np.nan
+    return rewards, texts
+
+
+def mean_reward(tasks: Sequence[str], rewards: np.ndarray) -> float:
+    """Mean reward of ``n`` prompts over tasks, each weighing the same; NaN where all abstained.
+
+    Args:
+      tasks: the task of each prompt.
+      rewards: float ``[n]``, NaN where abstained.
+    """
+    labels = np.asarray(tasks)
+    parts = [rewards[(labels == name) & ~np.isnan(rewards)] for name in np.unique(labels)]
+    means = [part.mean() for part in parts if len(part)]
+    return float(np.mean(means)) if means else math.nan
+
+
+def compare(
+    names: Iterable[str], tasks: Sequence[str], before: np.ndarray, after: np.ndarray
+) -> dict[str, Gain]:
+    """Gains by task, and ``overall``: the mean over tasks, each weighing the same.
+
+    A task with fewer than two prompts whose rewards did not abstain has no interval and is left
+    out.
+
+    Args:
+      names: the tasks to report, in order.
+      tasks: the task of each of ``n`` prompts.
+      before: mean reward of each prompt, float ``[n]``, NaN where abstained.
+      after: the same with the adapter.
+    """
+    gains, variances = {}, []
+    labels = np.asarray(tasks)
+    for name in names:
+        rows = (labels == name) & ~np.isnan(before) & ~np.isnan(after)
+        difference = after[rows] - before[rows]
+        n = len(difference)
+        if n < 2:
+            continue
+        variance = float(difference.var(ddof=1)) / n
+        variances.append(variance)
+        gains[name] = _gain(float(before[rows].mean()), float(after[rows].mean()), variance, n)
+    if gains:
+        gains["overall"] = _gain(
+            float(np.mean([g.before for g in gains.values()])),
+            float(np.mean([g.after for g in gains.values()])),
+            sum(variances) / len(variances) ** 2,
+            sum(g.n for g in gains.values()),
+        )
+    return gains
+
+
+def _gain(before: float, after: float, variance: float, n: int) -> Gain:
+    half = 1.96 * math.sqrt(variance)
+    gain = after - before
+    return Gain(before, after, gain, (gain - half, gain + half), n)

@@ -1,0 +1,745 @@
+"""Training: the course of a run from its config to its summary."""
+
+import collections
+import contextlib
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from grpocem_jax import grpo, report
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.config.schema import Config, parse_config, with_defaults
+from grpocem_jax.models import sampling
+from grpocem_jax.models.base import Model, Params
+from grpocem_jax.models.likelihood import completion_logps
+from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax.rollouts.policy import Policy, load_policy
+from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
+from grpocem_jax.training import evaluation, results, screens, step_metrics
+from grpocem_jax.training.algorithm import Algorithm, make_algorithm
+from grpocem_jax.training.data import Data, load_data
+from grpocem_jax.utils import devices, memory, user_code
+from grpocem_jax.utils.clock import CompileClock
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import expand, is_file, read_object, writing
+from grpocem_jax.utils.progress import Progress
+from grpocem_jax.utils.terminal import say
+
+LARGE_KL = 1e6
+"""A mean k3 estimate from which on something is wrong: a token some 14 nats apart or more."""
+MEMORY_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""For XLA's CPU compiler, which otherwise starts the recomputation of all layers at once and keeps
+what comes of it: 1.9 instead of 1.3 GB at the report's setting. Other backends pass it over."""
+
+update_program = jax.jit(grpo.update, static_argnames=grpo.STATIC, compiler_options=MEMORY_FIRST)
+"""`grpo.update` as a program of its own, in the least memory."""
+
+
+def train(
+    settings: ml_collections.ConfigDict, workdir: str | Path, *, held_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Trains an adapter and measures what it did to held-out reward.
+
+    A run directory that holds a run of the same settings continues it from its last checkpoint; the
+    result is bit for bit that of a run that was never interrupted. A finished run goes on where
+    ``train.max_steps`` or ``train.epochs`` are larger than before.
+
+    Args:
+      settings: a config, such as those in configs/.
+      workdir: the run directory.
+      held_out: as in `grpocem_jax.training.data.load_data`.
+
+    Returns:
+      the contents of summary.json.
+
+    Raises:
+      InputError: settings, model, data or run directory that cannot be used; before compilation.
+      Interrupted: SIGTERM or SIGINT came; the run was saved.
+    """
+    started = time.perf_counter()
+    config, workdir = parse_config(settings), expand(workdir, "--workdir")
+    settings = with_defaults(settings)
+    for name in config.data.tasks:
+        config.task(name)  # the user's own rewards are imported before a model is loaded
+    algorithm = make_algorithm(config)
+    complete, done = None, 0
+    if rundir.check_settings(workdir, settings.to_dict()):
+        complete, done = _complete_summary(workdir), checkpoints.last_step(workdir)
+    trackers.check(config.logging)
+    policy = load_policy(
+        config.model,
+        config.adapter,
+        stop=config.generation.stop,
+        keep_special_tokens=config.generation.keep_special_tokens,
+        seed=config.seed,
+        mesh=devices.sharing(config.train.batch_size // config.grpo.group_size),
+    )
+    _check_length(config, policy)
+    if user_code.is_reference(config.train.optimizer):
+        _check_optimizer(config, algorithm, policy)
+    data = load_data(config, policy, held_out=held_out)
+    train_items = data.train
+    if len(train_items) < config.prompts_per_step:
+        raise InputError(
+            f"{len(train_items)} training prompts in all, but a step takes "
+            f"{config.prompts_per_step} (train.batch_size * train.accumulation_steps / "
+            "grpo.group_size); give more data or a smaller step."
+        )
+    identity = {"model": policy.pretrained.sha256, "data": data.sha256}
+    total = total_steps(config, len(train_items))
+    finished = None if complete is None else complete.get("steps")
+    trained = max(done, finished) if isinstance(finished, int) else done
+    if total < trained:
+        raise InputError(
+            f"--workdir={workdir}: the run there has done {trained} steps, but "
+            f"train.max_steps={config.train.max_steps} and train.epochs={config.train.epochs} give "
+            f"{total}; give as many or more, or another folder."
+        )
+    if complete is not None:
+        rundir.check_identity(workdir, identity)
+    if total > trained > done:
+        raise InputError(
+            f"--workdir={workdir}: the run there ended after {trained} steps, but its checkpoint "
+            "of that step is not there to go on from; give another folder."
+        )
+    if complete is not None and finished in (total, None):
+        page = workdir / "report" / "index.html"
+        if not is_file(page):  # the run was cut off before it was drawn
+            page = report.write(workdir)
+        say(f"the run in {workdir} is complete; its page is {page}")
+        return complete
+    with (
+        writing(f"--workdir={workdir}", "make room; the same command continues the run"),
+        rundir.claim(workdir, settings.to_dict(), identity) as claimed,
+        rundir.Signals() as signals,
+        contextlib.ExitStack() as at_last,
+    ):
+        config_hash = checkpoints.config_hash(rundir.trained_settings(settings.to_dict()))
+        key, eval_key = jax.random.split(jax.random.key(config.seed))
+        run = Run(config, policy, algorithm, train_items, key, workdir, config_hash, signals)
+        run.validation_items = data.validation
+        # The numbers before it are those of the held-out prompts.
+        run.validation_key = jax.random.fold_in(eval_key, len(data.heldout))
+        run.logs = trackers.start(
+            config.logging,
+            workdir,
+            settings.to_dict(),
+            run_id=claimed["id"],
+            first_step=run.first_step + 1,
+        )
+        for log in run.logs:
+            at_last.callback(log.close)
+        first = screens.first(config, policy, data.lines, workdir, [x.where for x in run.logs])
+        say(first)
+        if run.first_step:
+            say(f"resumed   after step {run.first_step}")
+        for difference in run.differences:
+            say(f"differs   {difference}")
+        return _finish(run, data, eval_key, started)
+
+
+def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict[str, Any]:
+    """Trains what is left to train, judges, and writes what a run leaves behind."""
+    config, policy, workdir = run.config, run.policy, run.workdir
+    clock = CompileClock.start()
+    train_started = time.perf_counter()
+    state = run.train()
+    train_seconds = time.perf_counter() - train_started
+    heldout = results.judge(policy, state.adapter, data.heldout, eval_key, config)
+    best = run.best_adapter()
+    clock.stop()
+    summary = results.summarize(
+        config,
+        policy,
+        state.adapter,
+        run.items,
+        data.bad_lines,
+        heldout,
+        {
+            "steps": int(state.step),
+            "adapter": "last",
+            "best_adapter": None if best is None else run.best,
+            "resumed_after_step": run.first_step,
+            "skipped_updates": run.skipped,
+            "continued": run.differences,
+            "micro_batch": run.micro_batch.size,
+            "seconds": time.perf_counter() - started,
+            "train_seconds": train_seconds,
+            "compile_seconds": clock.seconds,
+        },
+    )
+    sampled, greedy = heldout.gains(config.data.tasks)
+    unchanged = [name for name, gain in sampled.items() if gain.gain_ci95 == (0.0, 0.0)]
+    remarks = metrics.signal_lines(run.recent, config.generation.temperature, unchanged)
+    try:  # saved first, and shown also where it cannot be saved
+        results.write(workdir, config, policy, state.adapter, best, heldout, summary)
+    finally:
+        say(screens.closing(sampled, greedy, summary, config, workdir, remarks))
+    named = {
+        "eval/reward" if name == "overall" else f"eval/rewards/{name}/mean": gain.after
+        for name, gain in sampled.items()
+    }
+    for log in run.logs:
+        log.log(named, int(state.step))
+    say(f"report    {report.write(workdir)}")
+    return summary
+
+
+def _complete_summary(workdir: Path) -> dict[str, Any] | None:
+    """The summary of a run that is complete; None of one that is not."""
+    path = workdir / "summary.json"
+    if not is_file(path) or not is_file(workdir / "adapter" / "adapter_model.safetensors"):
+        return None
+    return read_object(path, fix="delete it to have it made again")
+
+
+def total_steps(config: Config, num_items: int) -> int:
+    """Optimizer steps of a run with so many training prompts."""
+    steps = num_items // config.prompts_per_step * config.train.epochs
+    return min(steps, config.train.max_steps or steps)
+
+
+def _check_optimizer(config: Config, algorithm: Algorithm, policy: Policy) -> None:
+    """Refuses an optimizer that cannot train the policy's own offsets."""
+    try:
+        grpo.check_optimizer(algorithm.optimizer, policy.zero)
+    except InputError as error:
+        raise InputError(f"config.train.optimizer={config.train.optimizer!r}: {error}") from error
+
+
+def _check_length(config: Config, policy: Policy) -> None:
+    longest = config.data.max_prompt_tokens + config.generation.max_new_tokens
+    if longest > policy.model.context_length:
+        raise InputError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and "
+            f"generation.max_new_tokens={config.generation.max_new_tokens} make {longest} tokens, "
+            f"but the model's context is {policy.model.context}; lower one of them."
+        )
+
+
+class Run:
+    """The training loop of one run directory, from its last checkpoint on.
+
+    Attributes:
+      first_step: optimizer steps that were done before.
+      skipped: updates skipped because loss or gradient was not finite.
+      logs: where metrics go beside metrics.jsonl.
+      micro_batch: completions of an update processed at once.
+      validation_items: prompts to compare checkpoints by; none are compared where it is empty.
+      validation_key: PRNG key of their completions, the same each time.
+      best: step and ``eval_reward`` of the best checkpoint so far, or None.
+      recent: the last lines of metrics.jsonl.
+      differences: what makes the result of a run that went on beyond its first end another one
+        than that of a run as long from the start, in sentences; none as a rule.
+    """
+
+    validation_items: Sequence[rollouts.Item] = ()
+    validation_key: jax.Array
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        algorithm: Algorithm,
+        items: Sequence[rollouts.Item],
+        key: jax.Array,
+        workdir: Path,
+        config_hash: str,
+        signals: rundir.Signals,
+    ):
+        self.signals = signals
+        self.config, self.policy, self.items, self.key = config, policy, items, key
+        self.algorithm = algorithm
+        self.workdir, self.config_hash = workdir, config_hash
+        self.steps_per_epoch = len(items) // config.prompts_per_step
+        self.total_steps = total_steps(config, len(items))
+        self.logs: Sequence[trackers.Tracker] = ()
+        self.checkpoints = checkpoints.Checkpoints(workdir, keep=config.train.keep_checkpoints)
+        self.state = grpo.init_state(policy.zero, algorithm.optimizer)
+        found, damaged = self.checkpoints.restore_latest(self.state)
+        for sentence in damaged:
+            say(f"passed over: {sentence}", sys.stderr)
+        position: dict[str, Any] = {}
+        if found is not None:
+            self.state, self.key, position = found
+            if position.get("config_hash") != config_hash:
+                raise InputError(
+                    f"--workdir={workdir}: its checkpoints are of other settings than its "
+                    "config.json; give another folder."
+                )
+        self.state = devices.replicate(policy.mesh, self.state)
+        self.first_step = int(self.state.step)
+        self.num_tokens = position.get("num_tokens", 0)
+        self.skipped = position.get("skipped", 0)
+        self.skipped_in_a_row = position.get("skipped_in_a_row", 0)
+        self.best: dict[str, Any] | None = position.get("best")
+        self.micro_batch = micro_batch(config, position.get("micro_batch", config.train.batch_size))
+        # What was written after the checkpoint is written again.
+        self.metrics = metrics.JsonLines(
+            workdir / "metrics.jsonl", position.get("metrics_bytes", 0)
+        )
+        shown = position.get("completions_bytes", 0)
+        if self.first_step < self.total_steps:
+            shown = position.get("completions_bytes_but_of_the_end", shown)
+        self.completions = metrics.JsonLines(workdir / "completions.jsonl", shown)
+        self.shown_before = shown
+        self.nonfinite = metrics.JsonLines(
+            workdir / "nonfinite.jsonl", position.get("nonfinite_bytes", 0)
+        )
+        self.recent = collections.deque(
+            metrics.last_lines(workdir / "metrics.jsonl", metrics.WINDOW),
+            maxlen=metrics.WINDOW,
+        )
+        self.without_signal: set[str] = set()
+        self.differences: list[str] = list(position.get("differences", []))
+        planned = position.get("total_steps", self.total_steps)
+        if planned != self.total_steps:
+            self.differences += self._differences(planned)
+
+    def _differences(self, planned: int) -> list[str]:
+        """What a run begun with another length did otherwise than one of this length does."""
+        generation, every, done = self.config.generation, self.config.train, self.first_step
+        found = []
+        if generation.temperature != generation.final_temperature:
+            found.append(
+                f"the temperatures of steps 1 to {done} were those of a run of {planned} steps, "
+                f"not of {self.total_steps}"
+            )
+        if every.evaluate_every_steps and done == planned and done % every.evaluate_every_steps:
+            found.append(
+                f"the adapter of step {done} was judged by the validation prompts as the last one"
+            )
+        return found
+
+    def train(self) -> grpo.TrainState:
+        """Runs the steps that are left and returns the last state.
+
+        Raises:
+          Interrupted: a signal came; the step under way and its checkpoint were finished.
+          InputError: too many updates in a row were skipped; whatever a reward function raises.
+            Whatever ends it, the last step that was completed has a checkpoint first.
+        """
+        state, saved = self.state, time.monotonic()
+        completed = saved_step = self.first_step
+        position = self.position(completed)
+        progress = Progress(self.total_steps)
+        signals = self.signals
+        signals.at_once = False
+        with contextlib.ExitStack() as last:
+            # All of them, also where one fails because the disk is full.
+            logs = (self.completions, self.metrics, self.nonfinite)
+            for close in (self.checkpoints, *logs, progress):
+                last.callback(close.close)
+            last.callback(setattr, signals, "at_once", True)
+
+            def save() -> None:
+                for log in logs:
+                    log.sync()
+                self.checkpoints.save(state, self.key, position)
+
+            def save_after(kind: Any, error: Any, trace: Any) -> None:
+                del trace
+                if kind is not None and completed > saved_step:
+                    self.rescue(save, completed)
+
+            last.push(save_after)
+            for step in range(self.first_step, self.total_steps):
+                started = time.perf_counter()
+                new, record = self.step(state, step)
+                record["step_time"] = time.perf_counter() - started
+                if self.evaluation_due(step + 1):
+                    record["eval_reward"] = self.evaluate(new)
+                self.log(record)
+                self.check_finite(step, bool(record["skipped"]))
+                state, completed, position = new, step + 1, self.position(step + 1)
+                progress.update(
+                    step + 1,
+                    reward=f"{record['reward']:.3f}",
+                    kl=f"{record['kl']:.4f}",
+                    tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
+                )
+                if signals.received or self.checkpoint_due(step + 1, saved):
+                    save()
+                    saved, saved_step = time.monotonic(), step + 1
+                if signals.received:
+                    break
+        if signals.received:
+            say(
+                f"stopped after step {int(state.step)} of {self.total_steps}; the same command "
+                "continues the run",
+                sys.stderr,
+            )
+            raise rundir.Interrupted(128 + signals.received)
+        return state
+
+    def rescue(self, save: Callable[[], None], step: int) -> None:
+        """Saves where something else went wrong, which is then not hidden by what goes wrong here.
+
+        Args:
+          save: saves a checkpoint.
+          step: whose it is.
+        """
+        try:
+            save()
+            self.checkpoints.wait()
+        except Exception as error:  # Orbax and what lies below it raise errors of many families
+            say(f"step {step} could not be saved ({type(error).__name__}: {error})", sys.stderr)
+        else:
+            say(
+                f"saved after step {step} of {self.total_steps}; the same command continues the "
+                "run from there",
+                sys.stderr,
+            )
+
+    def checkpoint_due(self, done: int, saved: float) -> bool:
+        """Whether a checkpoint belongs after ``done`` steps, the last one being of ``saved``."""
+        settings = self.config.train
+        every, minutes = settings.checkpoint_every_steps, settings.checkpoint_every_minutes
+        return (
+            done % (settings.save_interval * self.steps_per_epoch) == 0
+            or done == self.total_steps
+            or self.evaluation_due(done)
+            or bool(every and done % every == 0)
+            or bool(minutes and time.monotonic() - saved >= 60 * minutes)
+        )
+
+    def at_the_end_only(self, done: int) -> bool:
+        """Whether the completions of step ``done`` are shown only because it is the last."""
+        return done == self.total_steps and (done - 1) % self.config.logging.interval != 0
+
+    def evaluation_due(self, done: int) -> bool:
+        """Whether the adapter after ``done`` steps is judged by the validation prompts."""
+        every = self.config.train.evaluate_every_steps
+        return bool(every) and (done % every == 0 or done == self.total_steps)
+
+    def evaluate(self, state: grpo.TrainState) -> float:
+        """Mean reward of the validation prompts, NaN where all abstained; keeps the best."""
+        items = self.validation_items
+        rewards, _ = evaluation.evaluate(
+            self.policy, state.adapter, items, self.validation_key, self.config, greedy=False
+        )
+        reward = evaluation.mean_reward([item.task.name for item in items], rewards)
+        if reward > (-math.inf if self.best is None else self.best["eval_reward"]):
+            self.best = {"step": int(state.step), "eval_reward": reward}
+        return reward
+
+    def best_adapter(self) -> Offsets | None:
+        """The adapter of the best checkpoint; None, after saying so, where it cannot be read."""
+        if self.best is None:
+            return None
+        stored = checkpoints.Checkpoints(self.workdir)
+        try:
+            return stored.restore(self.state, self.best["step"])[0].adapter
+        except InputError as error:
+            say(f"no best adapter: {error}", sys.stderr)
+            return None
+        finally:
+            stored.close()
+
+    def position(self, done: int) -> dict[str, Any]:
+        """Where the run stands, for the checkpoint after ``done`` steps."""
+        return {
+            "step": done,
+            "config_hash": self.config_hash,
+            "num_tokens": self.num_tokens,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best": self.best,
+            "micro_batch": self.micro_batch.size,
+            "metrics_bytes": self.metrics.size,
+            "completions_bytes": self.completions.size,
+            # Without what was shown because it was the end, which a longer run does not show.
+            "completions_bytes_but_of_the_end": self.shown_before
+            if self.at_the_end_only(done)
+            else self.completions.size,
+            "total_steps": self.total_steps,
+            "differences": self.differences,
+            "nonfinite_bytes": self.nonfinite.size,
+        }
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes a step's record wherever it goes; what is not finite as null."""
+        memory = metrics.peak_memory_bytes()
+        if memory is not None:
+            record["device_memory_peak_bytes"] = memory
+        finite = {name: x for name, x in record.items() if np.isfinite(x)}
+        line = {name: finite.get(name) for name in record}
+        self.metrics.write(line)
+        self.recent.append(line)
+        if len(self.recent) == metrics.WINDOW:
+            flat = set(metrics.without_signal(self.recent))
+            for text in metrics.signal_lines(self.recent, record["temperature"]):
+                if text.split(":")[0] in flat - self.without_signal:
+                    say(f"step {record['step']}: {text}", sys.stderr)
+            self.without_signal = flat
+        for log in self.logs:
+            numbers = {f"train/{name}": x for name, x in finite.items() if name != "step"}
+            log.log(numbers, record["step"])
+
+    def batch(self, step: int) -> list[rollouts.Item]:
+        """The prompts of a step: a shuffle per epoch, drawn from the seed and the epoch alone."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.items))
+        size = self.config.prompts_per_step
+        return [self.items[i] for i in order[position * size : (position + 1) * size]]
+
+    def step(self, state: grpo.TrainState, step: int) -> tuple[grpo.TrainState, dict[str, Any]]:
+        """One optimizer step: rollouts, rewards, advantages, update."""
+        config = self.config
+        items = self.batch(step)
+        temperature = sampling.anneal(
+            config.generation.temperature,
+            config.generation.final_temperature,
+            step / max(self.total_steps - 1, 1),
+        )
+        length = rollouts.bucket_length(
+            max(len(item.tokens) for item in items),
+            config.generation.prompt_buckets,
+            config.data.max_prompt_tokens,
+        )
+        prompts = rollouts.pad([item.tokens for item in items], length)
+        with memory.advise("a step's rollouts", self.rollouts_advice()):
+            out = rollouts.generate(
+                self.policy,
+                state.adapter,
+                prompts,
+                jax.random.split(jax.random.fold_in(self.key, step), len(items)),
+                config.generation,
+                num_samples=config.grpo.group_size,
+                temperature=temperature,
+            )
+            drawn = rollouts.fetch(out)
+        if not drawn.finite.any() and self.policy.dtype == "float16":
+            fix = self.policy.nonfinite_logits("")
+            raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
+        tokens, mask = drawn.tokens, drawn.mask
+        texts = rollouts.decode(self.policy, tokens, mask)
+        scores = rollouts.score(items, texts)
+        rewards = scores.total
+        step_rewards = self.step_rewards(items, texts, tokens, mask, rewards)
+        found = self.algorithm.advantages(rewards, step_rewards, tokens, mask)
+        advantages = jnp.asarray(found)
+        # The keys before it are those of the prompts.
+        key = jax.random.fold_in(jax.random.fold_in(self.key, step), len(items))
+        weights, positions = self.algorithm.weights(key, out)
+        batch = grpo.Batch(
+            jnp.asarray(prompts.tokens),
+            jnp.asarray(prompts.mask),
+            out.tokens,
+            out.mask,
+            out.logps,
+            advantages,
+            weights,
+            positions,
+        )
+        batch = devices.divide(self.policy.mesh, batch)
+
+        def attempt(size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+            updated = update_program(
+                state,
+                self.policy.params,
+                batch,
+                temperature,
+                model=self.policy.model,
+                objective=self.algorithm.objective,
+                optimizer=self.algorithm.optimizer,
+                beta=config.grpo.beta,
+                entropy=config.grpo.entropy,
+                micro_batch=size,
+            )
+            return jax.block_until_ready(updated)
+
+        before = state
+        state, update = self.micro_batch.run(attempt)
+        self.step_tokens = int(mask.sum() + prompts.mask.sum() * config.grpo.group_size)
+        self.num_tokens += self.step_tokens
+        record: dict[str, Any] = {
+            "step": step + 1,
+            "epoch": (step + 1) / self.steps_per_epoch,
+            **{name: float(value) for name, value in jax.device_get(update).items()},
+            **step_metrics.rewards(items, scores),
+            **step_metrics.lengths(mask.sum(-1), self._unended(tokens, mask)),
+            "temperature": temperature,
+            "num_tokens": self.num_tokens,
+        }
+        self.trouble = self.find_trouble(record, drawn, before, batch, temperature)
+        self.shown_before = self.completions.size
+        if step % config.logging.interval == 0 or step + 1 == self.total_steps:
+            self.show(step + 1, items, texts, rewards, np.asarray(advantages))
+        return state, record
+
+    def rollouts_advice(self) -> str:
+        """What to lower where the rollouts of a step take too much memory."""
+        count, length = self.config.train.accumulation_steps, self.config.generation.max_new_tokens
+        if count > 1:
+            return f"lower train.accumulation_steps={count} to {count // 2}"
+        return shorter_completions(length)
+
+    def check_finite(self, step: int, skipped: bool) -> None:
+        """Counts a skipped update; stops after too many in a row, with the prompts on disk."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        self.skipped += 1
+        what, fix = self.trouble
+        say(f"step {step + 1}: {what}; update skipped", sys.stderr)
+        for item in self.batch(step):
+            prompt = {"step": step + 1, "task": item.task.name, "prompt": item.example.prompt}
+            self.nonfinite.write(prompt)
+        if self.skipped_in_a_row > self.config.train.max_skipped_updates:
+            raise InputError(
+                f"train.max_skipped_updates={self.config.train.max_skipped_updates}: updates were "
+                f"not finite {self.skipped_in_a_row} times in a row, at last in step {step + 1} "
+                f"({what}); {fix} in a new run, or look at the prompts in "
+                f"{self.workdir / 'nonfinite.jsonl'}."
+            )
+
+    def find_trouble(
+        self,
+        record: Mapping[str, float],
+        drawn: rollouts.Drawn,
+        state: grpo.TrainState,
+        batch: grpo.Batch,
+        temperature: float,
+    ) -> tuple[str, str]:
+        """Why an update was skipped, and what to do; two empty strings where it was not.
+
+        A KL term that is finite and very large is said here and now.
+        """
+        rate, kl = self.config.train.learning_rate, record["kl"]
+        lower = f"lower train.learning_rate={rate:g} to {rate / 4:g}"
+        half = f"set model.dtype={self.policy.dtype!r} to 'bfloat16' or 'float32'"
+        if not drawn.finite.all():
+            what = f"the logits are not finite in {self.policy.dtype}"
+            return what, half if self.policy.dtype == "float16" else lower
+        if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:
+            largest = float(
+                largest_log_ratio(
+                    self.policy.params, state.adapter, batch, temperature, model=self.policy.model
+                )
+            )
+            what = (
+                f"the KL term is {kl:.3g}, as a token is {largest:.0f} nats more probable under "
+                "the base model than under the policy"
+            )
+            beta = self.config.grpo.beta
+            fix = f"{lower}, or raise grpo.beta={beta:g} to {4 * beta:g}"
+            if not record["skipped"]:
+                say(f"step {record['step']}: {what}; {fix} in a new run", sys.stderr)
+            return what, fix
+        if self.policy.dtype == "float16":
+            return "loss or gradient is not finite in float16", half
+        return "loss or gradient is not finite", lower
+
+    def step_rewards(
+        self,
+        items: Sequence[rollouts.Item],
+        texts: Sequence[Sequence[str]],
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        rewards: np.ndarray,
+    ) -> np.ndarray:
+        """Rewards at the last token of each step, float32 ``[P, G, N]``, NaN elsewhere."""
+        if self.config.grpo.supervision == "process":
+            values, ends = rollouts.score_steps(self.policy, items, texts, tokens, mask, rewards)
+        else:  # one step a completion, worth its outcome
+            values = rewards[..., None].astype(np.float32)
+            ends = np.arange(mask.shape[-1]) == mask.sum(-1, keepdims=True) - 1
+        return np.where(ends, values, np.float32(np.nan))
+
+    def _unended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Which completions were cut at the largest length; bool ``[P, G]``."""
+        ended = np.isin(tokens[..., -1], np.asarray(self.policy.end_ids))
+        return mask[..., -1] & ~ended
+
+    def show(
+        self,
+        step: int,
+        items: Sequence[rollouts.Item],
+        texts: Sequence[Sequence[str]],
+        rewards: np.ndarray,
+        advantages: np.ndarray,
+    ) -> None:
+        """Stores a step's completions, and shows the first of each task."""
+        for row, item in enumerate(items):
+            for sample, text in enumerate(texts[row]):
+                numbers = {
+                    "reward": float(rewards[row, sample]),
+                    "advantage": float(advantages[row, sample, 0]),
+                }
+                self.completions.write(
+                    {
+                        "step": step,
+                        "task": item.task.name,
+                        "prompt": item.example.prompt,
+                        "completion": text,
+                        **{n: x if np.isfinite(x) else None for n, x in numbers.items()},
+                    }
+                )
+        Progress.write(screens.completions(step, items, texts, rewards))
+
+
+def shorter_completions(length: int) -> str:
+    """What to do where the smallest batch of completions of ``length`` tokens takes too much."""
+    if length == 1:
+        return "take a smaller model, or a device with more memory"
+    return f"lower generation.max_new_tokens={length} to {length // 2}"
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def largest_log_ratio(
+    params: Params,
+    adapter: Offsets,
+    batch: grpo.Batch,
+    temperature: float,
+    *,
+    model: Model,
+) -> jax.Array:
+    """Largest ``log pi_ref - log pi`` of a token of a step's completions, float32 ``[]``."""
+    zero = jax.tree.map(jnp.zeros_like, adapter)
+
+    def of_prompt(row: grpo.Batch) -> jax.Array:
+        inputs = (row.prompts, row.prompt_mask, row.completions, row.mask, temperature)
+        reference, policy = (
+            completion_logps(model, params, offsets, *inputs)[0] for offsets in (zero, adapter)
+        )
+        return jnp.max(jnp.where(row.mask, reference - policy, -jnp.inf))
+
+    return jnp.max(jax.lax.map(of_prompt, batch))
+
+
+def micro_batch(config: Config, size: int) -> memory.Chunk:
+    """The completions of an update that are processed at once: whole groups, at first ``size``."""
+    group, length = config.grpo.group_size, config.generation.max_new_tokens
+
+    def smaller(size: int) -> int | None:
+        sizes = range(group, size // 2 + 1, group)
+        return max((each for each in sizes if size % each == 0), default=None)
+
+    def advice(size: int, smaller: int | None) -> str:
+        if smaller is None:
+            return shorter_completions(length)
+        batch, count = config.train.batch_size, config.train.accumulation_steps
+        return (
+            f"continue with train.fit_memory=True, or lower train.batch_size={batch} to {smaller} "
+            f"and raise train.accumulation_steps={count} to {count * batch // smaller} in a new "
+            "run; neither changes a result but by rounding"
+        )
+
+    return memory.Chunk(
+        "the micro-batch, train.batch_size",
+        size,
+        "a step's update",
+        lower=config.train.fit_memory,
+        smaller=smaller,
+        advice=advice,
+    )
