@@ -46,14 +46,14 @@ def generation_products(
 def generation(subject: common.Subject, tokens: np.ndarray) -> tuple[Any, Any]:
     """A function that runs one generation, and the first result, which has compiled it."""
     texts, chunk = problem(subject, tokens)
-    carrier = subject.carrier
-    score = fitness.Likelihood(carrier.params, carrier.model)
+    attached = subject.attached
+    score = fitness.Likelihood(attached.params, attached.model)
 
-    def run() -> gj.SearchResult:
-        return gj.search(
+    def run() -> gj.search.SearchResult:
+        return gj.maximize(
             subject.config.cem.search_method,
             score,
-            gj.full_space(carrier.zero),
+            gj.full_space(attached.zero),
             texts,
             jax.random.key(0),
             generations=1,
@@ -73,9 +73,9 @@ def measure(
         raise InputError(
             f"config.cem.method={config.cem.method!r}: this measures CEM; set it to 'cem'."
         )
-    if length > subject.carrier.model.context_length:
+    if length > subject.attached.model.context_length:
         raise InputError(
-            f"--tokens={length}: the model's context is {subject.carrier.model.context_length}; "
+            f"--tokens={length}: the model's context is {subject.attached.model.context_length}; "
             "lower it."
         )
     tokens = common.random_tokens(subject, length)
@@ -151,7 +151,7 @@ def _peers(
     offsets = {
         site: subject.config.cem.noise_std
         * rng.standard_normal((population, *zero.shape)).astype(np.float32)
-        for site, zero in subject.carrier.zero.items()
+        for site, zero in subject.attached.zero.items()
     }
     limit = 1024 // len(tokens)
     return {

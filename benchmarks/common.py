@@ -17,12 +17,11 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import svf
+from grpocem_jax import adapters
 from grpocem_jax.config import commands
 from grpocem_jax.config.schema import Config, parse_config
 from grpocem_jax.models import base, hub
-from grpocem_jax.rollouts.policy import Carrier, put_adapter
+from grpocem_jax.rollouts.policy import attach
 from grpocem_jax.runs import metrics
 from grpocem_jax.utils.errors import InputError
 
@@ -33,7 +32,7 @@ class Subject(NamedTuple):
     config: Config
     source: str
     pretrained: hub.Pretrained
-    carrier: Carrier
+    attached: adapters.Attached
 
 
 class Timing(NamedTuple):
@@ -81,8 +80,8 @@ def load(settings: ml_collections.ConfigDict) -> Subject:
     """
     config, source = _parse(settings)
     pretrained = hub.load_model(source, seed=config.seed)
-    carrier = put_adapter(pretrained, config.adapter, dtype=config.model.dtype, seed=config.seed)
-    return Subject(config, source, pretrained, carrier)
+    attached = attach(pretrained, config)
+    return Subject(config, source, pretrained, attached)
 
 
 def outline(settings: ml_collections.ConfigDict) -> Subject:
@@ -104,12 +103,12 @@ def outline(settings: ml_collections.ConfigDict) -> Subject:
             "weights; use that."
         )
     pretrained = hub.load_outline(source)
-    method = svf.svf(
+    method = adapters.svf(
         rank_ratio=config.adapter.rank_ratio, tail=config.adapter.tail, svd=_no_decomposition
     )
 
-    def factor(kernel: np.ndarray) -> svf.SVFFactors:
-        factors = method.factor(kernel)
+    def factor(key: jax.Array, kernel: np.ndarray) -> adapters.SVFFactors:
+        factors = method.factor(key, kernel)
         u, vt = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (factors.u, factors.vt))
         return factors._replace(u=u, vt=vt)
 
@@ -118,7 +117,8 @@ def outline(settings: ml_collections.ConfigDict) -> Subject:
     params = adapters.factor_params(method._replace(factor=factor), pretrained.params, sites)
     zero = adapters.init_adapter(method, jax.random.key(0), params, sites)
     params = jax.eval_shape(lambda x: base.cast_params(x, jnp.dtype(config.model.dtype)), params)
-    return Subject(config, source, pretrained, Carrier(model, params, method, sites, zero))
+    attached = adapters.Attached(model, params, method, sites, zero)
+    return Subject(config, source, pretrained, attached)
 
 
 def _parse(settings: ml_collections.ConfigDict) -> tuple[Config, str]:
@@ -143,7 +143,7 @@ def _no_decomposition(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def random_tokens(subject: Subject, *shape: int, seed: int = 0) -> np.ndarray:
     """Tokens drawn from the whole vocabulary, int32."""
-    size = subject.carrier.model.vocab_size
+    size = subject.attached.model.vocab_size
     return np.random.default_rng(seed).integers(0, size, shape, np.int32)
 
 
@@ -189,11 +189,11 @@ def linear_products(
         input; 0 where they do not.
     """
     found: dict[tuple[int, int, int], int] = {}
-    carrier = subject.carrier
+    attached = subject.attached
     shared = shared_rows > 0
-    for site, path in carrier.model.sites.items():
-        shared = shared and site not in carrier.sites
-        leaf = carrier.params
+    for site, path in attached.model.sites.items():
+        shared = shared and site not in attached.sites
+        leaf = attached.params
         for part in path:
             leaf = leaf[part]
         for matrix in jax.tree.leaves(leaf):
@@ -205,12 +205,12 @@ def linear_products(
 
 def head_product(subject: Subject, rows: int, count: int = 1) -> Product:
     """The product of the head for ``rows`` tokens."""
-    carrier = subject.carrier
+    attached = subject.attached
     hidden = jax.eval_shape(
-        lambda p: carrier.model.forward(p, {}, jnp.zeros(2, jnp.int32), jnp.ones(2, bool)),
+        lambda p: attached.model.forward(p, {}, jnp.zeros(2, jnp.int32), jnp.ones(2, bool)),
         subject.pretrained.params,
     )
-    return Product(rows, hidden.shape[-1], carrier.model.vocab_size, count)
+    return Product(rows, hidden.shape[-1], attached.model.vocab_size, count)
 
 
 def run_products(products: Sequence[Product], dtype: str) -> Callable[[], Any]:
@@ -299,7 +299,7 @@ def headline(title: str, subject: Subject) -> str:
 
 def num_offsets(subject: Subject) -> int:
     """Trainable numbers of the adapter."""
-    return sum(x.size for x in jax.tree.leaves(subject.carrier.zero))
+    return sum(x.size for x in jax.tree.leaves(subject.attached.zero))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

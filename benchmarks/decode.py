@@ -23,7 +23,7 @@ def sampling_settings(subject: common.Subject, length: int) -> dict[str, Any]:
     """Static arguments of `sampling.sample`."""
     config = subject.config
     return {
-        "model": subject.carrier.model,
+        "model": subject.attached.model,
         "num_samples": config.grpo.group_size,
         "max_new_tokens": length,
         "top_p": config.generation.top_p,
@@ -35,10 +35,10 @@ def sampling_arguments(subject: common.Subject, prompt_length: int) -> tuple[Any
     """The other arguments of `sampling.sample`, for the prompts of one step."""
     count = subject.config.prompts_per_step
     prompts = common.random_tokens(subject, count, prompt_length)
-    carrier = subject.carrier
+    attached = subject.attached
     return (
-        carrier.params,
-        carrier.zero,
+        attached.params,
+        attached.zero,
         jnp.asarray(prompts),
         jnp.ones(prompts.shape, bool),
         jax.random.split(jax.random.key(0), count),
@@ -62,7 +62,7 @@ def rollout_products(
 
 def check_length(subject: common.Subject, prompt_length: int, length: int) -> None:
     """Refuses more tokens than the model has positions."""
-    limit = subject.carrier.model.context_length
+    limit = subject.attached.model.context_length
     if prompt_length + length > limit:
         raise InputError(
             f"--prompt_tokens={prompt_length} and --tokens={length} make "

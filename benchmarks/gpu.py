@@ -128,13 +128,10 @@ class Bench:
     def __init__(self, sizes: Sizes):
         self.sizes = sizes
         pretrained = gj.load_model(sizes.shape)
-        adapter = gj.svf(rank_ratio=0.8)
-        self.model = pretrained.build(adapter.apply)
+        attached = gj.attach(pretrained, gj.svf(rank_ratio=0.8), ["attn.c_proj"])
+        self.model, self.params, self.zero = attached.model, attached.params, attached.zero
         self.plain_model = pretrained.build()
         self.plain_params = pretrained.params
-        sites = gj.select_sites(self.model.sites, ["attn.c_proj"])
-        self.params = gj.factor_params(adapter, pretrained.params, sites)
-        self.zero = gj.init_adapter(adapter, jax.random.key(0), self.params, sites)
         self.parameters = pretrained.num_params()
         self._cast: dict[str, Any] = {}
 
@@ -220,8 +217,8 @@ def run_search(
     method = gj.CEM(population_size=population, threshold=0.0)
     chunk = fitness.population_chunk(population, texts)
 
-    def run() -> gj.SearchResult:
-        return gj.search(
+    def run() -> gj.search.SearchResult:
+        return gj.maximize(
             method,
             score,
             space,
@@ -297,17 +294,17 @@ def rollouts(
     """
     group = 8 if kind == "shared" and rows % 8 == 0 else 1
     prompts = bench.tokens(rows // group, bench.sizes.prompt)
-    params, adapter, model = bench.cast(precision), bench.zero, bench.model
+    params, offsets, model = bench.cast(precision), bench.zero, bench.model
     if kind == "own":
-        adapter = own_vectors(bench, rows)
+        offsets = own_vectors(bench, rows)
     elif kind == "plain":
         params = base.cast_params(bench.plain_params, jnp.dtype(PRECISIONS[precision][0]))
-        adapter, model = {}, bench.plain_model
+        offsets, model = {}, bench.plain_model
     keys = jax.random.split(jax.random.key(0), rows // group)
     mask, end_ids = jnp.ones(prompts.shape, bool), jnp.array([-1])
     return lambda: sampling.sample(
         params,
-        adapter,
+        offsets,
         prompts,
         mask,
         keys,
@@ -331,22 +328,22 @@ def own_vectors(bench: Bench, rows: int) -> Any:
 def scoring(bench: Bench, precision: str, rows: int, kind: str) -> Callable[[], jax.Array]:
     """A function that scores ``rows`` texts of prompt and completion, see `rollouts` for kinds."""
     tokens = bench.tokens(rows, bench.sizes.prompt + bench.sizes.new_tokens)
-    params, model, axis, adapter = bench.cast(precision), bench.model, None, bench.zero
+    params, model, axis, offsets = bench.cast(precision), bench.model, None, bench.zero
     if kind == "own":
-        axis, adapter = 0, own_vectors(bench, rows)
+        axis, offsets = 0, own_vectors(bench, rows)
     elif kind == "plain":
         params = base.cast_params(bench.plain_params, jnp.dtype(PRECISIONS[precision][0]))
-        adapter, model = {}, bench.plain_model
+        offsets, model = {}, bench.plain_model
 
     @jax.jit
-    def score(params: Any, adapter: Any, tokens: jax.Array) -> jax.Array:
-        def one(adapter: Any, row: jax.Array) -> jax.Array:
-            hidden = model.forward(params, adapter, row[:-1], jnp.ones(len(row) - 1, bool))
+    def score(params: Any, offsets: Any, tokens: jax.Array) -> jax.Array:
+        def one(offsets: Any, row: jax.Array) -> jax.Array:
+            hidden = model.forward(params, offsets, row[:-1], jnp.ones(len(row) - 1, bool))
             return likelihood.token_logps(model, params, hidden, row[1:], 1.0)[0]
 
-        return jax.vmap(one, in_axes=(axis, 0))(adapter, tokens)
+        return jax.vmap(one, in_axes=(axis, 0))(offsets, tokens)
 
-    return lambda: score(params, adapter, tokens)
+    return lambda: score(params, offsets, tokens)
 
 
 def own(bench: Bench) -> dict[str, Any]:
@@ -473,7 +470,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     result: dict[str, Any] = {"population": population, "bytes_limit": stats["bytes_limit"]}
     method = gj.CEM(population_size=population, threshold=0.0)
     run = functools.partial(
-        gj.search, method, score, space, texts, jax.random.key(0), generations=1
+        gj.maximize, method, score, space, texts, jax.random.key(0), generations=1
     )
     try:
         run(population_chunk=population)

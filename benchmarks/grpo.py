@@ -59,16 +59,16 @@ def compile_step(subject: common.Subject, prompt_length: int, length: int) -> St
     program = jax.jit(sampling.sample, static_argnames=tuple(settings))
     sample, sample_seconds = common.compile_ahead(program, *arguments, **settings)
     update_with = update_settings(subject)
-    state = grpo.init_state(subject.carrier.zero, update_with["optimizer"])
+    state = grpo.init_state(subject.attached.zero, update_with["optimizer"])
     shapes = jax.eval_shape(lambda *x: sampling.sample(*x, **settings), *arguments)
     batch = jax.eval_shape(lambda out: make_batch(arguments, out), shapes)
     update, update_seconds = common.compile_ahead(
         training.update_program,
         state,
-        subject.carrier.params,
+        subject.attached.params,
         batch,
         arguments[-1],
-        model=subject.carrier.model,
+        model=subject.attached.model,
         **update_with,
     )
     return Step(sample, update, arguments, state, sample_seconds + update_seconds)
@@ -81,7 +81,7 @@ def run_step(subject: common.Subject, step: Step) -> tuple[float, float]:
     sampled = time.perf_counter()
     batch = make_batch(step.arguments, out)
     temperature = step.arguments[-1]
-    state, _ = step.update(step.state, subject.carrier.params, batch, temperature)
+    state, _ = step.update(step.state, subject.attached.params, batch, temperature)
     jax.block_until_ready(state)
     return sampled - started, time.perf_counter() - sampled
 
@@ -98,7 +98,7 @@ def step_products(subject: common.Subject, prompt_length: int, length: int) -> l
     rows = micro // config.grpo.group_size * prompt_length + micro * (length - 1)
     count = config.train.accumulation_steps
     passes = 3 if config.grpo.beta else 2
-    again = not grpo.keep_logits(micro * length, subject.carrier.model)
+    again = not grpo.keep_logits(micro * length, subject.attached.model)
     return [
         *decode.rollout_products(subject, prompt_length, length),
         *common.linear_products(subject, rows, passes * count),
@@ -202,7 +202,7 @@ def _peer(subject: common.Subject, prompt_length: int, length: int) -> Any:
                 repetition_penalty=config.generation.repetition_penalty,
                 beta=config.grpo.beta,
                 micro_batch=config.train.batch_size,
-                sites=list(subject.carrier.sites),
+                sites=list(subject.attached.sites),
                 steps=2,
                 folder=folder,
             )

@@ -53,12 +53,12 @@ def ppo_bytes(
     separate: bool,
 ) -> int:
     """Peak of a PPO step, from shapes alone."""
-    carrier, settings = subject.carrier, grpo.update_settings(subject)
+    attached, settings = subject.attached, grpo.update_settings(subject)
     head = common.head_product(subject, 1)
-    models = ppo.Models(carrier.model, subject.pretrained.build())
+    models = ppo.Models(attached.model, subject.pretrained.build())
 
     def start(critic: Any) -> Any:
-        trainable = ppo.Trainable(carrier.zero, jnp.zeros(head.inner), critic)
+        trainable = ppo.Trainable(attached.zero, jnp.zeros(head.inner), critic)
         return init_state(trainable, settings["optimizer"])
 
     state = jax.eval_shape(start, subject.pretrained.params if separate else None)
@@ -67,7 +67,7 @@ def ppo_bytes(
     )
     batch = jax.eval_shape(lambda out: grpo.make_batch(arguments, out), out)
     update = ppo.update.lower(
-        state, carrier.params, batch, arguments[-1], model=models, **settings
+        state, attached.params, batch, arguments[-1], model=models, **settings
     ).compile()
     # While completions are sampled, critic and optimizer are there too.
     resident = common.parameter_bytes(state)
@@ -76,19 +76,19 @@ def ppo_bytes(
 
 def cem_bytes(subject: common.Subject, length: int) -> int:
     """Peak of a CEM generation on a text of ``length`` tokens, from shapes alone."""
-    carrier, method = subject.carrier, subject.config.cem.search_method
+    attached, method = subject.attached, subject.config.cem.search_method
     texts, chunk = cem.problem(subject, common.random_tokens(subject, length))
-    space = gj.full_space(carrier.zero)
+    space = gj.full_space(attached.zero)
 
-    def generation(params: Any, search: gj.SearchState, texts: Any, key: Any) -> Any:
-        score = fitness.Likelihood(params, carrier.model)
-        problem = gj.Problem.of(score, space, texts, key)
-        return gj.advance(method, problem, search, 1, population_chunk=chunk)
+    def generation(params: Any, search: gj.search.SearchState, texts: Any, key: Any) -> Any:
+        score = fitness.Likelihood(params, attached.model)
+        problem = gj.search.Problem.of(score, space, texts, key)
+        return gj.search.advance(method, problem, search, 1, population_chunk=chunk)
 
     key = jax.random.key(0)
-    problem = gj.Problem.of(lambda *_: jnp.float32(0.0), space, texts, key)
-    first = gj.begin(method, problem, generations=1)
-    arguments = (carrier.params, first, texts, key)
+    problem = gj.search.Problem.of(lambda *_: jnp.float32(0.0), space, texts, key)
+    first = gj.search.begin(method, problem, generations=1)
+    arguments = (attached.params, first, texts, key)
     return program_bytes(jax.jit(generation).lower(*arguments).compile())
 
 
@@ -101,7 +101,7 @@ def measure(
     prompt_length = prompt_length or config.data.max_prompt_tokens
     length = length or config.generation.max_new_tokens
     decode.check_length(subject, prompt_length, length)
-    context = subject.carrier.model.context_length
+    context = subject.attached.model.context_length
     if text_length > context:
         raise InputError(
             f"--text_tokens={text_length}: the model's context is {context}; lower it."
@@ -115,7 +115,7 @@ def measure(
         if compare
     }
     search = cem_bytes(subject, text_length)
-    weights = common.parameter_bytes(subject.carrier.params)
+    weights = common.parameter_bytes(subject.attached.params)
     measured, seconds, how_measured = None, None, "not run"
     if run:
         with common.PeakMemory() as memory:

@@ -28,12 +28,12 @@ class Trainable(NamedTuple):
     """What PPO trains.
 
     Attributes:
-      adapter: the policy's offsets.
+      offsets: the policy's offsets.
       head: float32 ``[D]``, weights of the value head.
       critic: all parameters of the critic, or None where the policy's hidden states serve.
     """
 
-    adapter: Any
+    offsets: Any
     head: jax.Array
     critic: Params | None
 
@@ -46,14 +46,14 @@ class Models:
     critic: Model
 
 
-def hidden_states(model: Model, params: Params, adapter: Any, batch: grpo.Batch) -> jax.Array:
+def hidden_states(model: Model, params: Params, offsets: Any, batch: grpo.Batch) -> jax.Array:
     """The states that predict each completion token, float32 ``[P, G, N, D]``."""
 
     def group(prompt: Any, prompt_mask: Any, completions: Any, masks: Any) -> jax.Array:
-        last, context = model.prefill(params, adapter, prompt, prompt_mask)
+        last, context = model.prefill(params, offsets, prompt, prompt_mask)
 
         def one(tokens: jax.Array, mask: jax.Array) -> jax.Array:
-            hidden = model.forward(params, adapter, tokens[:-1], mask[:-1], context)
+            hidden = model.forward(params, offsets, tokens[:-1], mask[:-1], context)
             return jnp.concatenate([last[None], hidden])
 
         return jax.vmap(one)(completions, masks)
@@ -99,8 +99,8 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`grpo.loss` with advantages from the critic, plus the value loss."""
 
-    def judged(adapter: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        hidden = hidden_states(model.policy, params, adapter, batch)
+    def judged(offsets: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden = hidden_states(model.policy, params, offsets, batch)
         score = functools.partial(
             token_logps,
             model.policy,
@@ -110,7 +110,7 @@ def loss(
         )
         return hidden, *jax.vmap(jax.vmap(score))(hidden, batch.completions)
 
-    hidden, logps, entropies = judged(trainable.adapter)
+    hidden, logps, entropies = judged(trainable.offsets)
     if trainable.critic is not None:
         hidden = hidden_states(model.critic, trainable.critic, {}, batch)
     values = hidden @ trainable.head
@@ -119,7 +119,7 @@ def loss(
     total, metrics = grpo.surrogate(
         logps,
         entropies,
-        lambda: judged(jax.tree.map(jnp.zeros_like, trainable.adapter))[1],
+        lambda: judged(jax.tree.map(jnp.zeros_like, trainable.offsets))[1],
         batch._replace(advantages=estimates),
         objective=objective,
         beta=beta,

@@ -76,7 +76,7 @@ def measure(settings: Any, *, repetitions: int) -> list[Series]:
     ]
     add("candidates", f"{subject.source}, 12 tokens", list(map(float, POPULATIONS)), seconds)
     few = with_population(subject, settings, 20)
-    lengths = [n for n in LENGTHS if n <= subject.carrier.model.context_length]
+    lengths = [n for n in LENGTHS if n <= subject.attached.model.context_length]
     seconds = [seconds_of(few, length, repetitions) for length in lengths]
     # The first token is not scored, and the last one predicts nothing.
     scored = [float(length - 1) for length in lengths]

@@ -9,7 +9,7 @@ import grpocem_jax as gj
 
 settings = gj.load_config("tiny")
 config = gj.parse_config(settings)
-policy = gj.load_policy(config.model, config.adapter, stop=config.generation.stop)
+policy = gj.load_policy(config)
 run = gj.TrainedRun(config, policy, policy.zero)
 
 # %% Text that is foreign to the model, as a few examples of its kind; others only judge.
@@ -24,9 +24,9 @@ foreign = [
 support, judges = foreign[:4], [gj.Text(text) for text in foreign[4:]]
 
 
-def judged(adapter) -> float:
+def judged(offsets) -> float:
     """Mean log-likelihood per token of the texts that were not adapted to, in nats."""
-    return float(gj.log_likelihoods(run, adapter, judges).mean())
+    return float(gj.log_likelihoods(run, offsets, judges).mean())
 
 
 # %% CEM, behind a gate that keeps the base model unless held-back examples gain.
@@ -42,5 +42,5 @@ print(
 
 # %% What the adapted policy writes.
 prompt = "Review: The soup was cold, but the waiter was kind.\nSentiment:"
-for name, adapter in (("before", run.adapter), ("after", gradient.adapter)):
-    print(f"{name:<9} {gj.complete(run, adapter, [prompt])[0]!r}")
+for name, offsets in (("before", run.offsets), ("after", gradient.offsets)):
+    print(f"{name:<9} {gj.complete(run, offsets, [prompt])[0]!r}")

@@ -1,27 +1,35 @@
-"""An adapter of one's own: LoRA (Hu et al. 2021, arXiv 2106.09685) in place of singular values.
+"""An adapter of one's own: scales and shifts of a map's outputs, ``y = (x W) (1 + s) + b``.
+
+Scaling and shifting features is SSF (Lian et al. 2022, arXiv 2210.08823).
 
     python train.py --config configs/tiny.py \\
-        --config.adapter.type=examples.custom_adapter:lora --config.train.learning_rate=5e-3
+        --config.adapter.type=examples.custom_adapter:scale_and_shift
 """
 
-import jax
 import jax.numpy as jnp
 
 import grpocem_jax as gj
 
 
-def lora(rank: int = 2) -> gj.Adapter:
-    """``y = x W + (x A) B`` with trainable ``A [in, rank]`` and ``B [rank, out]``."""
+def scale_and_shift(shift: bool = True) -> gj.Adapter:
+    """A scale and, with ``shift``, a shift of each output; 2 x 768 numbers at a map of GPT-2."""
 
     def init(key, kernel):
-        a = jax.random.normal(key, (kernel.shape[0], rank)) * kernel.shape[0] ** -0.5
-        return {"a": a, "b": jnp.zeros((rank, kernel.shape[1]))}  # B = 0: the base model
+        zeros = jnp.zeros(kernel.shape[1])
+        return {"scale": zeros, "shift": zeros} if shift else {"scale": zeros}
+
+    def apply(kernel, own, x):
+        y = gj.dense(kernel, x)
+        y = y * jnp.broadcast_to(1 + own["scale"], y.shape)
+        return y + jnp.broadcast_to(own.get("shift", 0.0), y.shape)
+
+    def merge(kernel, own):
+        scaled = kernel * (1 + own["scale"])[None]
+        return (scaled, own["shift"]) if shift else scaled
 
     return gj.Adapter(
-        factor=jnp.asarray,
-        init=init,
-        apply=lambda kernel, own, x: (
-            gj.dense(kernel, x) + gj.dense(own["b"], gj.dense(own["a"], x))
-        ),
-        merge=lambda kernel, own: kernel + own["a"] @ own["b"],
+        factor=lambda key, kernel: jnp.asarray(kernel),
+        init=gj.each_site(init),
+        apply=apply,
+        merge=merge,
     )

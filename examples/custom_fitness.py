@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import grpocem_jax as gj
 
 
-def worst_token(model: gj.Model, params, adapter, texts: gj.Texts, key: jax.Array) -> jax.Array:
+def worst_token(
+    model: gj.Model, params, offsets, texts: gj.search.Texts, key: jax.Array
+) -> jax.Array:
     """The smallest log-likelihood of a scored token of any text, nats; float32 ``[]``."""
 
     def one(tokens, mask):
-        hidden = model.forward(params, adapter, tokens[:-1], mask[:-1])
+        hidden = model.forward(params, offsets, tokens[:-1], mask[:-1])
         return gj.token_logps(model, params, hidden, tokens[1:], 1.0)[0]
 
     scored = texts.scored[:, 1:] & texts.mask[:, 1:]

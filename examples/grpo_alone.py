@@ -27,10 +27,8 @@ def main(steps: int = 20, group: int = 16) -> None:
     """Steps of ``group`` completions for each review; the reward is their mean."""
     pretrained = gj.load_model("builtin")
     tokenizer = pretrained.tokenizer
-    method = gj.svf(rank_ratio=0.8)
-    model = pretrained.build(method.apply)  # one record, as jitted functions know it by identity
-    sites = gj.select_sites(model.sites, ["attn.c_proj"])
-    params = gj.cast_params(gj.factor_params(method, pretrained.params, sites), jnp.float32)
+    # One model record, as jitted functions know it by identity.
+    model, params, *_, zero = gj.attach(pretrained, gj.svf(rank_ratio=0.8), ["attn.c_proj"])
 
     ids = [tokenizer.encode(f"Review: {text}\nSentiment:") for text in REVIEWS]
     length = max(map(len, ids))
@@ -38,11 +36,11 @@ def main(steps: int = 20, group: int = 16) -> None:
     prompt_mask = np.array([[False] * (length - len(row)) + [True] * len(row) for row in ids])
 
     objective, optimizer = gj.clipped(), optax.adamw(5e-2, weight_decay=0.01)
-    state = gj.init_state(gj.init_adapter(method, jax.random.key(0), params, sites), optimizer)
+    state = gj.init_state(zero, optimizer)
     for step, key in enumerate(jax.random.split(jax.random.key(1), steps)):
         rollouts = gj.sample(
             params,
-            state.adapter,
+            state.offsets,
             prompts,
             prompt_mask,
             jax.random.split(key, len(ids)),

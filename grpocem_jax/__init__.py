@@ -1,200 +1,134 @@
-"""GRPO and CEM on the singular values of a frozen language model, in JAX.
+"""GRPO and CEM on a few numbers of a frozen language model, in JAX: the public API.
 
-This module is the public API. Names that need Flax are imported when they are first used, so the
-adapters, the sampler, GRPO and CEM can be used without it.
+Parts that need nothing else are pure functions of arrays (`adapters`, `grpo`, `search`, and the
+sampler and likelihood of `models`); workflows (`train`, `adapt`) put them together by a config.
+What only a part's own users need is in its package: `grpocem_jax.adapters`, `grpocem_jax.grpo`,
+`grpocem_jax.search`, `grpocem_jax.models`, `grpocem_jax.tasks`.  Names that need Flax are imported
+when they are first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from grpocem_jax.adapters.base import (
-    Adapter,
-    Offsets,
-    factor_params,
-    init_adapter,
-    merge_params,
-    num_params,
-    select_sites,
-)
-from grpocem_jax.adapters.svf import SVFFactors, cached_svd, svd, svf
+from grpocem_jax import adapters, grpo, models, search
+from grpocem_jax.adapters import Adapter, attach, each_site, lora, merge_params, num_params, svf
 from grpocem_jax.grpo import (
     Batch,
     TrainState,
     clipped,
-    group_normalize,
     init_state,
-    k3_divergence,
     outcome_advantages,
-    process_advantages,
-    scale_and_clip,
     token_weights,
     update,
 )
-from grpocem_jax.models.base import Context, KeyValues, Model, cast_params, dense
-from grpocem_jax.models.likelihood import completion_logps, token_logps
-from grpocem_jax.models.sampling import Rollouts, sample
+from grpocem_jax.models import Model, Rollouts, completion_logps, dense, sample, token_logps
 from grpocem_jax.search import (
     CEM,
-    CEMState,
-    Evosax,
     GradientAscent,
-    GradientState,
-    History,
     HostFitness,
     Likelihood,
-    Problem,
     SearchMethod,
-    SearchResult,
-    SearchState,
-    Space,
-    Texts,
-    advance,
-    begin,
-    decode,
-    expert_space,
     full_space,
-    principal_space,
-    search,
+    maximize,
 )
-from grpocem_jax.utils.devices import divide, make_mesh, replicate
 from grpocem_jax.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from grpocem_jax.adaptation import (
-        Adaptation,
-        Text,
-        TrainedRun,
-        adapt,
-        complete,
-        load_run,
-        log_likelihoods,
-    )
+    from grpocem_jax import tasks
+    from grpocem_jax.adaptation import Text, TrainedRun, adapt, complete, load_run, log_likelihoods
     from grpocem_jax.config.files import load_config
-    from grpocem_jax.config.schema import (
-        AdapterConfig,
-        CEMConfig,
-        Config,
-        ModelConfig,
-        parse_config,
-    )
-    from grpocem_jax.export.model import Exported, export_model
+    from grpocem_jax.config.schema import Config, parse_config
+    from grpocem_jax.export.model import export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
-    from grpocem_jax.rollouts.engine import Item, encode
-    from grpocem_jax.rollouts.policy import Policy, load_policy
+    from grpocem_jax.rollouts.engine import encode
+    from grpocem_jax.rollouts.policy import load_policy
     from grpocem_jax.runs.checkpoints import load_adapter, save_adapter
-    from grpocem_jax.tasks import TASKS, Example, Reward, Task
     from grpocem_jax.training.loop import train
 
 _LAZY = {
     name: module
     for module, names in {
-        "adaptation": "Adaptation Text TrainedRun adapt complete load_run log_likelihoods",
+        "": "tasks",
+        "adaptation": "Text TrainedRun adapt complete load_run log_likelihoods",
         "config.files": "load_config",
-        "config.schema": "AdapterConfig CEMConfig Config ModelConfig parse_config",
-        "export.model": "Exported export_model",
+        "config.schema": "Config parse_config",
+        "export.model": "export_model",
         "models.hub": "Pretrained load_model save_model",
-        "rollouts.engine": "Item encode",
-        "rollouts.policy": "Policy load_policy",
+        "rollouts.engine": "encode",
+        "rollouts.policy": "load_policy",
         "runs.checkpoints": "load_adapter save_adapter",
-        "tasks": "Example Reward TASKS Task",
         "training.loop": "train",
     }.items()
     for name in names.split()
 }
 
 # Type checkers follow the imports above, and read no list that is not written out.
-__all__ = [
-    "CEM",
-    "TASKS",
-    "Adaptation",
+__all__ = [  # noqa: RUF022
+    # Packages.
+    "adapters",
+    "grpo",
+    "models",
+    "search",
+    "tasks",
+    # Adapters.
     "Adapter",
-    "AdapterConfig",
-    "Batch",
-    "CEMConfig",
-    "CEMState",
-    "Config",
-    "Context",
-    "Evosax",
-    "Example",
-    "Exported",
-    "GradientAscent",
-    "GradientState",
-    "History",
-    "HostFitness",
-    "InputError",
-    "Item",
-    "KeyValues",
-    "Likelihood",
+    "attach",
+    "each_site",
+    "lora",
+    "merge_params",
+    "num_params",
+    "svf",
+    # Models, sampling, likelihood.
     "Model",
-    "ModelConfig",
-    "Offsets",
-    "Policy",
     "Pretrained",
-    "Problem",
-    "Reward",
     "Rollouts",
-    "SVFFactors",
-    "SearchMethod",
-    "SearchResult",
-    "SearchState",
-    "Space",
-    "Task",
-    "Text",
-    "Texts",
+    "completion_logps",
+    "dense",
+    "load_model",
+    "sample",
+    "save_model",
+    "token_logps",
+    # GRPO.
+    "Batch",
     "TrainState",
+    "clipped",
+    "init_state",
+    "outcome_advantages",
+    "token_weights",
+    "update",
+    # Search.
+    "CEM",
+    "GradientAscent",
+    "HostFitness",
+    "Likelihood",
+    "SearchMethod",
+    "full_space",
+    "maximize",
+    # Workflows.
+    "Config",
+    "InputError",
+    "Text",
     "TrainedRun",
     "adapt",
-    "advance",
-    "begin",
-    "cached_svd",
-    "cast_params",
-    "clipped",
     "complete",
-    "completion_logps",
-    "decode",
-    "dense",
-    "divide",
     "encode",
-    "expert_space",
     "export_model",
-    "factor_params",
-    "full_space",
-    "group_normalize",
-    "init_adapter",
-    "init_state",
-    "k3_divergence",
     "load_adapter",
     "load_config",
-    "load_model",
     "load_policy",
     "load_run",
     "log_likelihoods",
-    "make_mesh",
-    "merge_params",
-    "num_params",
-    "outcome_advantages",
     "parse_config",
-    "principal_space",
-    "process_advantages",
-    "replicate",
-    "sample",
     "save_adapter",
-    "save_model",
-    "scale_and_clip",
-    "search",
-    "select_sites",
-    "svd",
-    "svf",
-    "token_logps",
-    "token_weights",
     "train",
-    "update",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _LAZY[name]:
+        return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 

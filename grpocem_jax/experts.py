@@ -79,13 +79,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
     if library.exists():
         raise InputError(f"--workdir={workdir}: holds a library already; give another folder.")
     experts = mixtures([config.task(name) for name in config.data.tasks])
-    policy = load_policy(
-        config.model,
-        config.adapter,
-        stop=config.generation.stop,
-        keep_special_tokens=config.generation.keep_special_tokens,
-        seed=config.seed,
-    )
+    policy = load_policy(config)
     template = grpo.init_state(policy.zero, make_algorithm(config).optimizer)
     snapshots = []
     for number, (name, tasks) in enumerate(experts.items(), start=1):
@@ -104,7 +98,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         *before, last = stored.steps()
         # An interruption leaves a checkpoint too, at any step.
         for step in (*(step for step in before if step % every == 0), last):
-            snapshots.append(stored.restore(template, step)[0].adapter)
+            snapshots.append(stored.restore(template, step)[0].offsets)
         stored.close()
     trajectory = jax.tree.map(lambda *x: np.stack(x), *snapshots)
     with (

@@ -50,7 +50,7 @@ SPACES: dict[str, dict[str, Any]] = {
 def load() -> TrainedRun:
     """The built-in model with a zero adapter and the settings of configs/tiny.py."""
     config = parse_config(tiny.get_config())
-    policy = load_policy(config.model, config.adapter)
+    policy = load_policy(config)
     return TrainedRun(config, policy, policy.zero)
 
 
@@ -62,7 +62,7 @@ class Study:
         data = load_data(run.config, run.policy)
         self.train, self.heldout = data.train, data.heldout
         self.space = functools.cache(
-            lambda name: adaptation.make_space(run.policy, run.adapter, self.settings(name))
+            lambda name: adaptation.make_space(run.policy, run.offsets, self.settings(name))
         )
 
     def settings(self, space: str = "full", **changes: Any) -> CEMConfig:
@@ -80,15 +80,15 @@ class Study:
             self.run, texts, key=key, settings=settings, space=self.space(space)
         )
 
-    def likelihood(self, adapter: Offsets, texts: Sequence[Text]) -> float:
+    def likelihood(self, offsets: Offsets, texts: Sequence[Text]) -> float:
         """Mean over texts of the log-likelihood per token, nats."""
-        return float(adaptation.log_likelihoods(self.run, adapter, texts).mean())
+        return float(adaptation.log_likelihoods(self.run, offsets, texts).mean())
 
-    def reward(self, adapter: Offsets, items: Sequence[rollouts.Item], samples: int = 2) -> float:
+    def reward(self, offsets: Offsets, items: Sequence[rollouts.Item], samples: int = 2) -> float:
         """Mean sampled reward of prompts, the same random numbers for every adapter."""
         rewards = rollouts.population_rewards(
             self.run.policy,
-            jax.tree.map(lambda x: x[None], adapter),
+            jax.tree.map(lambda x: x[None], offsets),
             items,
             jax.random.key(99),
             self.run.config.generation,
@@ -136,8 +136,8 @@ def prompts(study: Study) -> dict[str, Any]:
                 for i, text in enumerate(texts):
                     judge = [Text(study.cut(text, 0, 30), study.cut(text, 30, None))]
                     found = study.adapt(judge[0].prompt, i, settings)
-                    before = study.likelihood(study.run.adapter, judge)
-                    gains.append(study.likelihood(found.adapter, judge) - before)
+                    before = study.likelihood(study.run.offsets, judge)
+                    gains.append(study.likelihood(found.offsets, judge) - before)
                     fits.append(found.fitness_after - found.fitness_before)
                     adapted += found.returned != "start"
                 row = {"text": kind, "method": name, "gate": gate, "n": count}
@@ -171,8 +171,8 @@ def gate(study: Study) -> dict[str, Any]:
             for i, text in enumerate(texts):
                 judge = [Text(study.cut(text, 0, 30), study.cut(text, 30, None))]
                 found = study.adapt(judge[0].prompt, i, settings)
-                before = study.likelihood(study.run.adapter, judge)
-                gated.append(study.likelihood(found.adapter, judge) - before)
+                before = study.likelihood(study.run.offsets, judge)
+                gated.append(study.likelihood(found.offsets, judge) - before)
                 assert found.search is not None
                 free.append(study.likelihood(found.search.final, judge) - before)
                 adapted += found.returned != "start"
@@ -199,8 +199,8 @@ def fewshot(study: Study) -> dict[str, Any]:
                 texts = [Text(study.cut(passage, 0, 31)) for passage in passages]
                 settings = study.settings(generations=20, population_size=64, **changes)
                 found = study.adapt(texts[:4], seed, settings)
-                before = study.likelihood(study.run.adapter, texts[4:])
-                gains.append(study.likelihood(found.adapter, texts[4:]) - before)
+                before = study.likelihood(study.run.offsets, texts[4:])
+                gains.append(study.likelihood(found.offsets, texts[4:]) - before)
             rows.append({"text": kind, "method": name, "n": study.seeds, "gain": mean_ci(gains)})
             say(rows[-1])
     return {"rows": rows}
@@ -222,10 +222,10 @@ def _task_rows(
         judged = [item for item in study.heldout if item.task.name == task][:24]
         texts = demonstrations(judged, "heldout")
 
-        def judge(adapter, texts=texts, judged=judged):
-            return study.likelihood(adapter, texts), study.reward(adapter, judged)
+        def judge(offsets, texts=texts, judged=judged):
+            return study.likelihood(offsets, texts), study.reward(offsets, judged)
 
-        base = np.array(judge(study.run.adapter))
+        base = np.array(judge(study.run.offsets))
         for space, methods in spaces.items():
             results: dict[str, list[Any]] = {}
             for seed in range(study.seeds):
@@ -236,7 +236,7 @@ def _task_rows(
                     assert found.search is not None
                     if settings.gate:
                         gated = f"{name}, gate at z = {settings.gate_z:g}"
-                        results.setdefault(gated, []).append(judge(found.adapter))
+                        results.setdefault(gated, []).append(judge(found.offsets))
                     if settings.gate_z:
                         results.setdefault(name, []).append(judge(found.search.final))
             random = np.array(results["random search"])
@@ -344,8 +344,8 @@ def options(study: Study) -> dict[str, Any]:
             texts = [Text(study.cut(p, 0, 31)) for p in study.texts(kind, 27, 300 + seed, 0)]
             settings = study.settings(**{**common, **changes})
             found = study.adapt(texts[:3], seed, settings)
-            before = study.likelihood(study.run.adapter, texts[3:])
-            gains.append(study.likelihood(found.adapter, texts[3:]) - before)
+            before = study.likelihood(study.run.offsets, texts[3:])
+            gains.append(study.likelihood(found.offsets, texts[3:]) - before)
             fits.append(found.fitness_after - found.fitness_before)
             sigmas.append(float(found.search.history.std[-1]) if found.search else np.nan)
         row = {
@@ -363,8 +363,8 @@ def options(study: Study) -> dict[str, Any]:
         for i, text in enumerate(study.texts("recipe", 8, 400, 0)):
             judge = [Text(study.cut(text, 0, length), study.cut(text, length, None))]
             found = study.adapt(judge[0].prompt, i, settings)
-            before = study.likelihood(study.run.adapter, judge)
-            gains.append(study.likelihood(found.adapter, judge) - before)
+            before = study.likelihood(study.run.offsets, judge)
+            gains.append(study.likelihood(found.offsets, judge) - before)
             seconds.append(found.search.seconds if found.search else 0.0)
         lengths.append(
             {

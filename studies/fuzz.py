@@ -136,7 +136,7 @@ class Readers:
             for field in (part if isinstance(part, dict) else [""])
         ]
         config = parse_config(load_config("tiny"))
-        self.policy = policy.load_policy(config.model, config.adapter)
+        self.policy = policy.load_policy(config)
         self.state = grpo.init_state({"a": jnp.arange(8.0)}, grpo.adamw())
         self._write()
 
@@ -240,7 +240,7 @@ class Readers:
             found, _ = stored.restore_latest(self.state)
             stored.close()
             if found is not None:
-                np.testing.assert_array_equal(found[0].adapter["a"], self.state.adapter["a"])
+                np.testing.assert_array_equal(found[0].offsets["a"], self.state.offsets["a"])
                 assert found[2] == POSITION
 
         return said, read

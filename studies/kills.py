@@ -62,8 +62,8 @@ def outcome(workdir: Path) -> tuple[bytes, list[dict[str, Any]], bytes]:
     records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["step_time"]
-    adapter = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
-    return adapter, records, (workdir / "completions.jsonl").read_bytes()
+    offsets = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+    return offsets, records, (workdir / "completions.jsonl").read_bytes()
 
 
 def kill_at_random(

@@ -73,7 +73,7 @@ class Study:
         for name, sites in SITES.items():
             config.adapter.sites = sites
             parsed = parse_config(config)
-            policy = load_policy(parsed.model, parsed.adapter)
+            policy = load_policy(parsed)
             self.runs[name] = TrainedRun(parsed, policy, policy.zero)
         self.texts = {
             kind: _read(texts / folder / "train.jsonl", text)
@@ -97,8 +97,8 @@ class Study:
         """Gain of log-likelihood per token on texts, nats."""
         run = self.runs[sites]
         values = [
-            adaptation.log_likelihoods(run, adapter, judges).mean()
-            for adapter in (found.adapter, run.adapter)
+            adaptation.log_likelihoods(run, offsets, judges).mean()
+            for offsets in (found.offsets, run.offsets)
         ]
         return float(values[0] - values[1])
 

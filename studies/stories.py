@@ -55,8 +55,8 @@ def seeds(study: Study) -> dict[str, Any]:
                 json.loads(line)
                 for line in (Path(workdir) / "heldout.jsonl").read_text().splitlines()
             ]
-        zero = jax.tree.map(np.zeros_like, run.adapter)
-        before, after = (adaptation.log_likelihoods(run, x, stories) for x in (zero, run.adapter))
+        zero = jax.tree.map(np.zeros_like, run.offsets)
+        before, after = (adaptation.log_likelihoods(run, x, stories) for x in (zero, run.offsets))
         row = {
             "seed": seed,
             "prompts": len(heldout),

@@ -93,7 +93,7 @@ def call(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(commands.app, "run", run_app)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-    monkeypatch.setattr(loop, "search", no_search)
+    monkeypatch.setattr(loop, "maximize", no_search)
     monkeypatch.setattr(training.Run, "train", no_search)
     monkeypatch.setattr(sys, "stdin", None)
 

@@ -1,5 +1,6 @@
 """What all tests share: strict arrays, small random models, and the shared folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import svf
+from grpocem_jax import adapters
+from grpocem_jax.config.schema import Config
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
+from grpocem_jax.rollouts.policy import Policy, load_policy
 from tests.parity import weights
 
 pytest_plugins = ("tests.command_line",)
@@ -36,10 +38,10 @@ class Tiny(NamedTuple):
       config: its shape.
       params: plain float32 parameters.
       base: model functions without an adapter, for ``params``.
-      method: the adapter, ``svf()``.
-      sites: the adapted sites, the attention's output of every layer.
-      factored: parameters with factors at the sites.
       model: model functions that carry the adapter, for ``factored``.
+      factored: parameters with factors at the sites.
+      adapter: the adapter, ``svf()``.
+      sites: the adapted sites, the attention's output of every layer.
       zero: offsets of the base model; 32 a site at width 40.
     """
 
@@ -47,10 +49,10 @@ class Tiny(NamedTuple):
     config: Any
     params: models.Params
     base: models.Model
-    method: adapters.Adapter
-    sites: adapters.Sites
-    factored: models.Params
     model: models.Model
+    factored: models.Params
+    adapter: adapters.Adapter
+    sites: adapters.Sites
     zero: adapters.Offsets
 
     def adapted(self, seed: int = 1, scale: float = 0.3) -> Any:
@@ -66,15 +68,26 @@ def make_tiny(fields: Any, site: str) -> Tiny:
     """The model of some fields of a config.json, adapted at one map of every layer."""
     module = hub.ARCHITECTURES[fields["model_type"]]
     config = module.config_from_hf(fields, "tiny")
-    state = module.params_from_state(weights.state(fields), config, "tiny")
-    params = models.cast_params(state, jnp.float32)
-    method = svf.svf()
-    model = module.build(config, method.apply)
-    sites = adapters.select_sites(model.sites, [site])
-    factored = adapters.factor_params(method, params, sites)
-    zero = adapters.init_adapter(method, jax.random.key(0), factored, sites)
-    plain = module.build(config)
-    return Tiny(module, config, params, plain, method, sites, factored, model, zero)
+    params = module.params_from_state(weights.state(fields), config, "tiny")
+    loaded = hub.Pretrained("tiny", "folder", module, config, params, None, ())
+    attached = adapters.attach(loaded, adapters.svf(), [site])
+    return Tiny(
+        module, config, models.cast_params(params, jnp.float32), module.build(config), *attached
+    )
+
+
+def sharing_policies() -> Callable[..., Policy]:
+    """A `load_policy` that loads one policy for equal settings, so that programs are shared."""
+    known: dict[Any, Policy] = {}
+
+    def load(config: Config, *, adapter: Any = None, mesh: Any = None) -> Policy:
+        stop, keep = config.generation.stop, config.generation.keep_special_tokens
+        key = (config.model, config.adapter, stop, keep, config.seed, adapter, mesh)
+        if key not in known:
+            known[key] = load_policy(config, adapter=adapter, mesh=mesh)
+        return known[key]
+
+    return load
 
 
 @pytest.fixture(scope="session")

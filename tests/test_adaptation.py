@@ -21,14 +21,13 @@ from grpocem_jax import adaptation, experts
 from grpocem_jax.adaptation import Text, workflow
 from grpocem_jax.config.schema import parse_config
 from grpocem_jax.rollouts import engine as rollouts
-from grpocem_jax.rollouts import policy
 from grpocem_jax.runs import checkpoints, trained
 from grpocem_jax.search import loop
 from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY
+from tests.conftest import OUT_OF_MEMORY, sharing_policies
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -57,7 +56,7 @@ def get_config(**changes):
     return config
 
 
-one_policy = functools.cache(policy.load_policy)
+one_policy = sharing_policies()
 
 
 @contextlib.contextmanager
@@ -74,9 +73,7 @@ def cheap_programs():
 
 def tiny_policy():
     config = parse_config(get_config())
-    return one_policy(
-        config.model, config.adapter, stop=config.generation.stop, seed=config.seed
-    ), config
+    return one_policy(config), config
 
 
 def random_offsets(zero, seed=1, scale=0.05):
@@ -181,7 +178,7 @@ def assert_equal(a, b):
 def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(workdir):
     run = adaptation.load_run(workdir)
     result = adaptation.adapt(run, PROMPT)
-    (text,) = adaptation.complete(run, result.adapter, [PROMPT])
+    (text,) = adaptation.complete(run, result.offsets, [PROMPT])
     assert isinstance(text, str)
     assert result.returned in ("mean", "start")
     assert result.search.generations == 2
@@ -197,19 +194,19 @@ def test_other_settings_may_be_given_than_the_runs_own(workdir):
 
 @pytest.mark.parametrize("method", ["cem", "gradient"])
 def test_adapting_changes_neither_the_model_nor_the_trained_adapter(run, method):
-    before = jax.tree.map(np.array, (run.policy.params, run.adapter))
+    before = jax.tree.map(np.array, (run.policy.params, run.offsets))
     result = adaptation.adapt(run, PROMPT, settings=cem(run, method=method, gate=False))
-    assert distance(result.adapter, run.adapter) > 0
-    assert_equal((run.policy.params, run.adapter), before)
+    assert distance(result.offsets, run.offsets) > 0
+    assert_equal((run.policy.params, run.offsets), before)
 
 
 def test_an_adapted_vector_saved_and_loaded_again_is_equal(run, tmp_path):
     result = adaptation.adapt(run, PROMPT, settings=cem(run, gate=False))
     sha256 = run.policy.pretrained.sha256
     described = {"base_model": "builtin", "base_sha256": sha256}
-    checkpoints.save_adapter(tmp_path / "adapted", result.adapter, described, "")
+    checkpoints.save_adapter(tmp_path / "adapted", result.offsets, described, "")
     again = checkpoints.load_adapter(tmp_path / "adapted", run.policy.zero, base_sha256=sha256)
-    assert_equal(again, result.adapter)
+    assert_equal(again, result.offsets)
 
 
 def test_a_run_without_a_readable_config_is_named(run, tmp_path):
@@ -227,7 +224,7 @@ def test_a_run_without_a_readable_config_is_named(run, tmp_path):
 def test_the_same_key_gives_the_same_adapter_bit_for_bit_and_another_does_not(run):
     settings = cem(run, gate=False)
     first, again, other = (
-        adaptation.adapt(run, PROMPT, key=jax.random.key(seed), settings=settings).adapter
+        adaptation.adapt(run, PROMPT, key=jax.random.key(seed), settings=settings).offsets
         for seed in (3, 3, 4)
     )
     assert_equal(first, again)
@@ -236,7 +233,7 @@ def test_the_same_key_gives_the_same_adapter_bit_for_bit_and_another_does_not(ru
 
 def test_fitness_before_and_after_are_the_mean_likelihoods_of_the_text(run):
     result = adaptation.adapt(run, PROMPT, settings=cem(run, gate=False))
-    both = stacked(run.adapter, result.adapter)
+    both = stacked(run.offsets, result.offsets)
     values = adaptation.log_likelihoods(run, both, [Text(PROMPT)] * 2, own_adapters=True)
     np.testing.assert_allclose(values, [result.fitness_before, result.fitness_after], rtol=1e-5)
 
@@ -247,7 +244,7 @@ def test_the_gradient_method_raises_the_likelihood(run):
     assert result.fitness_after > result.fitness_before
     assert result.search.candidates == 2
     # Two steps of Adam.
-    assert distance(result.adapter, run.adapter) < 2.1 * settings.learning_rate
+    assert distance(result.offsets, run.offsets) < 2.1 * settings.learning_rate
 
 
 @pytest.mark.parametrize(
@@ -260,10 +257,10 @@ def test_the_gradient_method_raises_the_likelihood(run):
 )
 def test_a_search_in_a_space_of_experts_ends_in_that_space(run, changes, dimensions):
     settings = cem(run, experts="builtin", gate=False, **changes)
-    space = adaptation.make_space(run.policy, run.adapter, settings)
+    space = adaptation.make_space(run.policy, run.offsets, settings)
     result = adaptation.adapt(run, PROMPT, settings=settings)
-    move = jax.tree.map(lambda x, start: np.array(x - start), result.adapter, run.adapter)
-    assert distance(result.adapter, run.adapter) > 0
+    move = jax.tree.map(lambda x, start: np.array(x - start), result.offsets, run.offsets)
+    assert distance(result.offsets, run.offsets) > 0
     sites = list(move)
     groups = [[site] for site in sites] if settings.per_site else [sites]
     for group in groups:
@@ -282,7 +279,7 @@ def test_a_search_in_a_space_of_experts_ends_in_that_space(run, changes, dimensi
 
 def test_a_space_of_experts_says_when_there_are_too_few_directions(run):
     with pytest.raises(InputError, match=r"cem\.rank=400"):
-        adaptation.make_space(run.policy, run.adapter, cem(run, space="subspace", rank=400))
+        adaptation.make_space(run.policy, run.offsets, cem(run, space="subspace", rank=400))
 
 
 def test_the_smallest_budget_is_one_generation(run):
@@ -306,7 +303,7 @@ def test_a_second_prompt_of_another_length_in_the_bucket_compiles_nothing(run):
 
 def test_three_tokens_are_too_few_for_the_gate_and_the_start_comes_back_with_a_note(run):
     result = adaptation.adapt(run, "Review: The")
-    assert result.adapter is run.adapter
+    assert result.offsets is run.offsets
     assert result.returned == "start"
     assert result.search is None
     assert "too few tokens" in result.note
@@ -321,7 +318,7 @@ def test_three_tokens_are_too_few_for_the_gate_and_the_start_comes_back_with_a_n
 def test_a_gate_that_lets_nothing_pass_returns_the_start_bit_for_bit(run):
     result = adaptation.adapt(run, PROMPT, settings=cem(run, gate_z=1e6))
     assert result.returned == "start"
-    assert_equal(result.adapter, run.adapter)
+    assert_equal(result.offsets, run.offsets)
     assert result.fitness_after == result.fitness_before
     assert adaptation.summary(result)["adapted"] is False
     assert result.search.generations == 2
@@ -414,7 +411,7 @@ def test_a_completion_is_the_most_probable_token_after_the_other_each_time_the_s
 
     @jax.jit
     def best(tokens, length):
-        hidden = model.forward(params, run.adapter, tokens, jnp.arange(16) < length)
+        hidden = model.forward(params, run.offsets, tokens, jnp.arange(16) < length)
         return jnp.argmax(model.logits(params, hidden[length - 1]))
 
     tokens = prompt.tolist()
@@ -431,7 +428,7 @@ def test_a_completion_is_the_most_probable_token_after_the_other_each_time_the_s
         )
     )
     for one in (run, run, hot):
-        assert adaptation.complete(one, run.adapter, [PROMPT]) == [expected]
+        assert adaptation.complete(one, run.offsets, [PROMPT]) == [expected]
 
 
 def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused(run):
@@ -439,7 +436,7 @@ def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused(run):
         adaptation.encode(run.policy, PROMPT, run.config.cem)[0].tolist() * 12 + [5] * 6
     )
     with pytest.raises(InputError, match="=4 of a context of 128 allow 124"):
-        adaptation.complete(run, run.adapter, [long])
+        adaptation.complete(run, run.offsets, [long])
 
 
 def captured_shape(monkeypatch, call):
@@ -448,7 +445,7 @@ def captured_shape(monkeypatch, call):
     class Generated(Exception):  # noqa: N818
         pass
 
-    def generate(policy, adapter, prompts, *args, **kwargs):
+    def generate(policy, offsets, prompts, *args, **kwargs):
         raise Generated(prompts.tokens.shape)
 
     monkeypatch.setattr(rollouts, "generate", generate)
@@ -458,13 +455,13 @@ def captured_shape(monkeypatch, call):
 
 
 def test_completions_are_padded_to_a_bucket_so_that_lengths_share_a_program(run, monkeypatch):
-    shape = captured_shape(monkeypatch, lambda: adaptation.complete(run, run.adapter, [PROMPT]))
+    shape = captured_shape(monkeypatch, lambda: adaptation.complete(run, run.offsets, [PROMPT]))
     assert shape == (1, 16)
 
 
 def test_prompts_of_a_population_are_padded_to_a_bucket(run, questions, monkeypatch):
     shape = captured_shape(
-        monkeypatch, lambda: rewards_of(run, stacked(run.adapter), questions[:2], buckets=(64,))
+        monkeypatch, lambda: rewards_of(run, stacked(run.offsets), questions[:2], buckets=(64,))
     )
     assert shape == (2, 64)
 
@@ -474,14 +471,14 @@ def test_nothing_is_padded_beyond_the_context(run, questions, monkeypatch):
     wide = run._replace(config=dataclasses.replace(run.config, cem=cem(run, buckets=beyond)))
     long, context = " the" * 40, run.policy.model.context_length
     for call in (
-        lambda: adaptation.complete(wide, run.adapter, [long]),
-        lambda: rewards_of(run, stacked(run.adapter), questions[:1], buckets=beyond),
+        lambda: adaptation.complete(wide, run.offsets, [long]),
+        lambda: rewards_of(run, stacked(run.offsets), questions[:1], buckets=beyond),
     ):
         with monkeypatch.context() as patch:
             assert captured_shape(patch, call) == (1, context)
     capped = run._replace(config=dataclasses.replace(run.config, cem=cem(run, buckets=(context,))))
     for function in (
-        lambda run: adaptation.log_likelihoods(run, run.adapter, [adaptation.Text(long)])[0],
+        lambda run: adaptation.log_likelihoods(run, run.offsets, [adaptation.Text(long)])[0],
         lambda run: adaptation.adapt(run, long, settings=run.config.cem).fitness_before,
     ):
         assert function(wide) == function(capped)
@@ -536,17 +533,17 @@ def test_samples_under_own_adapters_are_those_of_one_call_for_each_adapter(
     prompts = rollouts.pad([item.tokens for item in questions[:2]], len(questions[0].tokens))
     keys = jax.random.split(jax.random.key(5), 8)
 
-    def draw(adapter, prompts, keys, **options):
+    def draw(offsets, prompts, keys, **options):
         generation = run.config.generation
         options |= {"num_samples": 2, "temperature": 0.9}
-        return rollouts.generate(run.policy, adapter, prompts, keys, generation, **options)
+        return rollouts.generate(run.policy, offsets, prompts, keys, generation, **options)
 
     own = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), stacked(*population))
     tiled = rollouts.Prompts(*(np.tile(x, (4, 1)) for x in prompts))
     together = draw(own, tiled, keys, own_adapters=True)
-    for number, adapter in enumerate(population):
+    for number, offsets in enumerate(population):
         rows = slice(2 * number, 2 * number + 2)
-        alone = draw(adapter, prompts, keys[rows])
+        alone = draw(offsets, prompts, keys[rows])
         np.testing.assert_array_equal(together.tokens[rows], alone.tokens)
         np.testing.assert_array_equal(together.mask[rows], alone.mask)
         np.testing.assert_allclose(together.logps[rows], alone.logps, atol=1e-5)
@@ -569,14 +566,14 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     items = [item._replace(task=task) for item in questions]
     key, seen = jax.random.key(8), []
     settings = reward_settings(run, gate_z=0.0)
-    before = jax.tree.map(np.array, run.adapter)
+    before = jax.tree.map(np.array, run.offsets)
     result = adaptation.adapt(
         run, items, key=key, settings=settings, on_chunk=lambda done, history: seen.append(done)
     )
-    rewards = rewards_of(run, stacked(run.adapter, result.adapter), items, key).mean(-1)
+    rewards = rewards_of(run, stacked(run.offsets, result.offsets), items, key).mean(-1)
     assert result.fitness_before == pytest.approx(rewards[0], rel=1e-6)
     assert result.fitness_after == pytest.approx(rewards[1], rel=1e-6)
-    assert_equal(run.adapter, before)
+    assert_equal(run.offsets, before)
     found = result.search
     assert found.seconds > 0
     assert found.compile_seconds > 0
@@ -587,7 +584,7 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     assert (found.held_back_gain > 0) == (result.returned == "mean")
     assert np.all(found.history.best >= found.history.mean)
     if result.returned == "start":
-        assert_equal(result.adapter, run.adapter)
+        assert_equal(result.offsets, run.offsets)
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -614,7 +611,7 @@ def test_where_memory_runs_out_fewer_candidates_answer_at_a_time(
             search(settings=settings)
         return
     found = search(settings=settings)
-    assert_equal(found.adapter, expected.adapter)
+    assert_equal(found.offsets, expected.offsets)
     assert found.search.population_chunk == adaptation.summary(found)["population_chunk"] == 2
     # After the start by itself, four candidates did not fit once.
     assert sizes[:4] == [1, 4, 2, 2]
@@ -626,7 +623,7 @@ def test_a_gate_on_rewards_that_lets_nothing_pass_returns_the_start(run, questio
         run, questions, settings=reward_settings(run, gate_z=1e6, generations=1)
     )
     assert result.returned == "start"
-    assert_equal(result.adapter, run.adapter)
+    assert_equal(result.offsets, run.offsets)
     assert result.fitness_after == result.fitness_before
 
 
@@ -663,7 +660,7 @@ def test_several_texts_are_adapted_to_together(run, questions):
     settings = dataclasses.replace(settings, held_back=0.5)
     result = adaptation.adapt(run, texts, settings=settings)
     scored = np.array([adaptation.encode(run.policy, text, settings)[1].sum() for text in texts])
-    values = adaptation.log_likelihoods(run, run.adapter, texts)
+    values = adaptation.log_likelihoods(run, run.offsets, texts)
     assert result.fitness_before == pytest.approx(float(values @ scored / scored.sum()), rel=1e-5)
     assert result.fitness_after > result.fitness_before
 
@@ -689,7 +686,7 @@ def test_one_lucky_prompt_of_those_held_back_does_not_pass_the_gate(run, questio
     gains = dict(zip((i.example.prompt for i in questions), (3.0, -1.0, 0.5), strict=False))
 
     def rewards(policy, adapters, items, *args, **options):
-        moved = [distance(a, run.adapter) > 0 for a in unstacked(adapters)]
+        moved = [distance(a, run.offsets) > 0 for a in unstacked(adapters)]
         return np.array([[gains[i.example.prompt] * away for i in items] for away in moved])
 
     monkeypatch.setattr(rollouts, "population_rewards", rewards)
@@ -728,8 +725,8 @@ def no_search(*args, **kwargs):
     raise AssertionError("searched")
 
 
-def constant(value, model, params, adapter, texts, key):
-    return sum(jnp.sum(x) for x in jax.tree.leaves(adapter)) * 0 + value
+def constant(value, model, params, offsets, texts, key):
+    return sum(jnp.sum(x) for x in jax.tree.leaves(offsets)) * 0 + value
 
 
 @pytest.mark.parametrize("gate", [True, False])
@@ -737,7 +734,7 @@ def constant(value, model, params, adapter, texts, key):
 def test_a_fitness_that_is_not_finite_at_the_start_is_named_before_the_search(
     run, value, gate, monkeypatch
 ):
-    monkeypatch.setattr(loop, "search", no_search)
+    monkeypatch.setattr(loop, "maximize", no_search)
     function = functools.partial(constant, value)
     monkeypatch.setattr(workflow.user_code, "load_function", lambda *args, **kwargs: function)
     settings = cem(run, fitness="mine:constant", gate=gate)
@@ -749,13 +746,13 @@ def test_a_fitness_that_is_not_finite_at_the_start_is_named_before_the_search(
 
 
 def test_a_fitness_that_is_not_finite_for_the_result_is_named(run, monkeypatch):
-    def off_the_start(model, params, adapter, texts, key):
-        moved = sum(jnp.sum(jnp.abs(adapter[name] - run.adapter[name])) for name in adapter)
+    def off_the_start(model, params, offsets, texts, key):
+        moved = sum(jnp.sum(jnp.abs(offsets[name] - run.offsets[name])) for name in offsets)
         return jnp.where(moved > 0, jnp.nan, 1.0)
 
     monkeypatch.setattr(workflow.user_code, "load_function", lambda *args, **kwargs: off_the_start)
-    found = types.SimpleNamespace(adapter=jax.tree.map(lambda x: x + 1, run.adapter))
-    monkeypatch.setattr(loop, "search", lambda *args, **kwargs: found)
+    found = types.SimpleNamespace(offsets=jax.tree.map(lambda x: x + 1, run.offsets))
+    monkeypatch.setattr(loop, "maximize", lambda *args, **kwargs: found)
     with pytest.raises(InputError, match=r"is nan for the adapter found.*cem.gate=True"):
         adaptation.adapt(run, PROMPT, settings=cem(run, fitness="mine:f", gate=False))
 
@@ -775,6 +772,6 @@ def test_a_large_share_held_back_leaves_a_prompt_to_search_with(run, questions, 
     def search(*args, **kwargs):
         raise Searched
 
-    monkeypatch.setattr(loop, "search", search)
+    monkeypatch.setattr(loop, "maximize", search)
     with pytest.raises(Searched):
         adaptation.adapt(run, questions[:3], settings=reward_settings(run, held_back=0.9))

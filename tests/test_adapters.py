@@ -1,17 +1,18 @@
 """The adapter interface, singular value fine-tuning, its cache, and the saved adapter."""
 
 import functools
+import importlib
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from configs import gpt2 as gpt2_recipe
-from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import svf
+from grpocem_jax import adapters
 from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2
 from grpocem_jax.runs import checkpoints
@@ -21,7 +22,9 @@ from tests.parity import weights
 
 TEXT = weights.tokens(weights.SHAPES["small"], 12)
 MASK = np.ones(12, bool)
-SVD = svf.svd
+SVD = adapters.svd
+KEY = jax.random.key(0)
+svf_module = importlib.import_module("grpocem_jax.adapters.svf")
 
 
 def rng(seed=0):
@@ -65,9 +68,9 @@ def adapt(tiny, method, patterns=("attn.c_proj",)):
     return model, params, adapters.init_adapter(method, jax.random.key(0), params, sites), sites
 
 
-def logits(model, params, adapter):
+def logits(model, params, offsets):
     run = jax.jit(model.forward)
-    return model.logits(params, run(params, adapter, TEXT, MASK))
+    return model.logits(params, run(params, offsets, TEXT, MASK))
 
 
 # The interface.
@@ -75,7 +78,7 @@ def logits(model, params, adapter):
 
 def test_the_report_s_adapter_of_gpt2_124m_has_7368_parameters():
     settings = gpt2_recipe.get_config().adapter
-    method = svf.svf(
+    method = adapters.svf(
         rank_ratio=settings.rank_ratio,
         tail=settings.tail,
         min_singular_value=settings.min_singular_value,
@@ -95,9 +98,9 @@ def test_the_report_s_adapter_of_gpt2_124m_has_7368_parameters():
 
 def test_no_singular_value_of_a_full_size_kernel_is_below_the_report_s_minimum():
     weight = 0.02 * rng().standard_normal((768, 768), np.float32)
-    factors = svf.svf().factor(weight)
+    factors = adapters.svf().factor(KEY, weight)
     assert factors.s.shape == (768,)
-    assert svf.svf().init(jax.random.key(0), factors).shape == (614,)
+    assert adapters.svf().init(KEY, {"site": factors})["site"].shape == (614,)
     close((factors.u * factors.s[None]) @ factors.vt, weight, 1e-6)
 
 
@@ -119,7 +122,7 @@ def test_a_zero_adapter_is_the_base_model(tiny):
     ids="+".join,
 )
 def test_any_subset_of_the_projections_can_be_adapted(tiny, sites):
-    model, params, zero, paths = adapt(tiny, svf.svf(), sites)
+    model, params, zero, paths = adapt(tiny, adapters.svf(), sites)
     assert set(zero) == {f"h.{i}.{site}" for i in range(2) for site in sites}
     # 40 rows or columns in every map of width 40.
     assert adapters.num_params(zero) == 2 * len(sites) * 32
@@ -128,7 +131,7 @@ def test_any_subset_of_the_projections_can_be_adapted(tiny, sites):
     random = jax.tree.map(lambda x: rng().normal(0, 0.3, x.shape).astype(np.float32), zero)
     adapted = logits(model, params, random)
     assert np.abs(adapted - base).max() > 0.1
-    merged = adapters.merge_params(svf.svf(), params, random, paths)
+    merged = adapters.merge_params(adapters.svf(), params, random, paths)
     close(logits(tiny.base, merged, {}), adapted)
 
 
@@ -161,9 +164,9 @@ def test_no_sites_at_all_is_an_error(tiny):
 
 def test_factoring_leaves_its_input_alone(tiny):
     before = jax.tree.map(np.array, tiny.params)
-    factored = adapters.factor_params(tiny.method, tiny.params, tiny.sites)
+    factored = adapters.factor_params(tiny.adapter, tiny.params, tiny.sites)
     jax.tree.map(np.testing.assert_array_equal, tiny.params, before)
-    assert isinstance(factored["h_0"]["attn_c_proj"]["kernel"], svf.SVFFactors)
+    assert isinstance(factored["h_0"]["attn_c_proj"]["kernel"], adapters.SVFFactors)
     assert factored["h_0"]["mlp_c_fc"] is tiny.params["h_0"]["mlp_c_fc"]
     assert factored["wte"] is tiny.params["wte"]
 
@@ -180,7 +183,7 @@ def test_vmap_over_candidates_equals_a_loop(tiny):
 def test_vmap_over_candidates_shares_the_factors(tiny):
     """The products with U and V take all candidates at once: two-dimensional weights, no copies."""
     factors = tiny.factored["h_0"]["attn_c_proj"]["kernel"]
-    run = jax.vmap(tiny.method.apply, (None, 0, None))
+    run = jax.vmap(tiny.adapter.apply, (None, 0, None))
     equations = jax.make_jaxpr(run)(factors, jnp.zeros((5, 32)), jnp.zeros((12, 40))).eqns
     products = [
         [v.aval.shape for v in equation.invars]
@@ -229,11 +232,15 @@ def test_a_custom_adapter_needs_four_functions_and_no_change_of_the_model(tiny):
 @pytest.mark.parametrize("tail", ["keep", "drop"])
 def test_offsets_scale_singular_values(shape, tail):
     """y = x U diag(s (1 + o)) V^T, with o = 0 or s = 0 past the k leading ones."""
-    method, weight, x = svf.svf(rank_ratio=0.5, tail=tail), kernel(*shape), kernel(3, shape[0], 1)
-    factors = method.factor(weight)
+    method, weight, x = (
+        adapters.svf(rank_ratio=0.5, tail=tail),
+        kernel(*shape),
+        kernel(3, shape[0], 1),
+    )
+    factors = method.factor(KEY, weight)
     k = min(shape) // 2
     offsets = rng(2).normal(size=k).astype(np.float32)
-    assert method.init(jax.random.key(0), factors).shape == (k,)
+    assert method.init(KEY, {"site": factors})["site"].shape == (k,)
 
     u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
     scales = np.full(len(s), 1.0 if tail == "keep" else 0.0)
@@ -248,18 +255,18 @@ def test_offsets_scale_singular_values(shape, tail):
 
 def test_tail_drop_at_zero_is_the_best_approximation_of_that_rank():
     weight = with_spectrum(5, 4, 3, 2, 1, 0.5)
-    method = svf.svf(rank_ratio=0.5, tail="drop")
-    factors = method.factor(weight)
+    method = adapters.svf(rank_ratio=0.5, tail="drop")
+    factors = method.factor(KEY, weight)
     assert factors.u.shape == (6, 3)
     assert factors.vt.shape == (3, 10)
-    truncated = method.merge(factors, method.init(jax.random.key(0), factors))
+    truncated = method.merge(factors, method.init(KEY, {"site": factors})["site"])
     # Eckart and Young: what is missing has the norm of the dropped singular values.
     assert np.linalg.norm(weight - truncated) == pytest.approx((4 + 1 + 0.25) ** 0.5, abs=1e-5)
     assert np.linalg.matrix_rank(truncated) == 3
 
 
 def test_factors_are_a_thin_svd_in_float32_descending():
-    u, s, vt = svf.svd(kernel(7, 4))
+    u, s, vt = adapters.svd(kernel(7, 4))
     assert (u.dtype, s.dtype, vt.dtype) == (np.float32,) * 3
     assert (u.shape, s.shape, vt.shape) == ((7, 4), (4,), (4, 4))
     assert (np.diff(s) <= 0).all()
@@ -271,8 +278,8 @@ def test_factors_are_a_thin_svd_in_float32_descending():
 @pytest.mark.parametrize("tail", ["keep", "drop"])
 def test_the_gradient_of_an_offset_is_its_share_of_the_output(tail):
     """For L = sum(c * y): dL/do_i = s_i sum_n (x U)_ni (c V)_ni."""
-    method, weight = svf.svf(rank_ratio=0.5, tail=tail), kernel()
-    factors, x, c = method.factor(weight), kernel(4, 6, 1), kernel(4, 10, 2)
+    method, weight = adapters.svf(rank_ratio=0.5, tail=tail), kernel()
+    factors, x, c = method.factor(KEY, weight), kernel(4, 6, 1), kernel(4, 10, 2)
     offsets = jnp.array([0.3, -0.2, 0.1])
     found = jax.grad(lambda o: jnp.sum(c * method.apply(factors, o, x)))(offsets)
     u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
@@ -281,15 +288,15 @@ def test_the_gradient_of_an_offset_is_its_share_of_the_output(tail):
 
 def test_the_gradient_through_the_model_equals_finite_differences(tiny):
     @jax.jit
-    def loss(adapter):
-        hidden = tiny.model.forward(tiny.factored, adapter, TEXT, MASK)
+    def loss(offsets):
+        hidden = tiny.model.forward(tiny.factored, offsets, TEXT, MASK)
         found = jax.nn.log_softmax(tiny.model.logits(tiny.factored, hidden))
         return -jnp.mean(jnp.take_along_axis(found[:-1], TEXT[1:, None], axis=-1))
 
-    adapter, direction, step = tiny.adapted(1), tiny.adapted(2, scale=1.0), 1e-2
-    ahead = jax.tree.map(lambda a, d: a + step * d, adapter, direction)
-    behind = jax.tree.map(lambda a, d: a - step * d, adapter, direction)
-    products = jax.tree.map(jnp.vdot, jax.grad(loss)(adapter), direction)
+    offsets, direction, step = tiny.adapted(1), tiny.adapted(2, scale=1.0), 1e-2
+    ahead = jax.tree.map(lambda a, d: a + step * d, offsets, direction)
+    behind = jax.tree.map(lambda a, d: a - step * d, offsets, direction)
+    products = jax.tree.map(jnp.vdot, jax.grad(loss)(offsets), direction)
     slope = float(sum(jax.tree.leaves(products)))
     assert abs(slope) > 0.1
     assert (loss(ahead) - loss(behind)) / (2 * step) == pytest.approx(slope, rel=0.01)
@@ -308,49 +315,49 @@ def test_the_gradient_through_the_model_equals_finite_differences(tiny):
 )
 @pytest.mark.parametrize("tail", ["keep", "drop"])
 def test_the_number_of_trained_values_is_the_floor_of_the_share(ratio, n, k, tail):
-    method = svf.svf(rank_ratio=ratio, tail=tail, svd=stub_svd)
-    factors = method.factor(np.zeros((n, 2 * n), np.float32))
+    method = adapters.svf(rank_ratio=ratio, tail=tail, svd=stub_svd)
+    factors = method.factor(KEY, np.zeros((n, 2 * n), np.float32))
     assert factors.s.shape == (n if tail == "keep" else k,)
-    assert method.init(jax.random.key(0), factors).shape == (k,)
+    assert method.init(KEY, {"site": factors})["site"].shape == (k,)
 
 
 @pytest.mark.parametrize("tail", ["keep", "drop"])
 @pytest.mark.parametrize(("minimum", "k"), [(1e-5, 4), (0.01, 3), (0.5, 2), (2.0, 1)])
 def test_values_below_the_minimum_are_not_trained(tail, minimum, k):
-    method = svf.svf(rank_ratio=0.8, tail=tail, min_singular_value=minimum)
-    factors = method.factor(with_spectrum(2.5, 1.5, 0.1, 0.005))
+    method = adapters.svf(rank_ratio=0.8, tail=tail, min_singular_value=minimum)
+    factors = method.factor(KEY, with_spectrum(2.5, 1.5, 0.1, 0.005))
     # floor(0.8 * 6) = 4 at most; two of the six values are zero.
-    assert method.init(jax.random.key(0), factors).shape == (k,)
+    assert method.init(KEY, {"site": factors})["site"].shape == (k,)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan"), float("inf")])
 def test_a_rank_ratio_outside_its_range_is_an_error(ratio):
     with refused(f"adapter.rank_ratio={ratio}", "above 0 and at most 1"):
-        svf.svf(rank_ratio=ratio)
+        adapters.svf(rank_ratio=ratio)
 
 
 def test_an_unknown_tail_is_an_error():
     with refused("adapter.tail='cut'", "'keep' or 'drop'"):
-        svf.svf(tail="cut")
+        adapters.svf(tail="cut")
 
 
 @pytest.mark.parametrize("tail", ["keep", "drop"])
 @pytest.mark.parametrize("options", [{"rank_ratio": 0.1}, {"min_singular_value": 9.0}])
 def test_nothing_to_train_is_an_error(tail, options):
-    method = svf.svf(tail=tail, **options)
+    method = adapters.svf(tail=tail, **options)
     with refused("rank_ratio", "min_singular_value", "no singular value of 6"):
-        method.init(jax.random.key(0), method.factor(with_spectrum(2, 1)))
+        method.init(KEY, {"site": method.factor(KEY, with_spectrum(2, 1))})
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_in_half_precision_the_adapter_stays_in_float32(dtype):
-    method, weight, x = svf.svf(), kernel(16, 16), kernel(4, 16, 1)
-    factors = models.cast_params(method.factor(weight), dtype)
+    method, weight, x = adapters.svf(), kernel(16, 16), kernel(4, 16, 1)
+    factors = models.cast_params(method.factor(KEY, weight), dtype)
     assert (factors.u.dtype, factors.s.dtype, factors.vt.dtype) == (dtype, jnp.float32, dtype)
     offsets = jnp.full(12, 0.1)
     found = method.apply(factors, offsets, x)
     assert found.dtype == jnp.float32
-    exact = method.apply(method.factor(weight), offsets, x)
+    exact = method.apply(method.factor(KEY, weight), offsets, x)
     assert 0 < np.abs(found - exact).max() < 0.02 * np.std(exact) * 4
 
 
@@ -366,7 +373,7 @@ def calls(monkeypatch):
         shapes.append(kernel.shape)
         return SVD(kernel)
 
-    monkeypatch.setattr(svf, "svd", counted)
+    monkeypatch.setattr(svf_module, "svd", counted)
     return shapes
 
 
@@ -376,8 +383,8 @@ def assert_factors(found, weight):
 
 
 def test_a_kernel_is_decomposed_once(tmp_path, calls):
-    first = svf.cached_svd(tmp_path)(kernel())
-    second = svf.cached_svd(tmp_path)(np.asfortranarray(kernel()))
+    first = adapters.cached_svd(tmp_path)(kernel())
+    second = adapters.cached_svd(tmp_path)(np.asfortranarray(kernel()))
     assert calls == [(6, 10)]
     assert_factors(first, kernel())
     assert_factors(second, kernel())
@@ -386,7 +393,7 @@ def test_a_kernel_is_decomposed_once(tmp_path, calls):
 
 
 def test_other_weights_and_other_shapes_are_other_entries(tmp_path, calls):
-    lookup = svf.cached_svd(tmp_path)
+    lookup = adapters.cached_svd(tmp_path)
     lookup(kernel())
     lookup(kernel(seed=1))
     reshaped = kernel().reshape(10, 6)
@@ -397,7 +404,7 @@ def test_other_weights_and_other_shapes_are_other_entries(tmp_path, calls):
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-8], lambda b: b"", lambda b: b"x" * 99])
 def test_a_damaged_entry_is_computed_anew(tmp_path, calls, damage):
-    lookup = svf.cached_svd(tmp_path)
+    lookup = adapters.cached_svd(tmp_path)
     lookup(kernel())
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
@@ -409,7 +416,7 @@ def test_a_damaged_entry_is_computed_anew(tmp_path, calls, damage):
 
 @pytest.mark.parametrize("change", [{"s": 1.5}, {"u": 0.0}, {"vt": None}])
 def test_an_entry_whose_product_is_another_kernel_is_computed_anew(tmp_path, calls, change):
-    lookup = svf.cached_svd(tmp_path)
+    lookup = adapters.cached_svd(tmp_path)
     lookup(kernel())
     (path,) = tmp_path.iterdir()
     arrays = load_file(path)
@@ -422,24 +429,24 @@ def test_an_entry_whose_product_is_another_kernel_is_computed_anew(tmp_path, cal
 
 def test_a_cache_that_cannot_be_written_to_does_not_matter(tmp_path, calls, monkeypatch):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    lookup = svf.cached_svd(tmp_path / "file" / "svd")
+    lookup = adapters.cached_svd(tmp_path / "file" / "svd")
     assert_factors(lookup(kernel()), kernel())
 
     def full(*args):
         # What safetensors raises on a full disk or in a read-only folder.
-        raise svf.SafetensorError("Error while serializing: I/O error")
+        raise SafetensorError("Error while serializing: I/O error")
 
-    monkeypatch.setattr(svf, "write_safetensors", full)
-    assert_factors(svf.cached_svd(tmp_path / "svd")(kernel()), kernel())
+    monkeypatch.setattr(svf_module, "write_safetensors", full)
+    assert_factors(adapters.cached_svd(tmp_path / "svd")(kernel()), kernel())
     assert len(calls) == 2
 
 
 def test_the_cache_lies_in_the_user_s_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    svf.cached_svd()(kernel())
+    adapters.cached_svd()(kernel())
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    svf.cached_svd()(kernel())
+    adapters.cached_svd()(kernel())
     for root in ("cache", ".cache"):
         assert len(list((tmp_path / root / "grpocem_jax" / "svd").iterdir())) == 1
 
@@ -468,7 +475,7 @@ def test_paths_may_be_strings(tmp_path, tiny):
     checkpoints.save_adapter(str(tmp_path / "adapter"), tiny.zero, {}, "")
     found = checkpoints.load_adapter(str(tmp_path / "adapter"), tiny.zero)
     np.testing.assert_array_equal(found["h.0.attn.c_proj"], np.zeros(32))
-    assert_factors(svf.cached_svd(str(tmp_path / "svd"))(kernel()), kernel())
+    assert_factors(adapters.cached_svd(str(tmp_path / "svd"))(kernel()), kernel())
     assert len(list((tmp_path / "svd").iterdir())) == 1
 
 

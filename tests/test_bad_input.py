@@ -357,7 +357,7 @@ def test_a_closed_pipe_and_a_late_interrupt_end_without_a_traceback():
     ):
         # What is registered first is called last, as JAX's own.
         code = (
-            f"import atexit, os, signal\n{main}from grpocem_jax import commands\ncommands.run(main)"
+            f"import atexit, os, signal\n{main}from grpocem_jax.config import commands\ncommands.run(main)"
         )
         result = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

@@ -262,10 +262,10 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("separate", [True, False])
 def test_a_ppo_step_trains_policy_and_critic(subject, separate):
-    carrier = subject.carrier
+    attached = subject.attached
     optimizer = grpo.adamw(learning_rate=1e-2, warmup_steps=0)
     rng = np.random.default_rng(0)
-    tokens = jnp.array(rng.integers(0, carrier.model.vocab_size, (2, 4, 5)))
+    tokens = jnp.array(rng.integers(0, attached.model.vocab_size, (2, 4, 5)))
     everywhere = jnp.ones(tokens.shape, bool)
     rewards = jnp.array(rng.random(tokens.shape), jnp.float32)
     batch = grpo.Batch(
@@ -279,12 +279,12 @@ def test_a_ppo_step_trains_policy_and_critic(subject, separate):
     )
     critic = jax.tree.map(jnp.array, subject.pretrained.params) if separate else None
     width = subject.pretrained.config.width
-    start = ppo.Trainable(jax.tree.map(jnp.array, carrier.zero), 0.1 * jnp.ones(width), critic)
+    start = ppo.Trainable(jax.tree.map(jnp.array, attached.zero), 0.1 * jnp.ones(width), critic)
     copy = jax.tree.map(np.array, start)
-    models = ppo.Models(carrier.model, subject.pretrained.build())
+    models = ppo.Models(attached.model, subject.pretrained.build())
     after, metrics = ppo.update(
         grpo.init_state(start, optimizer),
-        carrier.params,
+        attached.params,
         batch,
         1.0,
         model=models,
@@ -294,7 +294,7 @@ def test_a_ppo_step_trains_policy_and_critic(subject, separate):
         micro_batch=4,
     )
     assert float(metrics["value_loss"]) > 0
-    for old, new in zip(jax.tree.leaves(copy), jax.tree.leaves(after.adapter), strict=True):
+    for old, new in zip(jax.tree.leaves(copy), jax.tree.leaves(after.offsets), strict=True):
         assert np.all(np.isfinite(new))
         # AdamW's first step is about the learning rate, wherever there is a gradient.
         assert math.isclose(np.abs(new - old).max(), 1e-2, rel_tol=0.1)

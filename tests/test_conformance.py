@@ -1,4 +1,4 @@
-"""What every objective, advantage function and weight rule must keep to, ours and a newcomer's.
+"""What every adapter, objective, advantage function and weight rule must keep to, ours and others'.
 
 A part of one's own is tried in the same way: add it to the lists below, or call
 `grpocem_jax.grpo.check_objective` and its like.
@@ -13,7 +13,9 @@ import optax
 import pytest
 
 from examples import variants
-from grpocem_jax import grpo
+from examples.custom_adapter import scale_and_shift
+from grpocem_jax import adapters, grpo
+from grpocem_jax.adapters.checks import SHAPES
 from grpocem_jax.grpo import checks
 from grpocem_jax.utils.errors import InputError
 
@@ -41,6 +43,75 @@ OPTIMIZERS = {
     "adam of optax": optax.adam(1e-3),
     "plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
 }
+
+
+def shared_scale() -> adapters.Adapter:
+    """One number for all sites, to test what is shared across layers."""
+
+    def view(offsets):
+        return dict.fromkeys(SHAPES, offsets["shared"])
+
+    return adapters.Adapter(
+        factor=lambda key, kernel: jnp.asarray(kernel),
+        init=lambda key, factors: {"shared": jnp.zeros(())},
+        apply=lambda kernel, own, x: (1 + own) * (x @ kernel.astype(jnp.float32)),
+        merge=lambda kernel, own: (1 + own) * kernel,
+        view=view,
+    )
+
+
+def noisy(adapter: adapters.Adapter) -> adapters.Adapter:
+    """Offsets with noise, to test what is drawn."""
+
+    def draw(key, offsets):
+        return {name: x + 0.1 * jax.random.normal(key, x.shape) for name, x in offsets.items()}
+
+    return adapter._replace(draw=draw)
+
+
+ADAPTERS = {
+    "svf": adapters.svf(),
+    "svf, half": adapters.svf(rank_ratio=0.5),
+    "lora": adapters.lora(rank=2),
+    "lora, alpha": adapters.lora(rank=3, alpha=6),
+    "scale and shift": scale_and_shift(),
+    "scale": scale_and_shift(shift=False),
+    "shared": shared_scale(),
+    "stochastic": noisy(adapters.svf()),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_keeps_to_its_interface(name):
+    adapters.check_adapter(ADAPTERS[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"init": lambda key, factors: {}}, "init returned no offsets"),
+        (
+            {"init": adapters.each_site(lambda key, kernel: jnp.ones(()))},
+            "of init, where it is the",
+        ),
+        ({"apply": lambda kernel, own, x: 2 * (x @ kernel)}, "of zero|of init"),
+        ({"apply": lambda kernel, own, x: x}, r"returned shape \(5, 6\)"),
+        (
+            {
+                "apply": lambda kernel, own, x: (
+                    (1 + own).astype(kernel.dtype) * (x.astype(kernel.dtype) @ kernel)
+                )
+            },
+            "returned bfloat16",
+        ),
+        ({"merge": lambda kernel, own: kernel}, "beside x @ merge"),
+        ({"view": lambda offsets: {}}, "apply raised KeyError"),
+        ({"draw": lambda key, offsets: {"shared": jnp.zeros(3)}}, "draw returned other arrays"),
+    ],
+)
+def test_an_adapter_that_does_not_keep_to_it_is_named(changes, fragment):
+    with pytest.raises(adapters.AdapterError, match=f"the adapter's .*({fragment})"):
+        adapters.check_adapter(shared_scale()._replace(**changes))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

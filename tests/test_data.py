@@ -34,7 +34,7 @@ def reward_too(prompts, completions, **columns):
 @pytest.fixture(scope="module")
 def policy():
     config = parse_config(load_config("tiny"))
-    return load_policy(config.model, config.adapter)
+    return load_policy(config)
 
 
 def rows(path, prompts):

@@ -87,7 +87,7 @@ def test_updates_are_the_same(tiny):
 
     single, double = both(step)
     assert types(double) == types(single)
-    assert types(double[0].adapter) == types(tiny.zero)
+    assert types(double[0].offsets) == types(tiny.zero)
     for x, y in zip(jax.tree.leaves(double), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_searches_are_the_same(tiny, method, space):
         on = jnp.ones(tokens.shape, bool)
         texts = fitness.Texts(jnp.asarray(tokens), on, on)
         likelihood = fitness.Likelihood(tiny.factored, tiny.model)
-        found = loop.search(
+        found = loop.maximize(
             method, likelihood, made, texts, jax.random.key(0), generations=2, held_back=texts
         )
         return found.final, found.history

@@ -59,7 +59,7 @@ def test_no_more_prompts_are_evaluated_at_once_than_there_are(monkeypatch):
     class Generated(Exception):  # noqa: N818
         pass
 
-    def generate(policy, adapter, prompts, *args, **options):
+    def generate(policy, offsets, prompts, *args, **options):
         raise Generated(len(prompts.tokens))
 
     monkeypatch.setattr(evaluation.rollouts, "generate", generate)

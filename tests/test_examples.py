@@ -18,8 +18,7 @@ import grpocem_jax as gj
 from examples import custom_adapter, variants
 from examples.own_task import rewards
 from examples.stories import rewards as stories
-from grpocem_jax import adaptation
-from grpocem_jax.adapters import base
+from grpocem_jax import adaptation, adapters
 from tests.conftest import ROOT, SITES
 from tests.test_adaptation import get_config, tiny_policy, write_run
 
@@ -102,9 +101,9 @@ def test_the_stories_train_on_a_real_model(shared, in_root, tmp_path):
 
 def test_lora_is_an_adapter_whose_zeros_are_the_base_model(tiny):
     method = custom_adapter.lora(rank=3)
-    sites = base.select_sites(tiny.base.sites, SITES)
-    params = base.factor_params(method, tiny.params, sites)
-    offsets = base.init_adapter(method, jax.random.key(0), params, sites)
+    sites = adapters.select_sites(tiny.base.sites, SITES)
+    params = adapters.factor_params(method, tiny.params, sites)
+    offsets = adapters.init_adapter(method, jax.random.key(0), params, sites)
     x = jax.random.normal(jax.random.key(1), (5, 40))
     kernel = params["h_0"]["attn_c_proj"]["kernel"]
     site = "h.0.attn.c_proj"
@@ -131,18 +130,18 @@ def test_products_of_lora_take_bfloat16_and_accumulate_in_float32():
 def test_an_adapter_object_reaches_adapt_and_complete():
     config = gj.parse_config(gj.load_config("tiny"))
     method = custom_adapter.lora(rank=1)
-    policy = gj.load_policy(config.model, config.adapter, method=method)
-    assert policy.method is method
+    policy = gj.load_policy(config, adapter=method)
+    assert policy.adapter is method
     assert jax.tree.map(jnp.shape, policy.zero["h.0.attn.c_proj"]) == {"a": (128, 1), "b": (1, 128)}
     run = gj.TrainedRun(config, policy, policy.zero)
     prompt = "Review: The soup was cold.\nSentiment:"
     settings = dataclasses.replace(config.cem, method="gradient", generations=5, gate=False)
     found = gj.adapt(run, prompt, settings=settings)
     assert found.fitness_after > found.fitness_before
-    assert isinstance(gj.complete(run, found.adapter, [prompt])[0], str)
+    assert isinstance(gj.complete(run, found.offsets, [prompt])[0], str)
     # The function that makes one in place of the adapter.
     with pytest.raises(gj.InputError, match=r"^method: is function; give a grpocem_jax.Adapter"):
-        gj.load_policy(config.model, config.adapter, method=custom_adapter.lora)
+        gj.load_policy(config, adapter=custom_adapter.lora)
 
 
 def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
@@ -158,7 +157,7 @@ def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
     found = gj.adapt(run, text)
     assert found.returned == "mean"
     # The worst token of a text is below the mean of all.
-    assert found.fitness_before < float(gj.log_likelihoods(run, run.adapter, [text])[0])
+    assert found.fitness_before < float(gj.log_likelihoods(run, run.offsets, [text])[0])
     assert found.fitness_after != found.fitness_before
 
 
@@ -187,7 +186,7 @@ def test_variants_of_grpo_train_by_config_alone(name, in_root, tmp_path):
     record = json.loads(line)
     assert (summary["steps"], record["skipped"]) == (1, 0.0)
     run = gj.load_run(tmp_path / "run")
-    largest = max(float(jnp.abs(x).max()) for x in run.adapter.values())
+    largest = max(float(jnp.abs(x).max()) for x in run.offsets.values())
     # A first step of Adam or Lion is the learning rate.
     assert largest == pytest.approx(settings.train.learning_rate, rel=0.02)
     assert record["learning_rate"] == pytest.approx(settings.train.learning_rate)
@@ -289,7 +288,7 @@ def test_the_recipes_of_the_readme_help_with_other_recipes(tmp_path):
     found = adaptation.adapt(run, texts)
     judged = [adaptation.Text(text) for text in others]
     before, after = (
-        adaptation.log_likelihoods(run, adapter, judged) for adapter in (run.adapter, found.adapter)
+        adaptation.log_likelihoods(run, offsets, judged) for offsets in (run.offsets, found.offsets)
     )
     assert (after > before).all()
     assert (after - before).mean() > 0.2

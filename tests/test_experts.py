@@ -105,11 +105,11 @@ def test_tasks_of_the_users_own_are_mixed_too_and_keep_their_names_apart():
 def test_the_shipped_library_holds_the_eight_experts_of_the_builtin_model(policy, shipped):
     experts, vectors = shipped
     assert list(experts) == sorted(mixtures(tasks_of(TASKS)))
-    for adapter in experts.values():
-        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(adapter)) > 0.01
+    for offsets in experts.values():
+        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(offsets)) > 0.01
     # The experts come first, then snapshots of their training.
-    for row, adapter in enumerate(experts.values()):
-        for site, value in adapter.items():
+    for row, offsets in enumerate(experts.values()):
+        for site, value in offsets.items():
             np.testing.assert_array_equal(vectors[site][row], value)
     counts = {len(x) for x in jax.tree.leaves(vectors)}
     assert len(counts) == 1

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
+from grpocem_jax import adapters
 from grpocem_jax.adaptation import load_run
-from grpocem_jax.adapters import base as adapters
 from grpocem_jax.export import command, peft, screens
 from grpocem_jax.export import model as export
 from grpocem_jax.models import base as models
@@ -82,15 +82,15 @@ def exported(workdir, tmp_path_factory):
     return export.export_model(workdir, tmp_path_factory.mktemp("exports") / "model")
 
 
-def logits(params, adapter, model, length=24):
+def logits(params, offsets, model, length=24):
     tokens = np.random.default_rng(1).integers(0, model.vocab_size, length)
 
     @jax.jit
-    def compute(params, adapter):
-        hidden = model.forward(params, adapter, tokens, jnp.ones(length, bool))
+    def compute(params, offsets):
+        hidden = model.forward(params, offsets, tokens, jnp.ones(length, bool))
         return model.logits(params, hidden)
 
-    return np.asarray(compute(params, adapter))
+    return np.asarray(compute(params, offsets))
 
 
 def logits_of(folder):
@@ -105,8 +105,8 @@ def test_the_folder_holds_model_tokenizer_card_and_adapter(exported):
     names = {path.name for path in exported.folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert names >= {"generation_config.json", "README.md", "adapter"}
-    adapter = {path.name for path in (exported.folder / "adapter").iterdir()}
-    assert adapter == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    offsets = {path.name for path in (exported.folder / "adapter").iterdir()}
+    assert offsets == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert [path.name for path in exported.folder.parent.iterdir()] == ["model"]
 
 
@@ -119,10 +119,10 @@ def test_only_adapted_kernels_change_and_they_are_scaled_singular_values(exporte
     for name, kernel in base.items():
         assert merged[name].dtype == np.float32
         site = name.removeprefix("transformer.").removesuffix(".weight")
-        if site not in run.adapter:
+        if site not in run.offsets:
             np.testing.assert_array_equal(merged[name], kernel, err_msg=name)
             continue
-        offsets = np.asarray(run.adapter[site], np.float64)
+        offsets = np.asarray(run.offsets[site], np.float64)
         k = len(offsets)
         u, s, vt = np.linalg.svd(kernel.astype(np.float64))
         change = (u[:, :k] * (s[:k] * offsets)) @ vt[:k]
@@ -132,7 +132,7 @@ def test_only_adapted_kernels_change_and_they_are_scaled_singular_values(exporte
 
 def test_logits_are_those_of_base_model_and_adapter(exported, run):
     policy = run.policy
-    expected = logits(policy.params, run.adapter, policy.model)
+    expected = logits(policy.params, run.offsets, policy.model)
     assert np.abs(logits_of(exported.folder) - expected).max() < 1e-4
     assert np.abs(logits_of(hub.BUILTIN) - expected).max() > 0.1
     assert 0 < exported.difference < 1e-4
@@ -142,7 +142,7 @@ def test_the_saved_adapter_gives_the_same_logits_on_its_base_and_no_other(export
     policy = run.policy
     folder, sha256 = exported.folder / "adapter", policy.pretrained.sha256
     loaded = checkpoints.load_adapter(folder, policy.zero, base_sha256=sha256)
-    expected = logits(policy.params, run.adapter, policy.model)
+    expected = logits(policy.params, run.offsets, policy.model)
     np.testing.assert_array_equal(logits(policy.params, loaded, policy.model), expected)
     merged = hub.load_model(str(exported.folder)).sha256
     assert merged != sha256
@@ -172,7 +172,7 @@ def test_a_run_in_bfloat16_is_exported_in_float32(exported, tmp_path):
 def test_another_adapter_of_the_same_model_is_merged_instead(workdir, exported, run, tmp_path):
     other = make_run(tmp_path / "other", offsets=random_offsets(run.policy.zero, seed=2))
     found = export.export_model(workdir, tmp_path / "a" / "model", adapter=other / "adapter")
-    expected = logits(run.policy.params, load_run(other).adapter, run.policy.model)
+    expected = logits(run.policy.params, load_run(other).offsets, run.policy.model)
     assert np.abs(logits_of(found.folder) - expected).max() < 1e-4
     assert np.abs(logits_of(exported.folder) - expected).max() > 0.01
     card = (found.folder / "README.md").read_text()
@@ -230,7 +230,7 @@ def adapted_kernels(folder):
     }
     for site, path in loaded.policy.sites.items():
         kernel = in_float64(adapters.get(pretrained.params, path))
-        offsets = in_float64(loaded.adapter[site])
+        offsets = in_float64(loaded.offsets[site])
         u, s, vt = np.linalg.svd(kernel)
         k = len(offsets)
         yield names[path], kernel, u[:, :k], s[:k] * offsets, vt[:k]
@@ -257,7 +257,7 @@ def test_weights_in_bfloat16_stay_so_and_are_rounded_once(half):
 def test_what_rounding_does_to_the_logits_is_measured_and_said(half):
     """Against weights rounded here; in float32 the same export is as exact as ever."""
     loaded = load_run(half / "run")
-    exact = logits(loaded.policy.params, loaded.adapter, loaded.policy.model)
+    exact = logits(loaded.policy.params, loaded.offsets, loaded.policy.model)
     plain = hub.load_model(str(half / "base"))
     record = read(half / "out", "export")
     assert record["dtype"] == "bfloat16"
@@ -551,7 +551,7 @@ def test_targets_are_the_shortest_ends_that_name_nothing_else():
 def test_options_that_cannot_be_are_refused_before_any_work(
     options, parts, workdir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(export, "put_adapter", None)
+    monkeypatch.setattr(export, "attach", None)
     assert_refused(workdir, tmp_path / "out", *parts, **options)
 
 
@@ -716,7 +716,7 @@ def test_another_adapter_made_with_other_settings_is_refused(workdir, tmp_path):
     """Its arrays have the same names and shapes, but it means another model."""
     other = make_run(tmp_path / "other", tail="drop") / "adapter"
     assert_refused(
-        workdir, tmp_path / "model", "tail='drop', but config.adapter has 'keep'", adapter=other
+        workdir, tmp_path / "model", "tail='drop', but config.adapter has 'keep'", offsets=other
     )
 
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import svf
+from grpocem_jax import adapters
 from grpocem_jax.models import gpt2
 from grpocem_jax.search import fitness, spaces
 from grpocem_jax.search.fitness import Texts
@@ -30,8 +29,8 @@ def texts(padded=12, filler=0):
 
 
 @jax.jit
-def measure(likelihood, adapter, batch):
-    return likelihood(adapter, batch, KEY), *likelihood.scores(adapter, batch, KEY)
+def measure(likelihood, offsets, batch):
+    return likelihood(offsets, batch, KEY), *likelihood.scores(offsets, batch, KEY)
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +150,8 @@ def test_a_population_equals_a_loop_over_merged_models(tiny, likelihood, name):
     together = candidates(likelihood, space, points)
     alone = []
     for i in range(POPULATION):
-        adapter = spaces.decode(space, jax.tree.map(lambda x, i=i: x[i], points))
-        merged = adapters.merge_params(tiny.method, tiny.factored, adapter, tiny.sites)
+        offsets = spaces.decode(space, jax.tree.map(lambda x, i=i: x[i], points))
+        merged = adapters.merge_params(tiny.adapter, tiny.factored, offsets, tiny.sites)
         alone.append(measure(fitness.Likelihood(merged, tiny.base), {}, batch)[0])
     np.testing.assert_allclose(together, alone, atol=1e-4)
     # The comparison means something: no two candidates are alike, nor any like the start.
@@ -166,7 +165,7 @@ def test_a_population_of_gpt2_124m_equals_a_loop_over_merged_models_in_every_spa
     fields = weights.SHAPES["gpt2"]
     config = gpt2.config_from_hf(fields, "gpt2")
     plain = gpt2.params_from_state(weights.state(fields), config, "gpt2")
-    method = svf.svf(svd=svf.cached_svd())
+    method = adapters.svf(svd=adapters.cached_svd())
     model, base = gpt2.build(config, method.apply), gpt2.build(config)
     sites = adapters.select_sites(model.sites, ["attn.c_proj"])
     factored = adapters.factor_params(method, plain, sites)
@@ -196,12 +195,12 @@ def test_a_population_of_gpt2_124m_equals_a_loop_over_merged_models_in_every_spa
 
     @jax.jit
     def score(likelihood, population):
-        return jax.vmap(lambda adapter: likelihood(adapter, batch, KEY))(population)
+        return jax.vmap(lambda offsets: likelihood(offsets, batch, KEY))(population)
 
     found = score(fitness.Likelihood(factored, model), population)
-    merge = jax.jit(lambda params, adapter: adapters.merge_params(method, params, adapter, sites))
+    merge = jax.jit(lambda params, offsets: adapters.merge_params(method, params, offsets, sites))
     one = jax.jit(lambda params: fitness.Likelihood(params, base)({}, batch, KEY))
-    expected = [float(one(merge(factored, adapter))) for adapter in candidates]
+    expected = [float(one(merge(factored, offsets))) for offsets in candidates]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.ptp(expected) > 1e-2
 

@@ -48,7 +48,7 @@ def test_sites_have_the_names_of_the_checkpoint(tiny):
 
 def test_the_backward_pass_keeps_the_large_products_and_no_attention_weights(tiny):
     """What `remat` keeps of a block: its input, and what is marked."""
-    block = gpt2.Block(tiny.config, tiny.method.apply, jnp.float32)
+    block = gpt2.Block(tiny.config, tiny.adapter.apply, jnp.float32)
     length, width = len(TEXT), tiny.config.width
     x = jnp.ones((length, width))
     allowed = jnp.ones((length, length), bool)

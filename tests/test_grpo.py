@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo
-from grpocem_jax.adapters import base as adapters
+from grpocem_jax import adapters, grpo
 from grpocem_jax.grpo import step as grpo_step
 from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2, likelihood, sampling
@@ -254,9 +253,9 @@ def test_the_vmapped_loss_equals_a_loop_over_unpadded_samples(tiny, batch, offse
     value, parts = loss(offsets, tiny.factored, batch, temperature)
     forward = jax.jit(tiny.model.forward)
 
-    def distributions(adapter, prompt, completion):
+    def distributions(offsets, prompt, completion):
         tokens = jnp.concatenate([prompt, completion])
-        hidden = forward(tiny.factored, adapter, tokens, jnp.ones(len(tokens), bool))
+        hidden = forward(tiny.factored, offsets, tokens, jnp.ones(len(tokens), bool))
         logits = np.asarray(tiny.model.logits(tiny.factored, hidden), np.float64) / temperature
         logits = logits[len(prompt) - 1 : -1]
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -319,7 +318,7 @@ def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, of
         for name in metrics:
             np.testing.assert_allclose(both[name], [metrics[name], later[name]], atol=1e-5)
     # The second update was one: Adam's step is about the learning rate.
-    moved = jnp.abs(second.adapter["h.0.attn.c_proj"] - first.adapter["h.0.attn.c_proj"])
+    moved = jnp.abs(second.offsets["h.0.attn.c_proj"] - first.offsets["h.0.attn.c_proj"])
     assert float(moved.max()) > 1e-3
 
 
@@ -354,7 +353,7 @@ def test_first_adamw_step_moves_against_the_gradients_sign_and_decays(tiny, batc
     for site, old in offsets.items():
         clear = np.abs(gradient[site]) > 1e-5
         expected = old - 0.0025 * (jnp.sign(gradient[site]) + 0.5 * old)
-        np.testing.assert_allclose(after.adapter[site][clear], expected[clear], atol=2e-5)
+        np.testing.assert_allclose(after.offsets[site][clear], expected[clear], atol=2e-5)
         assert clear.any()
     assert int(after.step) == 1
 
@@ -454,7 +453,7 @@ def test_the_learning_rate_is_scaled_and_its_scale_follows_the_kl(tiny, sampled,
     after, metrics = updated(tiny, sampled, state)
     assert float(metrics["learning_rate"]) == pytest.approx(0.01 * scale)
     # Adam's first direction is the sign of the gradient, at most 1, and the decay is far smaller.
-    largest = max(float(jnp.abs(after.adapter[name] - offsets[name]).max()) for name in offsets)
+    largest = max(float(jnp.abs(after.offsets[name] - offsets[name]).max()) for name in offsets)
     assert largest == pytest.approx(0.01 * scale, rel=0.02)
     assert float(metrics["kl"]) > 2 * TARGET_KL
     assert float(after.opt_state[-1].scale) == pytest.approx(scale / 1.5)
@@ -560,17 +559,17 @@ def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
     mask = jnp.ones_like(prompt, bool)
 
     @jax.jit
-    def log_policy(adapter):
-        hidden, _ = model.prefill(params, adapter, prompt[0], mask[0])
+    def log_policy(offsets):
+        hidden, _ = model.prefill(params, offsets, prompt[0], mask[0])
         return jax.nn.log_softmax(model.logits(params, hidden))
 
-    def even_mass(adapter):
-        return float(jnp.exp(log_policy(adapter))[::2].sum())
+    def even_mass(offsets):
+        return float(jnp.exp(log_policy(offsets))[::2].sum())
 
     state = grpo.init_state(tiny.zero, hp["optimizer"])
-    before = even_mass(state.adapter)
+    before = even_mass(state.offsets)
     for step in range(30):
-        logps = log_policy(state.adapter)
+        logps = log_policy(state.offsets)
         tokens = jax.random.categorical(jax.random.key(step), logps, shape=(1, 256, 1))
         batch = grpo.Batch(
             prompt,
@@ -582,13 +581,13 @@ def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
             grpo.token_weights(jnp.ones_like(tokens, bool)),
         )
         state, _ = grpo.update(state, params, batch, 1.0, model=model, **hp)
-    assert even_mass(state.adapter) > before + 0.1
+    assert even_mass(state.offsets) > before + 0.1
 
 
 def test_half_precision_keeps_the_gradient_of_many_tokens(tiny):
     # The published spread of initial weights, 0.02, makes small gradients.
     params = gpt2.init_params(jax.random.key(0), tiny.config)
-    factored = adapters.factor_params(tiny.method, params, tiny.sites)
+    factored = adapters.factor_params(tiny.adapter, params, tiny.sites)
     half = models.cast_params(factored, jnp.float16)
     prompts, group, length = 16, 16, 16
     keys = jax.random.split(jax.random.key(7), 3)
@@ -614,7 +613,7 @@ def test_half_precision_keeps_the_gradient_of_many_tokens(tiny):
 
     def unscaled(params):
         gradient = jax.grad(make_loss(tiny, **hp), has_aux=True)
-        found, _ = jax.jit(gradient)(state.adapter, params, batch, 1.0)
+        found, _ = jax.jit(gradient)(state.offsets, params, batch, 1.0)
         return np.concatenate(list(found.values()))
 
     exact = unscaled(factored)

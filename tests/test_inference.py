@@ -132,8 +132,8 @@ def test_the_text_is_that_of_the_python_functions(adapt, workdir):
     found = adaptation.adapt(run, PROMPT)
     assert result["fitness_before"] == found.fitness_before
     assert result["fitness_after"] == found.fitness_after
-    assert [result["text_before"]] == adaptation.complete(run, run.adapter, [PROMPT])
-    assert [result["text_after"]] == adaptation.complete(run, found.adapter, [PROMPT])
+    assert [result["text_before"]] == adaptation.complete(run, run.offsets, [PROMPT])
+    assert [result["text_after"]] == adaptation.complete(run, found.offsets, [PROMPT])
     assert result["returned"] in ("mean", "start")
     assert f"{found.fitness_before:.3f} before, {found.fitness_after:.3f} after" in out
 
@@ -231,7 +231,7 @@ def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
 
 
 def test_a_prompt_that_the_gate_cannot_judge_says_so(adapt, monkeypatch):
-    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: [" soup"])
+    monkeypatch.setattr(adaptation, "complete", lambda run, offsets, prompts: [" soup"])
     result, out, _ = adapt(prompt="Review: The")
     assert result["note"]
     assert f"not adapted: {result['note']}" in out
@@ -252,7 +252,7 @@ def test_each_prompt_of_a_file_has_a_result(adapt, tmp_path):
 
 
 def test_each_line_of_a_text_file_is_a_prompt(adapt, tmp_path, monkeypatch):
-    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: ["."])
+    monkeypatch.setattr(adaptation, "complete", lambda run, offsets, prompts: ["."])
     file = tmp_path / "prompts.txt"
     file.write_text("Review: The soup was cold.\n\nReview: The tea was warm.\n")
     result, out, _ = adapt(prompts=str(file))
@@ -274,7 +274,7 @@ def test_a_prompt_has_the_same_characters_by_every_way_and_as_a_training_prompt(
     adapt, tmp_path, monkeypatch, text
 ):
     """All of a flag and of a string in a file; standard input and text files have line ends."""
-    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: ["."])
+    monkeypatch.setattr(adaptation, "complete", lambda run, offsets, prompts: ["."])
     monkeypatch.setattr(adaptation, "adapt", lambda run, text, **_: unchanged(run))
     rows = [{"prompt": text}, {"text": text}]
     file = write_rows(tmp_path / "prompts.jsonl", rows)
@@ -303,7 +303,7 @@ def test_a_prompt_has_the_same_characters_by_every_way_and_as_a_training_prompt(
 def test_standard_input_loses_its_byte_order_mark_and_the_end_of_its_last_line(
     adapt, monkeypatch, content, text
 ):
-    monkeypatch.setattr(adaptation, "complete", lambda run, adapter, prompts: ["."])
+    monkeypatch.setattr(adaptation, "complete", lambda run, offsets, prompts: ["."])
     given = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", given)
     monkeypatch.setattr(adaptation, "adapt", lambda run, text, **_: unchanged(run))
@@ -312,7 +312,7 @@ def test_standard_input_loses_its_byte_order_mark_and_the_end_of_its_last_line(
 
 
 def unchanged(run):
-    return adaptation.Adaptation(run.adapter, 0.0, 0.0, None, "left alone")
+    return adaptation.Adaptation(run.offsets, 0.0, 0.0, None, "left alone")
 
 
 def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_path, workdir):
@@ -334,15 +334,15 @@ def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_pat
         saved, run.policy.zero, base_sha256=run.policy.pretrained.sha256
     )
     texts = [Text(OTHER), Text(PROMPT, " positive")]
-    for when, adapter in (("before", run.adapter), ("after", adapted)):
-        values = adaptation.log_likelihoods(run, adapter, texts)
+    for when, offsets in (("before", run.offsets), ("after", adapted)):
+        values = adaptation.log_likelihoods(run, offsets, texts)
         assert result[f"heldout_{when}"] == pytest.approx(float(values.mean()), rel=1e-5)
     assert result["heldout_before"] != result["heldout_after"]
     # A saved adapter is one to adapt again.
     checkpoints.copy_adapter(saved, tmp_path / "again" / "adapter")
     again = adaptation.load_run(tmp_path / "again", get_config())
     for name, value in adapted.items():
-        np.testing.assert_array_equal(again.adapter[name], value)
+        np.testing.assert_array_equal(again.offsets[name], value)
 
 
 def test_examples_alone_need_no_prompt(adapt, tmp_path):
@@ -410,7 +410,7 @@ def test_evaluate_gives_the_tables_of_the_report(adapt, workdir, support):
 @pytest.fixture
 def refused(adapt, monkeypatch):
     """The sentence with which the command ends, before any search."""
-    monkeypatch.setattr(loop, "search", no_search)
+    monkeypatch.setattr(loop, "maximize", no_search)
 
     def call(changes=(), **flags):
         with pytest.raises(InputError) as error:

@@ -1,6 +1,5 @@
 """Llama, Qwen and Mistral: positions, checkpoints, what is refused, and a run from end to end."""
 
-import dataclasses
 import json
 import shutil
 import warnings
@@ -13,10 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
-from grpocem_jax import adaptation
-from grpocem_jax.adapters import base as adapters
+from grpocem_jax import adaptation, adapters
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import ModelConfig, parse_config
+from grpocem_jax.config.schema import parse_config
 from grpocem_jax.export import model as export
 from grpocem_jax.models import base, hub, llama, rope
 from grpocem_jax.models.tokenizer import load_tokenizer
@@ -547,11 +545,10 @@ def test_the_start_token_of_a_tokenizer_stands_before_every_text(
         single=template, special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
     )
     tokenizer.save_pretrained(folder)
-    settings = parse_config(load_config("llama"))
-    policy = load_policy(
-        ModelConfig(source=str(folder), dtype="float32"),
-        dataclasses.replace(settings.adapter, sites=("self_attn.o_proj",)),
-    )
+    settings = load_config("llama")
+    settings.model.source = str(folder)
+    settings = parse_config(settings)
+    policy = load_policy(settings)
     bare = policy.tokenizer.encode(words, add_special_tokens=False)
     expected = [vocabulary[start]] * count + bare
     assert len(bare) == 3
@@ -598,8 +595,8 @@ def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path,
     training.train(config, tmp_path / "run")
     run = adaptation.load_run(tmp_path / "run")
     # floor(0.8 * 32) of the singular values of both maps; AdamW's first step is about its rate.
-    assert [x.shape for x in run.adapter.values()] == [(25,)] * 2
-    assert all(np.abs(x).max() > 1e-3 for x in run.adapter.values())
+    assert [x.shape for x in run.offsets.values()] == [(25,)] * 2
+    assert all(np.abs(x).max() > 1e-3 for x in run.offsets.values())
     found = adaptation.adapt(run, "Review: The soup was cold, but the waiter was kind.")
     assert found.search.generations == 2
     assert found.returned in ("mean", "start")

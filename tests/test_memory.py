@@ -125,7 +125,7 @@ def limited(megabytes):
 
 SEARCH = """
 config = gj.parse_config(gj.load_config("tiny"))
-policy = gj.load_policy(config.model, config.adapter)
+policy = gj.load_policy(config)
 run = gj.TrainedRun(config, policy, policy.zero)
 
 def adapt(chunk):
@@ -143,7 +143,7 @@ print(json.dumps([found.search.population_chunk, found.fitness_after, expected.f
 """
 
 TRAINING = """
-from grpocem_jax import training
+from grpocem_jax.training import loop as training
 config = gj.load_config("tiny")
 config.update_from_flattened_dict({
     "data.tasks": ("general",), "data.heldout_samples": 2, "train.eval_samples": 1,

@@ -42,9 +42,9 @@ def close(x, y, tolerance=1e-5):
     np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
 
 
-def forward(tiny, tokens, mask, adapter=None, params=None):
+def forward(tiny, tokens, mask, offsets=None, params=None):
     params = tiny.factored if params is None else params
-    return jax.jit(tiny.model.forward)(params, adapter or tiny.adapted(), tokens, mask)
+    return jax.jit(tiny.model.forward)(params, offsets or tiny.adapted(), tokens, mask)
 
 
 def whole(tiny, tokens, params=None):
@@ -131,13 +131,13 @@ def test_order_matters(tiny):
 def test_an_adapter_that_does_not_fit_is_refused(tiny):
     name, *_ = offsets = tiny.adapted()
     tokens, mask = jnp.asarray(TEXT), jnp.ones(LENGTH, bool)
-    for model, params, adapter, fragment in (
+    for model, params, given, fragment in (
         (tiny.model, tiny.factored, {**offsets, "h.0.other": offsets[name]}, "'h.0.other' is no"),
         (tiny.model, tiny.factored, {}, "has no entry for"),
         (tiny.base, tiny.params, offsets, "without one"),
     ):
         with pytest.raises(InputError, match=fragment):
-            model.forward(params, adapter, tokens, mask)
+            model.forward(params, given, tokens, mask)
 
 
 def test_vmaps_over_texts_and_candidates_equal_loops(tiny):
@@ -171,8 +171,8 @@ def test_vmapped_decoding_of_a_group_equals_a_loop(tiny):
 
 
 def test_masked_rows_are_finite_and_so_are_their_gradients(tiny):
-    def total(adapter):
-        hidden = tiny.model.forward(tiny.factored, adapter, TEXT, np.zeros(LENGTH, bool))
+    def total(offsets):
+        hidden = tiny.model.forward(tiny.factored, offsets, TEXT, np.zeros(LENGTH, bool))
         return jnp.sum(hidden), hidden
 
     gradient, hidden = jax.jit(jax.grad(total, has_aux=True))(tiny.adapted())
@@ -239,19 +239,19 @@ def dots(function, *args):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_mixed_precision_multiplies_matrices_in_half_and_keeps_the_rest(tiny, dtype):
-    params, adapter, name = base.cast_params(tiny.factored, dtype), tiny.adapted(), dtype.__name__
+    params, offsets, name = base.cast_params(tiny.factored, dtype), tiny.adapted(), dtype.__name__
     for leaf in jax.tree.leaves(params):
         assert leaf.dtype == (dtype if leaf.ndim == 2 else jnp.float32)
     text = pad(TEXT[:9], 2, PROMPT)
-    hidden, context = jax.eval_shape(tiny.model.prefill, params, adapter, *text)
+    hidden, context = jax.eval_shape(tiny.model.prefill, params, offsets, *text)
     cache = tiny.model.init_cache(params, 4)
     assert {x.dtype.name for x in jax.tree.leaves((context.key_values, cache))} == {name}
     assert hidden.dtype == jnp.float32
     assert jax.eval_shape(tiny.model.logits, params, hidden).dtype == jnp.float32
 
     products = [
-        *dots(tiny.model.forward, params, adapter, *text),
-        *dots(tiny.model.decode_step, params, adapter, context, cache, TEXT[0], jnp.int32(0)),
+        *dots(tiny.model.forward, params, offsets, *text),
+        *dots(tiny.model.decode_step, params, offsets, context, cache, TEXT[0], jnp.int32(0)),
         *dots(tiny.model.logits, params, hidden),
     ]
     # The maps, one of them in two factors, and two products of attention, doubled by a context.
@@ -298,7 +298,7 @@ def test_a_block_is_traced_once_for_all_layers(tiny, monkeypatch):
     traced, block = [], tiny.architecture.Block
     call = block.__call__
     monkeypatch.setattr(block, "__call__", lambda *x: traced.append(x) or call(*x))
-    model = tiny.architecture.build(tiny.config, tiny.method.apply)
+    model = tiny.architecture.build(tiny.config, tiny.adapter.apply)
     jax.eval_shape(
         functools.partial(model.forward, tokens=TEXT, mask=np.ones(LENGTH, bool)),
         tiny.factored,

@@ -26,7 +26,7 @@ FIX = "set config.model.dtype to 'bfloat16', or to 'float32'"
 def overflowing(dtype):
     """The built-in model with matrices so large that the activations are beyond 65504."""
     config = parse_config(settings(**{"model.dtype": dtype}))
-    found = policy.load_policy(config.model, config.adapter)
+    found = policy.load_policy(config)
     large = jax.tree.map(lambda x: x * 3e3 if x.dtype == jnp.float16 else x, found.params)
     return TrainedRun(config, dataclasses.replace(found, params=large), found.zero)
 
@@ -34,11 +34,11 @@ def overflowing(dtype):
 def test_float16_that_overflows_is_named_where_a_text_is_completed_or_adapted_to():
     run = overflowing("float16")
     with pytest.raises(InputError, match=f"not finite in float16; .*{FIX}"):
-        adaptation.complete(run, run.adapter, ["Review: the soup was cold."])
+        adaptation.complete(run, run.offsets, ["Review: the soup was cold."])
     with pytest.raises(InputError, match=f"nan for the adapter to start from.*float16.*{FIX}"):
         adaptation.adapt(run, "Review: the soup was cold.")
     with pytest.raises(InputError, match=f"a likelihood is not finite: .*float16.*{FIX}"):
-        adaptation.log_likelihoods(run, run.adapter, [adaptation.Text("The soup was cold.")])
+        adaptation.log_likelihoods(run, run.offsets, [adaptation.Text("The soup was cold.")])
 
 
 def test_float16_that_overflows_ends_a_training_at_its_first_step(tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_candidate_far_out_is_worth_nothing_and_the_others_are_judged(monkeypa
     items = rollouts.encode(run.policy, task, [Example("Review: good.", columns)])
     bad = [[[jnp.nan, -1.0]], [[-1.0, -1.0]]]
     monkeypatch.setattr(rollouts, "generate", lambda *args, **options: drawn(bad))
-    adapters = jax.tree.map(lambda x: jnp.stack([x, x]), run.adapter)
+    adapters = jax.tree.map(lambda x: jnp.stack([x, x]), run.offsets)
     arguments = (items, jax.random.key(0), run.config.generation)
     found = rollouts.population_rewards(
         run.policy, adapters, *arguments, num_samples=1, buckets=(64,)
@@ -130,19 +130,19 @@ def test_a_kl_term_that_is_very_large_is_named_with_its_log_ratio(tmp_path, monk
 def test_the_largest_log_ratio_is_that_of_a_token_in_use():
     run = overflowing("float32")
     model, params = run.policy.model, run.policy.params
-    adapter = jax.tree.map(lambda x: x + 0.5, run.adapter)
+    offsets = jax.tree.map(lambda x: x + 0.5, run.offsets)
     tokens = jnp.arange(24).reshape(2, 3, 4) % 50
     mask = jnp.arange(4)[None, None] < jnp.array([[[1], [4], [2]]] * 2)
     prompts = jnp.array([[5, 6], [7, 8]])
     batch = grpo.Batch(prompts, prompts > 0, tokens, mask, *(jnp.zeros(tokens.shape),) * 3)
-    found = float(training.largest_log_ratio(params, adapter, batch, 1.0, model=model))
+    found = float(training.largest_log_ratio(params, offsets, batch, 1.0, model=model))
     ratios = []
     for p in range(2):
         both = [
             training.completion_logps(
                 model, params, x, prompts[p], prompts[p] > 0, tokens[p], mask[p], 1.0
             )[0]
-            for x in (run.adapter, adapter)
+            for x in (run.offsets, offsets)
         ]
         ratios.append(np.asarray(both[0] - both[1])[np.asarray(mask[p])].max())
     assert found == pytest.approx(max(ratios), rel=1e-4)

@@ -201,7 +201,7 @@ def test_selected_positions_give_what_the_whole_computation_gives(tiny, batch):
     whole = update(tiny, batch._replace(weights=weights))
     part = update(tiny, batch._replace(weights=weights, positions=grpo.select(weights, 2)))
     same(whole, part)
-    assert float(jnp.abs(part[0].adapter["h.0.attn.c_proj"]).max()) > 0
+    assert float(jnp.abs(part[0].offsets["h.0.attn.c_proj"]).max()) > 0
 
 
 def test_log_probabilities_at_positions_are_those_of_all_tokens(tiny, batch):
@@ -293,7 +293,7 @@ def test_any_optax_optimizer_updates_and_its_learning_rate_is_reported_where_it_
     def one(optimizer):
         start = grpo.init_state(tiny.adapted(), optimizer)
         after, metrics = update_with(optimizer, start)
-        moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), after.adapter, start.adapter)
+        moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), after.offsets, start.offsets)
         return max(jax.tree.leaves(moved)), metrics
 
     def update_with(optimizer, state):

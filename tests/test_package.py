@@ -34,7 +34,7 @@ print(build_meta.build_wheel(folder), build_meta.build_sdist(folder), file=sys.s
 def built(tmp_path_factory):
     """The wheel and the source archive, built from a copy: a build writes into its folder."""
     folder = tmp_path_factory.mktemp("built")
-    ignored = shutil.ignore_patterns("__pycache__", "runs", "build", "dist", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "build", "dist", "*.egg-info")
     copy = folder / "copy"
     shutil.copytree(
         ROOT,

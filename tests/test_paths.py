@@ -9,8 +9,7 @@ import tempfile
 import jax
 import pytest
 
-from grpocem_jax import report
-from grpocem_jax.adapters import svf
+from grpocem_jax import adapters, report
 from grpocem_jax.config import commands
 from grpocem_jax.config.files import load_config
 from grpocem_jax.models import hub
@@ -121,7 +120,7 @@ def jax_cache():
 
 def test_without_a_home_nothing_is_cached_and_a_line_says_so(homeless, capsys, jax_cache):
     assert files.cache_folder() is None
-    assert svf.cached_svd() is svf.svd
+    assert adapters.cached_svd() is adapters.svd
     before = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from grpocem_jax import adaptation, report
+from grpocem_jax import adaptation, adapters, report
 from grpocem_jax.adaptation import tables
-from grpocem_jax.adapters import svf
 from grpocem_jax.report import courses, plots, record, sites
 from grpocem_jax.report import page as page_module
 from grpocem_jax.search import loop
@@ -696,13 +695,13 @@ def test_the_layer_is_the_number_in_the_name_of_a_site(site, expected):
 
 
 def test_singular_values_are_those_of_the_kernels_of_svf_sites_only(tiny):
-    found = svf.singular_values(tiny.factored, tiny.sites)
+    found = adapters.singular_values(tiny.factored, tiny.sites)
     assert list(found) == list(tiny.sites)
     for name, path in tiny.sites.items():
         kernel = functools.reduce(operator.getitem, path, tiny.params)
         expected = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
         np.testing.assert_allclose(found[name], expected, atol=1e-5)
-    assert svf.singular_values(tiny.params, tiny.sites) == {}
+    assert adapters.singular_values(tiny.params, tiny.sites) == {}
 
 
 def adapted(best, mean):

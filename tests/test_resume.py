@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import functools
 import importlib.util
 import json
 import os
@@ -29,7 +28,7 @@ from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY, ROOT
+from tests.conftest import OUT_OF_MEMORY, ROOT, sharing_policies
 
 STEPS = 6
 SMALL = {
@@ -76,7 +75,7 @@ def same_runs(one, other):
 def _one_policy():
     """One model for all runs of this process, so that programs are shared, and no pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        load = functools.cache(policy.load_policy)
+        load = sharing_policies()
         for module in (trained, training):
             patch.setattr(module, "load_policy", load)
         patch.setattr(training.report, "write", lambda workdir: workdir / "report")
@@ -146,7 +145,7 @@ def stored(tmp_path):
     """Checkpoints of steps 1 and 2."""
     found = checkpoints.Checkpoints(tmp_path)
     for step in (1, 2):
-        state = STATE._replace(step=jnp.int32(step), adapter={"a": jnp.full(3, float(step))})
+        state = STATE._replace(step=jnp.int32(step), offsets={"a": jnp.full(3, float(step))})
         found.save(state, jax.random.key(7), {"step": step})
     found.close()
     return tmp_path / "checkpoints"
@@ -156,7 +155,7 @@ def test_what_is_restored_is_what_was_saved(stored, tmp_path):
     (state, key, position), damaged = checkpoints.Checkpoints(tmp_path).restore_latest(STATE)
     assert damaged == []
     assert position == {"step": 2}
-    np.testing.assert_array_equal(state.adapter["a"], [2.0, 2.0, 2.0])
+    np.testing.assert_array_equal(state.offsets["a"], [2.0, 2.0, 2.0])
     assert jax.random.key_data(key).tolist() == jax.random.key_data(jax.random.key(7)).tolist()
 
 
@@ -172,7 +171,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_passed_over(stored, tmp_pa
         path.write_text('{"step": 3' if damage == "no json" else '{"step": 1}')
     (state, _, position), damaged = checkpoints.Checkpoints(tmp_path).restore_latest(STATE)
     assert position == {"step": 1}
-    np.testing.assert_array_equal(state.adapter["a"], [1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(state.offsets["a"], [1.0, 1.0, 1.0])
     assert len(damaged) == 1
     assert str(stored / "2") in damaged[0]
     assert checkpoints.Checkpoints(tmp_path).steps() == [1]
@@ -412,17 +411,17 @@ def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_aga
     run = adaptation.load_run(workdir, adapter=workdir / "best_adapter")
     template = grpo.init_state(run.policy.zero, make_algorithm(run.config).optimizer)
     stored = checkpoints.Checkpoints(workdir)
-    for name, values in stored.restore(template, 4)[0].adapter.items():
-        np.testing.assert_array_equal(run.adapter[name], values)
+    for name, values in stored.restore(template, 4)[0].offsets.items():
+        np.testing.assert_array_equal(run.offsets[name], values)
     stored.close()
-    last = adaptation.load_run(workdir).adapter
-    assert any(np.any(last[name] != run.adapter[name]) for name in last)
+    last = adaptation.load_run(workdir).offsets
+    assert any(np.any(last[name] != run.offsets[name]) for name in last)
     assert "after step 4 of 6" in (workdir / "best_adapter" / "README.md").read_text()
 
 
 def test_prompts_are_trained_on_held_out_or_for_validation_and_never_two_of_them():
     config = parse_config(settings(**JUDGED))
-    loaded = policy.load_policy(config.model, config.adapter)
+    loaded = policy.load_policy(config)
     data = load_data(config, loaded)
     parts = [
         {x.example.prompt for x in part} for part in (data.train, data.heldout, data.validation)
@@ -734,11 +733,11 @@ def test_what_differs_in_a_run_that_goes_on_is_said(tmp_path, capsys):
 def test_a_finished_run_without_its_checkpoints_is_not_started_over(tmp_path):
     workdir = tmp_path / "run"
     training.train(settings(**{"train.max_steps": 1}), workdir)
-    adapter = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+    offsets = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(InputError, match=r"ended after 1 steps, but its checkpoint .* not there"):
         training.train(settings(), workdir)
-    assert (workdir / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert (workdir / "adapter" / "adapter_model.safetensors").read_bytes() == offsets
 
 
 def test_of_many_other_settings_the_first_five_are_listed(tmp_path):

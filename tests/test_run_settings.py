@@ -89,8 +89,8 @@ def test_options_of_an_adapter_keep_their_lists(run):
     settings["adapter"]["options"] = {"ranks": [1, 2]}
     (run / "config.json").write_text(json.dumps(settings))
     loaded = config_files.load_config(str(run / "config.json"))
-    assert loaded.adapter.options.to_dict() == {"ranks": [1, 2]}
-    assert loaded.adapter.sites == ("attn.c_proj",)
+    assert loaded.offsets.options.to_dict() == {"ranks": [1, 2]}
+    assert loaded.offsets.sites == ("attn.c_proj",)
 
 
 def test_a_run_finds_the_modules_beside_the_config_it_was_made_with(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_paths_of_adapters_are_relative_to_the_current_directory(run, monkeypatc
     described = loaded.adapter_config(config.adapter)
     monkeypatch.chdir(run.parent)
     checkpoints.save_adapter("saved", offsets, described, "")
-    found = adaptation.load_run(run.name, adapter="saved").adapter
+    found = adaptation.load_run(run.name, adapter="saved").offsets
     same = gj.load_adapter("saved", loaded.zero)
     for name, value in offsets.items():
         assert (found[name] == value).all()

@@ -156,7 +156,7 @@ def test_what_adaptation_shows_is_text(as_json, original, tmp_path, monkeypatch,
     monkeypatch.setattr(
         adaptation,
         "adapt",
-        lambda run, *_, **__: Adaptation(run.adapter, -1.0, -1.0, None, HOSTILE),
+        lambda run, *_, **__: Adaptation(run.offsets, -1.0, -1.0, None, HOSTILE),
     )
     inference.run(
         get_config(),
@@ -192,7 +192,7 @@ def test_what_training_shows_is_text(tmp_path, monkeypatch, capsys):
             file.close()
         return run.state
 
-    def judge(policy, adapter, items, key, config):
+    def judge(policy, offsets, items, key, config):
         texts = [[HOSTILE] for _ in items]
         return evaluation.Judged(np.zeros(2), texts, np.zeros(2), texts)
 

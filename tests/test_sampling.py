@@ -27,13 +27,13 @@ def offsets(tiny):
     return tiny.adapted()
 
 
-def draw(tiny, adapter, prompts, keys=None, end_ids=NO_END, temperature=0.9, **options):
+def draw(tiny, offsets, prompts, keys=None, end_ids=NO_END, temperature=0.9, **options):
     tokens, mask = prompts
     keys = jax.random.split(jax.random.key(5), len(tokens)) if keys is None else keys
     options = {"num_samples": GROUP, "max_new_tokens": LENGTH, **options}
     return sampling.sample(
         tiny.factored,
-        adapter,
+        offsets,
         tokens,
         mask,
         keys,

@@ -114,10 +114,10 @@ def test_it_is_accepted_and_begins_at_the_start(make):
 
 @every_method
 def test_it_climbs_a_quadratic(make):
-    found = loop.search(make(), quadratic, full_space(START), GOAL, KEY, generations=80)
+    found = loop.maximize(make(), quadratic, full_space(START), GOAL, KEY, generations=80)
     before = float(quadratic(START, GOAL, None))
     assert before == pytest.approx(-(0.25 + 0.25 + 0.0625 + 0.25))
-    assert float(quadratic(found.adapter, GOAL, None)) > -5e-3
+    assert float(quadratic(found.offsets, GOAL, None)) > -5e-3
     assert found.history.best.max() > -5e-3
     assert found.candidates == found.generations * make().population_size
 
@@ -151,9 +151,9 @@ def test_fitness_that_is_no_number_does_not_spoil_it(make, bad):
         value = quadratic(point, goal, key)
         return jnp.where(point["a"][1] > 0, jnp.nan, value)
 
-    found = loop.search(method, sometimes, full_space(START), GOAL, KEY, generations=20)
-    assert finite(found.adapter)
-    assert float(quadratic(found.adapter, GOAL, None)) > float(quadratic(START, GOAL, None))
+    found = loop.maximize(method, sometimes, full_space(START), GOAL, KEY, generations=20)
+    assert finite(found.offsets)
+    assert float(quadratic(found.offsets, GOAL, None)) > float(quadratic(START, GOAL, None))
 
 
 @every_method
@@ -205,12 +205,12 @@ def test_it_depends_on_the_key_alone(make):
     if method.population_size > 1:
         assert bool(jnp.any(one["a"] != other["a"]))
     runs = [
-        loop.search(method, quadratic, full_space(START), GOAL, key, generations=4)
+        loop.maximize(method, quadratic, full_space(START), GOAL, key, generations=4)
         for key in (KEY, KEY, jax.random.key(1))
     ]
-    same(runs[0].adapter, runs[1].adapter)
+    same(runs[0].offsets, runs[1].offsets)
     if method.population_size > 1:
-        assert bool(jnp.any(runs[0].adapter["a"] != runs[2].adapter["a"]))
+        assert bool(jnp.any(runs[0].offsets["a"] != runs[2].offsets["a"]))
 
 
 @every_method
@@ -225,7 +225,7 @@ def test_searches_of_several_problems_advance_in_one_program(make):
 
     together = jax.jit(jax.vmap(found))(goals, keys)
     for row in range(5):
-        alone = loop.search(
+        alone = loop.maximize(
             method,
             quadratic,
             full_space(START),
@@ -250,13 +250,15 @@ def test_a_fitness_in_python_is_for_methods_that_need_no_gradient(make):
         ]
 
     def run():
-        return loop.search(method, HostFitness(judge), full_space(START), GOAL, KEY, generations=3)
+        return loop.maximize(
+            method, HostFitness(judge), full_space(START), GOAL, KEY, generations=3
+        )
 
     if "gradient" in needs(method):
         with pytest.raises(InputError, match=r"^method=GradientAscent: needs a gradient"):
             run()
         return
-    traced = loop.search(method, quadratic, full_space(START), GOAL, KEY, generations=3)
+    traced = loop.maximize(method, quadratic, full_space(START), GOAL, KEY, generations=3)
     np.testing.assert_allclose(run().history.best, traced.history.best, 2e-3, 2e-3)
 
 
@@ -348,7 +350,7 @@ def test_a_method_that_does_not_keep_to_the_protocol_is_refused_in_one_sentence(
 
     method = Asks(part=part, function=function)
     with pytest.raises(InputError, match=rf"^method=Asks: .*{reason}") as error:
-        loop.search(method, never, full_space(START), GOAL, KEY)
+        loop.maximize(method, never, full_space(START), GOAL, KEY)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"^config\.cem\.method='mine:it': "):

@@ -25,14 +25,14 @@ METHOD = CEM(
 SETTINGS = {"generations": 30}
 
 
-def quadratic(adapter, batch, key):
+def quadratic(offsets, batch, key):
     """Without ``scores``; the same function for all, so that programs are shared."""
     del key
-    return -jnp.sum((adapter[SITE] - batch) ** 2)
+    return -jnp.sum((offsets[SITE] - batch) ** 2)
 
 
-def noisy(adapter, batch, key):
-    return quadratic(adapter, batch, key) + jax.random.normal(key)
+def noisy(offsets, batch, key):
+    return quadratic(offsets, batch, key) + jax.random.normal(key)
 
 
 @jax.tree_util.register_dataclass
@@ -42,18 +42,18 @@ class Quadratic:
 
     scale: jax.Array
 
-    def __call__(self, adapter, batch, key):
-        values, present = self.scores(adapter, batch, key)
+    def __call__(self, offsets, batch, key):
+        values, present = self.scores(offsets, batch, key)
         return jnp.sum(jnp.where(present, values, 0)) / jnp.sum(present)
 
-    def scores(self, adapter, batch, key):
+    def scores(self, offsets, batch, key):
         targets, present = batch
-        distance = jnp.sum((adapter[SITE][None] - targets) ** 2, -1)
+        distance = jnp.sum((offsets[SITE][None] - targets) ** 2, -1)
         return -self.scale * distance, present
 
 
 def run(function=quadratic, batch=TARGET, key=KEY, method=METHOD, space=SPACE, **options):
-    return loop.search(method, function, space, batch, key, **{**SETTINGS, **options})
+    return loop.maximize(method, function, space, batch, key, **{**SETTINGS, **options})
 
 
 def host(values=TARGET, *, spread=(0.0,)):
@@ -73,7 +73,7 @@ def run_on_host(evaluate=None, scores=None, key=KEY, method=METHOD, space=SPACE,
     """With ``scores`` there is a gate, and something held back for it."""
     judge = loop.HostFitness(evaluate or host(), scores)
     options = {**SETTINGS, "held_back": None if scores is None else "held back", **options}
-    return loop.search(method, judge, space, "shown", key, **options)
+    return loop.maximize(method, judge, space, "shown", key, **options)
 
 
 def same(x, y):
@@ -97,7 +97,7 @@ def targets(*values, present=None):
 
 def test_a_plain_function_without_scores_is_maximised():
     found = run()
-    close(found.adapter[SITE], TARGET, 5e-3)
+    close(found.offsets[SITE], TARGET, 5e-3)
     assert found.returned == "mean"
     assert math.isnan(found.held_back_gain)
     assert (found.generations, found.candidates) == (30, 30 * 40)
@@ -111,7 +111,7 @@ def test_a_search_in_chunks_is_the_search_in_one_piece_bit_for_bit(function):
     calls = []
     whole = run(function)
     chunks = run(function, on_chunk=lambda done, history: calls.append((done, history)))
-    same(chunks.adapter, whole.adapter)
+    same(chunks.offsets, whole.offsets)
     same(chunks.history, whole.history)
     # The first of the generations, and at least every tenth.
     assert [done for done, _ in calls] == [1, *range(4, 31, 3), 30]
@@ -122,21 +122,21 @@ def test_a_search_in_chunks_is_the_search_in_one_piece_bit_for_bit(function):
 def test_candidates_scored_in_chunks_give_the_same_search():
     # Two chunks of 16 candidates and one of 8.
     whole, parts = run(noisy), run(noisy, population_chunk=16)
-    close(parts.adapter, whole.adapter)
+    close(parts.offsets, whole.offsets)
     close(parts.history, whole.history, 1e-4)
 
 
 def test_the_same_key_gives_the_same_search_and_another_does_not():
     first, again, other = run(noisy), run(noisy), run(noisy, key=jax.random.key(1))
-    same((first.adapter, first.history), (again.adapter, again.history))
-    assert bool(jnp.all(first.adapter[SITE] != other.adapter[SITE]))
+    same((first.offsets, first.history), (again.offsets, again.history))
+    assert bool(jnp.all(first.offsets[SITE] != other.offsets[SITE]))
 
 
 def test_weights_of_experts_are_searched():
     experts = [{SITE: jnp.array(x)} for x in ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0])]
     found = run(space=spaces.expert_space(START, experts, per_site=True))
     # The third coordinate is out of reach.
-    close(found.adapter[SITE], [TARGET[0], TARGET[1], START[SITE][2]], 5e-3)
+    close(found.offsets[SITE], [TARGET[0], TARGET[1], START[SITE][2]], 5e-3)
 
 
 def test_the_best_candidate_is_returned_where_asked_for():
@@ -144,8 +144,8 @@ def test_the_best_candidate_is_returned_where_asked_for():
     same(best.history, mean.history)
     assert best.returned == "best"
     assert math.isnan(best.held_back_gain)
-    close(quadratic(best.adapter, TARGET, KEY), best.history.best.max())
-    assert bool(jnp.all(best.adapter[SITE] != mean.adapter[SITE]))
+    close(quadratic(best.offsets, TARGET, KEY), best.history.best.max())
+    assert bool(jnp.all(best.offsets[SITE] != mean.offsets[SITE]))
 
 
 def test_the_history_has_one_entry_a_generation():
@@ -172,7 +172,7 @@ def test_the_history_has_one_entry_a_generation():
     for number in range(30):
         state, row = step(number, state)
         close(np.array([x[number] for x in found.history[:4]]), row)
-    close(found.adapter[SITE], START[SITE] + state.mean[SITE])
+    close(found.offsets[SITE], START[SITE] + state.mean[SITE])
 
 
 @pytest.mark.parametrize("chunks", [False, True])
@@ -244,7 +244,7 @@ def test_where_memory_runs_out_smaller_chunks_give_the_result_of_such_chunks(mon
     expected = run(noisy, population_chunk=10)
     short_of_memory(monkeypatch, 15)
     found = run(noisy, fit_memory=True)
-    same((found.adapter, found.history), (expected.adapter, expected.history))
+    same((found.offsets, found.history), (expected.offsets, expected.history))
     assert found.population_chunk == expected.population_chunk == 10
     assert "is lowered from 20 to 10" in capsys.readouterr().err
 
@@ -257,7 +257,7 @@ def test_where_memory_runs_out_unasked_the_search_says_what_to_set(monkeypatch):
 
 def test_a_search_that_lives_to_its_budget_is_the_search_without_one_bit_for_bit():
     whole, timed = run(noisy), run(noisy, budget_s=600.0)
-    same((timed.adapter, timed.history), (whole.adapter, whole.history))
+    same((timed.offsets, timed.history), (whole.offsets, whole.history))
 
 
 # One program.
@@ -279,7 +279,9 @@ TEXT_METHOD = CEM(population_size=8, threshold=0.0)
 def search_text(tiny, likelihood, seed, **options):
     space = spaces.full_space(tiny.zero)
     options = {"generations": 3, "held_back": text(seed + 1), **options}
-    return loop.search(TEXT_METHOD, likelihood, space, text(seed), jax.random.key(seed), **options)
+    return loop.maximize(
+        TEXT_METHOD, likelihood, space, text(seed), jax.random.key(seed), **options
+    )
 
 
 def test_another_text_of_the_same_shape_compiles_nothing(tiny, likelihood):
@@ -325,11 +327,11 @@ def test_nothing_moves_between_host_and_device_during_the_generations(tiny, like
 def test_gradient_ascent_makes_a_text_more_likely(tiny, likelihood):
     method = GradientAscent(learning_rate=0.05)
     space = spaces.full_space(tiny.zero)
-    found = loop.search(method, likelihood, space, text(1), KEY, generations=8)
+    found = loop.maximize(method, likelihood, space, text(1), KEY, generations=8)
     assert (found.generations, found.candidates) == (8, 8)
     assert not found.converged
     measure = jax.jit(lambda *x: likelihood(*x))
-    before, after = (float(measure(x, text(1), KEY)) for x in (tiny.zero, found.adapter))
+    before, after = (float(measure(x, text(1), KEY)) for x in (tiny.zero, found.offsets))
     close(found.history.best[0], before)
     assert np.all(np.diff(found.history.best) > 0)
     assert after > before + 0.05
@@ -348,13 +350,13 @@ def test_the_gate_returns_the_start_exactly_where_held_back_data_contradict_the_
     found = gated(targets(-1.0, -1.2, -0.8))
     assert found.returned == "start"
     assert found.held_back_gain == 0.0
-    same(found.adapter, START)
+    same(found.offsets, START)
     assert np.all(found.history.held_back < 0)
     # The search itself did go elsewhere.
     assert found.history.best[-1] > -1e-3
     plain = run(held_back=targets(-1.0)[0][0])
     assert plain.returned == "start"
-    same(plain.adapter, START)
+    same(plain.offsets, START)
 
 
 def test_the_gate_returns_the_mean_where_held_back_data_agree():
@@ -362,10 +364,10 @@ def test_the_gate_returns_the_mean_where_held_back_data_agree():
     found = gated(held_back)
     assert found.returned == "mean"
     # The bound is largest a little before the target, as the spread grows with the way.
-    close(found.adapter[SITE], TARGET, 0.15)
+    close(found.offsets[SITE], TARGET, 0.15)
     there, here = (
         -np.sum((np.asarray(x[SITE]) - np.asarray(held_back[0])) ** 2, -1)
-        for x in (found.adapter, START)
+        for x in (found.offsets, START)
     )
     gains = np.float64(there - here)
     close(found.held_back_gain, gains.mean())
@@ -377,7 +379,7 @@ def test_the_gate_goes_part_of_the_way_where_that_is_best():
     # mean that passes by.
     found = gated(targets(0.25, 0.25, 0.25))
     assert found.returned == "mean"
-    close(found.adapter[SITE], targets(0.25)[0][0], 0.05)
+    close(found.offsets[SITE], targets(0.25)[0][0], 0.05)
 
 
 def test_the_more_standard_errors_the_less_passes_the_gate():
@@ -400,12 +402,12 @@ def test_the_gate_has_one_key_that_no_generation_has():
 
     @jax.tree_util.register_static
     class Keyed:
-        def __call__(self, adapter, batch, key):
-            return quadratic(adapter, TARGET, key)
+        def __call__(self, offsets, batch, key):
+            return quadratic(offsets, TARGET, key)
 
-        def scores(self, adapter, batch, key):
+        def scores(self, offsets, batch, key):
             jax.debug.callback(lambda x: seen.append(tuple(x.tolist())), jax.random.key_data(key))
-            return quadratic(adapter, batch, key)[None], jnp.ones(1, bool)
+            return quadratic(offsets, batch, key)[None], jnp.ones(1, bool)
 
     run(Keyed(), held_back=TARGET, generations=2)
     jax.effects_barrier()
@@ -436,12 +438,12 @@ def test_scores_of_a_fitness_with_a_field_func_are_used_by_the_gate():
     class Wrapping:
         func: jax.Array
 
-        def __call__(self, adapter, batch, key):
-            return quadratic(adapter, batch, key)
+        def __call__(self, offsets, batch, key):
+            return quadratic(offsets, batch, key)
 
-        def scores(self, adapter, batch, key):
+        def scores(self, offsets, batch, key):
             called.append(key)
-            return -((adapter[SITE] - batch) ** 2), jnp.ones(3, bool)
+            return -((offsets[SITE] - batch) ** 2), jnp.ones(3, bool)
 
     run(Wrapping(jnp.float32(1.0)), held_back=TARGET, generations=1)
     assert called
@@ -517,13 +519,13 @@ def test_the_points_followed_are_at_a_quarter_a_half_and_the_whole_of_the_way():
 def test_a_search_on_the_host_finds_the_optimum_and_is_the_search_on_the_device():
     calls = []
     found = run_on_host(on_chunk=lambda done, history: calls.append((done, len(history.best))))
-    close(found.adapter[SITE], TARGET, 5e-3)
+    close(found.offsets[SITE], TARGET, 5e-3)
     assert calls == [(n, n) for n in range(1, 31)]
     assert (found.generations, found.candidates) == (30, 30 * 40)
     assert found.returned == "mean"
     assert math.isnan(found.held_back_gain)
     device = run()
-    close(found.adapter, device.adapter, 1e-4)
+    close(found.offsets, device.offsets, 1e-4)
     close(found.history[:4], device.history[:4], 1e-4)
 
 
@@ -531,7 +533,7 @@ def test_scores_on_the_host_are_averaged_and_nan_abstains():
     # Scores moved by -1, 0, 1 and an absent one have the mean of one score.
     expected = run()
     several = run_on_host(host(spread=(-1.0, 0.0, 1.0, np.nan)))
-    close(several.adapter, expected.adapter, 1e-4)
+    close(several.offsets, expected.offsets, 1e-4)
     close(several.history.best, expected.history.best, 1e-4)
 
 
@@ -543,8 +545,8 @@ def test_a_candidate_without_any_score_on_the_host_is_no_elite():
 
     # With so many generations nothing but the edge is left.
     found = run_on_host(evaluate)
-    close(found.adapter[SITE], [TARGET[0], 0.0, TARGET[2]], 0.05)
-    assert float(found.adapter[SITE][1]) > -1e-3
+    close(found.offsets[SITE], [TARGET[0], 0.0, TARGET[2]], 0.05)
+    assert float(found.offsets[SITE][1]) > -1e-3
     assert np.all(np.isfinite(found.history.mean))
 
 
@@ -563,14 +565,14 @@ def test_the_gate_on_the_host(way, spread, returned):
     )
     assert found.returned == returned
     if returned == "start":
-        same(found.adapter, START)
+        same(found.offsets, START)
         assert found.held_back_gain == 0.0
         assert np.all(found.history.held_back < 0)
     else:
-        close(found.adapter[SITE], TARGET, 0.2)
+        close(found.offsets[SITE], TARGET, 0.2)
         # All scores of a point are moved alike, so there is no spread and the gain is the bound.
         start, end = (
-            held_back({SITE: x[SITE][None]}, "held back", KEY)[0, 0] for x in (START, found.adapter)
+            held_back({SITE: x[SITE][None]}, "held back", KEY)[0, 0] for x in (START, found.offsets)
         )
         close(found.held_back_gain, end - start)
         close(found.history.held_back.max(), end - start)
@@ -615,12 +617,12 @@ def test_candidates_are_given_to_python_in_chunks_of_one_size(chunk, sizes):
     found = run_on_host(evaluate, generations=2, population_chunk=chunk)
     assert set(seen) == sizes
     assert len(seen) == 2 * -(-40 // max(sizes))
-    same(found.adapter, run_on_host(generations=2).adapter)
+    same(found.offsets, run_on_host(generations=2).offsets)
 
 
 def test_one_score_of_each_candidate_may_come_without_an_axis_of_its_own():
     flat = run_on_host(lambda *args: host()(*args)[:, 0], generations=3)
-    same(flat.adapter, run_on_host(generations=3).adapter)
+    same(flat.offsets, run_on_host(generations=3).offsets)
 
 
 @pytest.mark.parametrize(
@@ -680,7 +682,7 @@ def test_two_hundred_searches_in_one_call_are_two_hundred_single_ones(method, ga
     assert len(np.unique(together.state.mean[SITE], axis=0)) == count
     # And they are those of the driver.
     for row in (0, 57, 199):
-        single = loop.search(
+        single = loop.maximize(
             method,
             noisy,
             spaces.full_space({SITE: starts[row]}),
@@ -692,7 +694,7 @@ def test_two_hundred_searches_in_one_call_are_two_hundred_single_ones(method, ga
         assert single.generations == int(together.generation[row])
         close(single.final[SITE], starts[row] + together.state.mean[SITE][row])
         if gated:
-            close(single.adapter[SITE], starts[row] + together.chosen.point[SITE][row])
+            close(single.offsets[SITE], starts[row] + together.chosen.point[SITE][row])
 
 
 # Settings.
@@ -723,12 +725,12 @@ def test_scores_of_an_object_that_is_no_pytree_are_used_by_the_gate():
     called = []
 
     class Plain:
-        def __call__(self, adapter, batch, key):
-            return quadratic(adapter, batch, key)
+        def __call__(self, offsets, batch, key):
+            return quadratic(offsets, batch, key)
 
-        def scores(self, adapter, batch, key):
+        def scores(self, offsets, batch, key):
             called.append(key)
-            return -((adapter[SITE] - batch) ** 2), jnp.ones(3, bool)
+            return -((offsets[SITE] - batch) ** 2), jnp.ones(3, bool)
 
     run(Plain(), held_back=TARGET, generations=1)
     assert called
@@ -749,5 +751,5 @@ def test_the_end_of_a_gated_search_is_kept_and_is_what_no_gate_returns():
     found = gated(targets(-1.0, -1.2, -0.8))
     free = gated(None)
     assert found.returned == "start"
-    same(found.final, free.adapter)
-    same(free.final, free.adapter)
+    same(found.final, free.offsets)
+    same(free.final, free.offsets)

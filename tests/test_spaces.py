@@ -13,7 +13,7 @@ SITES = ("h.0.attn.c_proj", "h.1.attn.c_proj")
 COUNT = 3
 
 
-def adapter():
+def offsets():
     """One array at the first site, two of other shapes at the second."""
     return {
         SITES[0]: jnp.asarray(RNG.normal(size=4), jnp.float32),
@@ -24,8 +24,8 @@ def adapter():
     }
 
 
-START = adapter()
-EXPERTS = [adapter() for _ in range(COUNT)]
+START = offsets()
+EXPERTS = [offsets() for _ in range(COUNT)]
 STACKED = jax.tree.map(lambda *x: jnp.stack(x), *EXPERTS)
 SIZE = 4 + 6 + 5
 SPACES = {

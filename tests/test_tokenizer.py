@@ -1,6 +1,5 @@
 """Tokens of a text, and of what goes on with it."""
 
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Text
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import ModelConfig, parse_config
+from grpocem_jax.config.schema import parse_config
 from grpocem_jax.models import hub
 from grpocem_jax.models import llama as llama_model
 from grpocem_jax.models.tokenizer import _BYTES, continuing, decode, load_tokenizer, stop_table
@@ -95,12 +94,9 @@ def test_the_real_gpt2_puts_no_space(shared):
 @pytest.fixture
 def stories(shared):
     folder = shared / "models" / "tinystories-656k"
-    settings = parse_config(load_config("llama"))
-    return load_policy(
-        ModelConfig(source=str(folder), dtype="float32"),
-        dataclasses.replace(settings.adapter, sites=("self_attn.o_proj",)),
-        stop=("\n",),
-    )
+    settings = load_config("llama")
+    settings.model.source, settings.generation.stop = str(folder), ("\n",)
+    return load_policy(parse_config(settings))
 
 
 def test_a_completion_of_a_real_llama_stands_behind_its_prompt_as_it_is(stories):
@@ -235,12 +231,7 @@ def load_chain(folder, **generation):
     for name, value in generation.items():
         settings.generation[name] = value
     config = parse_config(settings)
-    policy = load_policy(
-        config.model,
-        config.adapter,
-        stop=config.generation.stop,
-        keep_special_tokens=config.generation.keep_special_tokens,
-    )
+    policy = load_policy(config)
     return adaptation.TrainedRun(config, policy, policy.zero)
 
 
@@ -275,13 +266,13 @@ def test_completions_keep_special_tokens_and_are_cut_at_a_stop_string(
     """The mask holds the token that ends the completion, the end token or the one that completes
     the stop string; the text goes up to the string, and has no end token."""
     run = load_chain(thinking, **generation)
-    assert adaptation.complete(run, run.adapter, ["a"]) == [text]
+    assert adaptation.complete(run, run.offsets, ["a"]) == [text]
     prompts = rollouts.pad([np.array(run.policy.encode("a"))], 4)
     keys = jax.random.split(jax.random.key(0), 1)
     settings = run.config.generation
     out = rollouts.generate(
         run.policy,
-        run.adapter,
+        run.offsets,
         prompts,
         keys,
         settings,

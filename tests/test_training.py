@@ -81,8 +81,8 @@ def test_the_command_leaves_the_run_directory_of_the_contract(command):
     }  # fmt: skip
     assert (workdir / "report" / "index.html").is_file()
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "3"}
-    adapter = {path.name for path in (workdir / "adapter").iterdir()}
-    assert adapter == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    offsets = {path.name for path in (workdir / "adapter").iterdir()}
+    assert offsets == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     config = json.loads((workdir / "config.json").read_text())
     assert config["train"]["max_steps"] == 3
 
@@ -193,18 +193,18 @@ def test_the_first_screen_says_what_runs_and_the_log_shows_completions(command):
 def test_the_checkpoint_and_the_adapter_folder_hold_the_trained_offsets(command):
     workdir, _ = command
     config = parse_config(get_config("tiny"))
-    policy = load_policy(config.model, config.adapter)
-    adapter = checkpoints.load_adapter(workdir / "adapter", policy.zero)
+    policy = load_policy(config)
+    offsets = checkpoints.load_adapter(workdir / "adapter", policy.zero)
     template = grpo.init_state(policy.zero, make_algorithm(config).optimizer)
     stored = checkpoints.Checkpoints(workdir)
     state, _, position = stored.restore(template, 3)
     stored.close()
-    for name, value in adapter.items():
-        np.testing.assert_array_equal(state.adapter[name], value)
+    for name, value in offsets.items():
+        np.testing.assert_array_equal(state.offsets[name], value)
         assert np.abs(value).max() > 0
     assert int(state.step) == position["step"] == 3
     # Three steps of Adam: no offset can have moved much further than three learning rates.
-    largest = max(float(np.abs(v).max()) for v in adapter.values())
+    largest = max(float(np.abs(v).max()) for v in offsets.values())
     assert largest < 3.1 * config.train.learning_rate
 
 
@@ -256,11 +256,11 @@ def recorded(tmp_path, monkeypatch):
             },
         )
     )
-    policy = load_policy(config.model, config.adapter)
+    policy = load_policy(config)
     length = config.generation.max_new_tokens
     asked, updates = [], []
 
-    def generate(policy, adapter, prompts, keys, generation, *, num_samples, temperature):
+    def generate(policy, offsets, prompts, keys, generation, *, num_samples, temperature):
         rng = np.random.default_rng(len(asked))
         shape = (len(prompts.tokens), num_samples, length)
         mask = np.arange(length) < rng.integers(1, length + 1, shape[:2])[..., None]

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import grpo
+from grpocem_jax import adapters, grpo
 from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.config.files import load_config
 from grpocem_jax.config.schema import parse_config
 from grpocem_jax.export import model as export
 from grpocem_jax.grpo import checks
 from grpocem_jax.models import hub
-from grpocem_jax.rollouts.policy import load_policy, make_adapter, own_code, put_adapter
+from grpocem_jax.rollouts.policy import attach, load_policy, make_adapter
 from grpocem_jax.runs import rundir
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
@@ -92,8 +92,8 @@ def broken(part):
         return (x @ kernel) * (1 + offsets)[None]
 
     parts = {
-        "factor": jnp.asarray,
-        "init": lambda key, kernel: jnp.zeros(kernel.shape[1:]),
+        "factor": lambda key, kernel: jnp.asarray(kernel),
+        "init": gj.each_site(lambda key, kernel: jnp.zeros(kernel.shape[1:])),
         "apply": scaled,
         "merge": lambda kernel, offsets: kernel * (1 + offsets)[None],
     }
@@ -101,8 +101,8 @@ def broken(part):
         "shape": {"apply": lambda kernel, offsets, x: x},
         "pair": {"apply": lambda *x: (scaled(*x), x)},
         "untraceable": {"apply": lambda *x: scaled(*x) if x[1][0] > 0 else x[2]},
-        "none": {"factor": lambda kernel: ["kernel"]},
-        "whole": {"init": lambda key, kernel: jnp.zeros(3, int)},
+        "none": {"factor": lambda key, kernel: ["kernel"]},
+        "whole": {"init": gj.each_site(lambda key, kernel: jnp.zeros(3, int))},
         "good": {},
     }
     return gj.Adapter(**parts | others.get(part, {part: fail}))
@@ -331,7 +331,7 @@ def test_a_function_that_makes_no_adapter_is_named(name, fragments):
 )
 def test_an_adapter_that_does_not_keep_to_the_interface_is_named_before_it_is_used(part, fragment):
     with pytest.raises(InputError) as error:
-        put_adapter(hub.load_model("builtin"), broken_adapter(part))
+        attach(hub.load_model("builtin"), with_adapter(part))
     assert fragment in str(error.value)
     assert f"config.adapter.type='mine_for_tests:broken' with options {{'part': '{part}'}}: " in (
         str(error.value)
@@ -339,28 +339,29 @@ def test_an_adapter_that_does_not_keep_to_the_interface_is_named_before_it_is_us
 
 
 def test_an_adapter_that_keeps_to_the_interface_is_put_on_its_sites():
-    carrier = put_adapter(hub.load_model("builtin"), broken_adapter("good"), dtype="bfloat16")
-    assert {x.shape for x in carrier.zero.values()} == {(3 * 128,)}
+    attached = attach(hub.load_model("builtin"), with_adapter("good"), dtype="bfloat16")
+    assert {x.shape for x in attached.zero.values()} == {(3 * 128,)}
 
 
 def test_an_adapter_that_cannot_be_merged_is_named():
-    config = dataclasses.replace(parse(), adapter=broken_adapter("merge"))
-    policy = load_policy(config.model, config.adapter)
+    config = with_adapter("merge")
+    policy = load_policy(config)
     run = TrainedRun(config, policy, policy.zero)
     with pytest.raises(InputError, match=r"the adapter's merge raised ZeroDivisionError \(by zero"):
-        export._merge(run, put_adapter(policy.pretrained, config.adapter))
+        export._merge(run, attach(policy.pretrained, config))
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_mistake_of_an_adapter():
     error = jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
-    with pytest.raises(jax.errors.JaxRuntimeError), own_code(broken_adapter("good"), "factor"):
+    with pytest.raises(jax.errors.JaxRuntimeError), adapters.calling("factor"):
         raise error
 
 
-def broken_adapter(part):
+def with_adapter(part):
     changes = {
         "type": "mine_for_tests:broken",
         "sites": ("attn.c_attn",),
         "options": {"part": part},
     }
-    return dataclasses.replace(parse().adapter, **changes)
+    config = parse()
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **changes))

@@ -67,13 +67,13 @@ def work(function: Any, *args: Any, **kwargs: Any) -> float:
 
 
 config = parse_config(settings())
-one = load_policy(config.model, config.adapter, stop=config.generation.stop)
+one = load_policy(config)
 two = dataclasses.replace(one, params=devices.replicate(MESH, one.params), mesh=MESH)
 items = load_data(config, one).train[:4]
 prompts = rollouts.pad([item.tokens for item in items], 64)
 generate = functools.partial(
     rollouts.generate,
-    adapter=one.zero,
+    offsets=one.zero,
     prompts=prompts,
     keys=jax.random.split(jax.random.key(0), len(items)),
     generation=config.generation,
@@ -115,7 +115,7 @@ def compare_update(micro_batches: int) -> dict[str, float]:
     }
     alone = (state, one.params, batch, 1.0)
     together = (devices.replicate(MESH, state), two.params, devices.divide(MESH, batch), 1.0)
-    first, second = (grpo.update(*args, **options)[0].adapter for args in (alone, together))
+    first, second = (grpo.update(*args, **options)[0].offsets for args in (alone, together))
     counts = [work(grpo.update, *args, **options) for args in (alone, together)]
     return {
         "moved": largest(first),
@@ -127,7 +127,7 @@ def compare_update(micro_batches: int) -> dict[str, float]:
 def search(policy: Any, method: Any, chunk: int) -> loop.SearchResult:
     """A short search on the likelihood of a text."""
     encoded = [adaptation.encode(policy, PROMPT, config.cem)]
-    return loop.search(
+    return loop.maximize(
         method,
         fitness.Likelihood(policy.params, policy.model),
         full_space(policy.zero),
@@ -141,7 +141,7 @@ def search(policy: Any, method: Any, chunk: int) -> loop.SearchResult:
 
 def compare_search(method: Any, chunk: int) -> dict[str, float]:
     """Where the searches end."""
-    first, second = (search(policy, method, chunk).adapter for policy in (one, two))
+    first, second = (search(policy, method, chunk).offsets for policy in (one, two))
     return {"moved": largest(first), "difference": difference(first, second)}
 
 
@@ -184,7 +184,7 @@ def train(workdir: Path, count: int) -> tuple[dict[str, Any], str]:
     return summary, line
 
 
-def adapter(workdir: Path) -> dict[str, np.ndarray]:
+def offsets(workdir: Path) -> dict[str, np.ndarray]:
     """The trained adapter."""
     return load_file(workdir / "adapter" / "adapter_model.safetensors")
 
@@ -192,7 +192,7 @@ def adapter(workdir: Path) -> dict[str, np.ndarray]:
 def compare_runs(folder: Path) -> dict[str, Any]:
     """A run on one device, on two, and begun on two and continued on one."""
     runs = [train(folder / str(count), count) for count in (1, 2)]
-    first, second = (adapter(folder / str(count)) for count in (1, 2))
+    first, second = (offsets(folder / str(count)) for count in (1, 2))
     texts = [(folder / str(count) / "completions.jsonl").read_text() for count in (1, 2)]
     begun = shutil.copytree(folder / "2", folder / "begun")
     for name in ("summary.json", "checkpoints/2"):
@@ -209,7 +209,7 @@ def compare_runs(folder: Path) -> dict[str, Any]:
         },
         "continued": {
             "resumed_after_step": continued["resumed_after_step"],
-            "difference": difference(first, adapter(begun)),
+            "difference": difference(first, offsets(begun)),
         },
     }
 

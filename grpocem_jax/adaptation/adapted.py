@@ -16,7 +16,7 @@ from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
 
-def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[str]:
+def complete(run: TrainedRun, offsets: Offsets, prompts: Sequence[str]) -> list[str]:
     """Greedy completions of prompts, each in a program of its bucket's length.
 
     Raises:
@@ -33,7 +33,7 @@ def complete(run: TrainedRun, adapter: Offsets, prompts: Sequence[str]) -> list[
         padded = rollouts.pad([tokens], bucket(len(tokens), settings))
         out = rollouts.generate(
             run.policy,
-            adapter,
+            offsets,
             padded,
             jax.random.split(jax.random.key(0), 1),
             run.config.generation,
@@ -76,13 +76,13 @@ def count_tokens(run: TrainedRun, prompt: str) -> int:
 
 
 def log_likelihoods(
-    run: TrainedRun, adapters: Offsets, texts: Sequence[Text], *, own_adapters: bool = False
+    run: TrainedRun, offsets: Offsets, texts: Sequence[Text], *, own_adapters: bool = False
 ) -> np.ndarray:
     """Mean log-likelihood per scored token of each text, nats, float32 ``[n]``.
 
     Args:
       run: the run.
-      adapters: offsets; with ``own_adapters`` one for each text, a leading axis ``n``.
+      offsets: the trained arrays; with ``own_adapters`` one for each text, a leading axis ``n``.
       texts: the texts.
       own_adapters: whether each text has an adapter of its own.
 
@@ -101,7 +101,7 @@ def log_likelihoods(
         rows = np.minimum(np.arange(start, start + 16), len(texts) - 1)
         part = jax.tree.map(lambda *x: jnp.stack(x), *(arrays[i] for i in rows))
         part = devices.divide(run.policy.mesh, part)
-        own = jax.tree.map(lambda x, rows=rows: x[rows], adapters) if own_adapters else adapters
+        own = jax.tree.map(lambda x, rows=rows: x[rows], offsets) if own_adapters else offsets
         values.append(np.asarray(_values(score, own, part, own_adapters=own_adapters)))
     found = np.concatenate(values)[: len(texts)]
     if not np.isfinite(found).all():
@@ -111,7 +111,7 @@ def log_likelihoods(
 
 
 @functools.partial(jax.jit, static_argnames="own_adapters")
-def _values(score, adapters, batches, *, own_adapters):
+def _values(score, offsets, batches, *, own_adapters):
     key = jax.random.key(0)
     axes = (0 if own_adapters else None, 0)
-    return jax.vmap(lambda adapter, batch: score(adapter, batch, key), axes)(adapters, batches)
+    return jax.vmap(lambda own, batch: score(own, batch, key), axes)(offsets, batches)

@@ -153,14 +153,14 @@ def _save(run: TrainedRun, found: Adaptation, record: dict[str, Any], folder: st
     card = screens.adapted_card(run, record)
     with writing(f"--save={folder}", "give another folder"):
         checkpoints.save_adapter(
-            Path(folder), found.adapter, run.policy.adapter_config(run.config.adapter), card
+            Path(folder), found.offsets, run.policy.adapter_config(run.config.adapter), card
         )
     say(f"adapter saved in {folder}", sys.stderr)
 
 
 def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adaptation, str]]:
     """Adapts to each prompt by itself."""
-    space = adaptation.make_space(run.policy, run.adapter, run.config.cem)
+    space = adaptation.make_space(run.policy, run.offsets, run.config.cem)
     for number, prompt in enumerate(prompts, start=1):
         where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""
         with _LiveView(where, run.config.cem) as view:
@@ -206,11 +206,11 @@ class _Judge:
         default_factory=dict
     )
 
-    def record(self, adapter: Any) -> dict[str, Any]:
+    def record(self, offsets: Any) -> dict[str, Any]:
         """The fields of ``--json`` on held-out text, before and with an adapter."""
         fields: dict[str, Any] = {}
         (_, nats, rewards), (_, own_nats, own_rewards) = map(
-            self._measure, (self.run.adapter, adapter)
+            self._measure, (self.run.offsets, offsets)
         )
         if nats is not None:
             fields |= {"heldout_before": nats, "heldout_after": own_nats}
@@ -225,19 +225,19 @@ class _Judge:
             }
         return fields
 
-    def _measure(self, adapter: Any) -> tuple[Any, float | None, np.ndarray | None]:
+    def _measure(self, offsets: Any) -> tuple[Any, float | None, np.ndarray | None]:
         run, nats, rewards = self.run, None, None
-        if id(adapter) not in self._known:
+        if id(offsets) not in self._known:
             if self.texts:
-                nats = float(np.mean(adaptation.log_likelihoods(run, adapter, self.texts)))
+                nats = float(np.mean(adaptation.log_likelihoods(run, offsets, self.texts)))
             if self.items:
                 key = jax.random.key(run.config.seed)
                 rewards, _ = evaluation.evaluate(
-                    run.policy, adapter, self.items, key, run.config, greedy=False
+                    run.policy, offsets, self.items, key, run.config, greedy=False
                 )
             # The adapter is kept as well, so that no other gets its id.
-            self._known[id(adapter)] = (adapter, nats, rewards)
-        return self._known[id(adapter)]
+            self._known[id(offsets)] = (offsets, nats, rewards)
+        return self._known[id(offsets)]
 
 
 def _judge(run: TrainedRun, file: Path) -> _Judge:
@@ -276,11 +276,11 @@ def _judge(run: TrainedRun, file: Path) -> _Judge:
 def _record(run: TrainedRun, found: Adaptation, prompt: str, judge: _Judge) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": prompt, **adaptation.summary(found)}
     record["fitness_unit"] = unit(run.config.cem.fitness)
-    record |= judge.record(found.adapter)
+    record |= judge.record(found.offsets)
     # A prompt may fill the context and still be adapted to.
     fits = prompt != "" and adaptation.count_tokens(run, prompt) <= adaptation.room(run)
-    for when, adapter in (("before", run.adapter), ("after", found.adapter)):
-        record[f"text_{when}"] = adaptation.complete(run, adapter, [prompt])[0] if fits else None
+    for when, offsets in (("before", run.offsets), ("after", found.offsets)):
+        record[f"text_{when}"] = adaptation.complete(run, offsets, [prompt])[0] if fits else None
     return record
 
 

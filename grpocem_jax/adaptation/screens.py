@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grpocem_jax.adapters import base as adapters
+from grpocem_jax import adapters
 from grpocem_jax.runs.screens import measured, setting, trained
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search.base import describe

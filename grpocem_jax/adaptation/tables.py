@@ -47,7 +47,7 @@ def adapted_tables(
       InputError: too few support examples; a reward without them.
     """
     config, settings = run.config, run.config.cem
-    space = adaptation.make_space(run.policy, run.adapter, settings)
+    space = adaptation.make_space(run.policy, run.offsets, settings)
     search_key, sample_key = jax.random.split(key)
     names = list(dict.fromkeys(item.task.name for item in heldout))
     results: list[Adaptation] = []
@@ -76,20 +76,20 @@ def adapted_tables(
             progress(len(shared), searches)
         results.append(shared[name])
 
-    adapters = jax.tree.map(lambda *x: jnp.stack(x), *(r.adapter for r in results))
+    offsets = jax.tree.map(lambda *x: jnp.stack(x), *(r.offsets for r in results))
     tasks = [item.task.name for item in heldout]
     tables: dict[str, Any] = {}
     for name, greedy in (("heldout", False), ("heldout_greedy", True)):
         before, _ = evaluation.evaluate(
-            run.policy, run.adapter, heldout, sample_key, config, greedy=greedy
+            run.policy, run.offsets, heldout, sample_key, config, greedy=greedy
         )
         after, _ = evaluation.evaluate(
-            run.policy, adapters, heldout, sample_key, config, greedy=greedy, own_adapters=True
+            run.policy, offsets, heldout, sample_key, config, greedy=greedy, own_adapters=True
         )
         gains = evaluation.compare(names, tasks, before, after)
         tables[name] = {task: dataclasses.asdict(gain) for task, gain in gains.items()}
 
-    likelihood = _reference_likelihoods(run, heldout, adapters)
+    likelihood = _reference_likelihoods(run, heldout, offsets)
     tables["adaptation"] = {}
     for name in names:
         rows = [i for i, task in enumerate(tasks) if task == name]
@@ -144,7 +144,7 @@ def reference_text(item: rollouts.Item) -> Text | None:
 
 
 def _reference_likelihoods(
-    run: TrainedRun, items: Sequence[rollouts.Item], adapters: Any
+    run: TrainedRun, items: Sequence[rollouts.Item], offsets: Any
 ) -> np.ndarray | None:
     """Before and after, float ``[n, 2]``; NaN where the task has no reference."""
     texts = [reference_text(item) for item in items]
@@ -152,9 +152,9 @@ def _reference_likelihoods(
     if not rows:
         return None
     chosen = [text for text in texts if text is not None]
-    own = jax.tree.map(lambda x: x[np.array(rows)], adapters)
+    own = jax.tree.map(lambda x: x[np.array(rows)], offsets)
     values = np.full((len(items), 2), np.nan)
-    values[rows, 0] = adaptation.log_likelihoods(run, run.adapter, chosen)
+    values[rows, 0] = adaptation.log_likelihoods(run, run.offsets, chosen)
     values[rows, 1] = adaptation.log_likelihoods(run, own, chosen, own_adapters=True)
     return values
 

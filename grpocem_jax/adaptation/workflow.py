@@ -54,14 +54,14 @@ class Adaptation:
     """The result of adapting to some texts or prompts.
 
     Attributes:
-      adapter: the adapter found; the one adapted from where the gate let nothing pass.
+      offsets: the adapter found; the one adapted from where the gate let nothing pass.
       fitness_before: fitness of the adapter started from, on all that was given; NaN of one token.
       fitness_after: fitness of the result.
       search: the search itself; None where there was too little text for one.
       note: why there was no search; "" where there was one.
     """
 
-    adapter: Offsets
+    offsets: Offsets
     fitness_before: float
     fitness_after: float
     search: loop.SearchResult | None
@@ -141,7 +141,7 @@ def adapt(
       key: PRNG key; by default from the config's seed.
       settings: other settings than ``run.config.cem``.
       space: the search space, to reuse one; by default `make_space` around the run's adapter.
-      on_chunk: as in `search.search`.
+      on_chunk: as in `search.maximize`.
 
     Raises:
       InputError: a text that is empty, has nothing to score or is too long; too few prompts, or one
@@ -167,18 +167,18 @@ def adapt(
             )
         if len(texts) == 1 and len(tokenize(run.policy, as_text(texts[0]), settings)[0]) == 1:
             note = "a single token has no likelihood given what comes before it"
-            return Adaptation(run.adapter, math.nan, math.nan, None, note)
+            return Adaptation(run.offsets, math.nan, math.nan, None, note)
         subject = _written(run, texts, settings, key)
-    space = space or make_space(run.policy, run.adapter, settings)
+    space = space or make_space(run.policy, run.offsets, settings)
     if settings.method not in ("cem", "gradient"):
         check_method(method, space.origin, name=f"config.cem.method={settings.method!r}")
     fix = subject.fix
-    before = _finite(subject.value(run.adapter), subject.name, "to start from", fix)
+    before = _finite(subject.value(run.offsets), subject.name, "to start from", fix)
     if settings.gate and subject.held_back is None:
         note = "too few tokens to hold a part back, so the gate cannot judge"
-        return Adaptation(run.adapter, before, before, None, note)
+        return Adaptation(run.offsets, before, before, None, note)
     with section("cem", CEMConfig):
-        found = loop.search(
+        found = loop.maximize(
             method,
             subject.fitness,
             space,
@@ -195,8 +195,8 @@ def adapt(
             on_chunk=on_chunk,
         )
     fix += "" if settings.gate else ", or set cem.gate=True"
-    after = _finite(subject.value(found.adapter), subject.name, "found", fix)
-    return Adaptation(found.adapter, before, after, found)
+    after = _finite(subject.value(found.offsets), subject.name, "found", fix)
+    return Adaptation(found.offsets, before, after, found)
 
 
 def _written(
@@ -208,9 +208,9 @@ def _written(
     everything = batch(encoded, settings)
     score = make_fitness(run.policy, settings, everything)
 
-    def value(adapter: Offsets) -> float:
+    def value(offsets: Offsets) -> float:
         with memory.advise("the fitness of one adapter", "give shorter texts or fewer"):
-            return float(_value(score, adapter, batch=everything, key=key))
+            return float(_value(score, offsets, batch=everything, key=key))
 
     own = user_code.is_reference(settings.fitness)
     fix = "give other texts, or another adapter"
@@ -249,10 +249,10 @@ def _rewarded(
         check_room(run, len(item.tokens))
     held = num_held_back(len(items), settings.held_back, least=2) if settings.gate else 0
 
-    def rewards(num_samples, adapters, items, key):
+    def rewards(num_samples, offsets, items, key):
         return rollouts.population_rewards(
             run.policy,
-            adapters,
+            offsets,
             items,
             key,
             run.config.generation,
@@ -263,8 +263,8 @@ def _rewarded(
     # What is compared with the start is paired with it, and looked at more closely.
     closely = functools.partial(rewards, HELD_BACK_SAMPLES * settings.samples)
 
-    def value(adapter: Offsets) -> float:
-        one = jax.tree.map(lambda x: x[None], adapter)
+    def value(offsets: Offsets) -> float:
+        one = jax.tree.map(lambda x: x[None], offsets)
         with memory.advise("the reward of one adapter", "give fewer prompts"):
             found = closely(one, items, key)
         present = found[~np.isnan(found)]
@@ -314,7 +314,7 @@ def make_fitness(
         kind, message = user_code.failure(error)
         raise InputError(
             f"{field}={settings.fitness!r} raised {kind} ({message.splitlines()[0]}); it is called "
-            "as (model, params, adapter, texts, key) and must be traceable by JAX."
+            "as (model, params, offsets, texts, key) and must be traceable by JAX."
         ) from error
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(
@@ -324,8 +324,8 @@ def make_fitness(
 
 
 @jax.jit
-def _value(score, adapter, *, batch, key):
-    return score(adapter, batch, key)
+def _value(score, offsets, *, batch, key):
+    return score(offsets, batch, key)
 
 
 def summary(result: Adaptation) -> dict[str, Any]:

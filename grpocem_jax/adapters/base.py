@@ -1,15 +1,17 @@
-"""The adapter interface: an adapter is a NamedTuple of pure functions of one site.
+"""The adapter interface: an adapter is a NamedTuple of pure functions.
 
 A site is a named linear map of the model.  What is trained is an **offset from identity**: zeros
 are the base model, so weight decay pulls toward it, the reference policy is the same parameters
-with a zero adapter, and adapters mix linearly.  A whole adapter is a flat dict from site name
-(``h.0.attn.c_proj``) to the site's arrays, a pytree of a few kilobytes.
+with zero offsets, and offsets of several adapters mix linearly.  All offsets of a model are a flat
+dict of arrays, a pytree of a few kilobytes; most adapters have an entry for each site
+(``h.0.attn.c_proj``), others share some among the sites.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax.utils.errors import InputError
@@ -17,29 +19,61 @@ from grpocem_jax.utils.errors import InputError
 Factors = Any
 SiteOffsets = Any
 Offsets = dict[str, SiteOffsets]
-"""What is trained: by site name what `Adapter.init` gives, of SVF float32 ``[k]``."""
+"""What is trained: what `Adapter.init` gives, of SVF float32 ``[k]`` by site name."""
 
 Sites = Mapping[str, tuple[str, ...]]
 """Site name to the path of its kernel in the parameters (`Model.sites`, or a part of it)."""
 
+Merged = jax.Array | tuple[jax.Array, jax.Array]
+"""A kernel ``[in, out]``, or a kernel and what is added to the bias, ``[out]``."""
+
+
+def _by_site(offsets: Offsets) -> Mapping[str, SiteOffsets]:
+    return offsets
+
 
 class Adapter(NamedTuple):
-    """Pure functions of one site; kernels are ``[in, out]``.
+    """Pure functions; kernels are ``[in, out]``.
 
     Attributes:
-      factor: ``(kernel) -> factors``, the frozen arrays that take the kernel's place. Done once, on
-        the host.
-      init: ``(key, factors) -> offsets``, the trainable arrays, at the base model.
-      apply: ``(factors, offsets, x [..., in]) -> y [..., out]`` float32, the adapted map without
-        bias. Must be traceable; everything around it is vmapped over samples and candidates.
-      merge: ``(factors, offsets) -> kernel [in, out]``, a plain kernel for export with
-        ``x @ kernel == apply(factors, offsets, x)``.
+      factor: ``(key, kernel) -> factors``, the frozen arrays that take the kernel's place at a
+        site. Done once, on the host; the key is the site's own, for random ones.
+      init: ``(key, factors by site) -> offsets``, the trainable arrays at the base model, a dict.
+        `each_site` makes it of a function of one site.
+      apply: ``(factors, site_offsets, x [..., in]) -> y [..., out]`` float32, the adapted map
+        without the model's bias. Must be traceable; everything around it is vmapped over samples
+        and candidates.
+      merge: ``(factors, site_offsets) -> kernel [in, out]``, or ``(kernel, bias [out])``, for
+        export, with ``x @ kernel + bias == apply(factors, site_offsets, x)``.
+      view: ``(offsets) -> site_offsets by site``, what `apply` and `merge` get; by default the
+        offsets themselves. Traceable. Where sites share what is trained, this hands it out.
+      draw: ``(key, offsets) -> offsets``, or None. A stochastic adapter is a distribution over
+        offsets: training draws once a step, rollouts and update see the same draw, and the gradient
+        goes through it. Evaluation, adaptation and export use the offsets as they are.
     """
 
-    factor: Callable[[np.ndarray], Factors]
-    init: Callable[[jax.Array, Factors], SiteOffsets]
+    factor: Callable[[jax.Array, np.ndarray], Factors]
+    init: Callable[[jax.Array, Mapping[str, Factors]], Offsets]
     apply: Callable[[Factors, SiteOffsets, jax.Array], jax.Array]
-    merge: Callable[[Factors, SiteOffsets], jax.Array]
+    merge: Callable[[Factors, SiteOffsets], Merged]
+    view: Callable[[Offsets], Mapping[str, SiteOffsets]] = _by_site
+    draw: Callable[[jax.Array, Offsets], Offsets] | None = None
+
+
+def each_site(
+    init: Callable[[jax.Array, Factors], SiteOffsets],
+) -> Callable[[jax.Array, Mapping[str, Factors]], Offsets]:
+    """`Adapter.init` of an adapter whose sites are independent.
+
+    Args:
+      init: ``(key, factors) -> site_offsets`` of one site.
+    """
+
+    def of_all(key: jax.Array, factors: Mapping[str, Factors]) -> Offsets:
+        keys = jax.random.split(key, len(factors))
+        return {name: init(k, own) for k, (name, own) in zip(keys, factors.items(), strict=True)}
+
+    return of_all
 
 
 def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -79,26 +113,48 @@ def _set(params: Any, path: tuple[str, ...], value: Any) -> Any:
     return {**params, path[0]: _set(params[path[0]], path[1:], value)}
 
 
-def factor_params(adapter: Adapter, params: Any, sites: Sites) -> Any:
-    """Parameters with the kernel at every site replaced by its factors; the input is unchanged."""
-    for path in sites.values():
-        params = _set(params, path, adapter.factor(np.asarray(get(params, path))))
+def factor_params(
+    adapter: Adapter, params: Any, sites: Sites, *, key: jax.Array | None = None
+) -> Any:
+    """Parameters with the kernel at every site replaced by its factors; the input is unchanged.
+
+    Args:
+      adapter: the adapter.
+      params: plain parameters.
+      sites: the sites to adapt.
+      key: PRNG key of random frozen arrays; by default that of seed 0.
+    """
+    key = jax.random.key(0) if key is None else key
+    for number, path in enumerate(sites.values()):
+        kernel = np.asarray(get(params, path))
+        params = _set(params, path, adapter.factor(jax.random.fold_in(key, number), kernel))
     return params
 
 
 def init_adapter(adapter: Adapter, key: jax.Array, params: Any, sites: Sites) -> Offsets:
-    """Offsets at the base model, one entry a site, for parameters made by `factor_params`."""
-    keys = jax.random.split(key, len(sites))
-    return {
-        name: adapter.init(k, get(params, path))
-        for k, (name, path) in zip(keys, sites.items(), strict=True)
-    }
+    """Offsets at the base model, for parameters made by `factor_params`."""
+    return adapter.init(key, {name: get(params, path) for name, path in sites.items()})
 
 
 def merge_params(adapter: Adapter, params: Any, offsets: Offsets, sites: Sites) -> Any:
-    """Plain parameters that give the adapted model without an adapter, for export."""
+    """Plain parameters that give the adapted model without an adapter, for export.
+
+    Raises:
+      InputError: the adapter merges to a bias at a linear map that has none.
+    """
+    own = adapter.view(offsets)
     for name, path in sites.items():
-        params = _set(params, path, adapter.merge(get(params, path), offsets[name]))
+        merged = adapter.merge(get(params, path), own[name])
+        if isinstance(merged, tuple):
+            merged, bias = merged
+            where = (*path[:-1], "bias")
+            if "bias" not in get(params, path[:-1]):
+                raise InputError(
+                    f"adapter.sites: the adapter merges to a bias at {name}, and this model has "
+                    "none there; adapt a linear map with a bias, or do not export."
+                )
+            params = _set(params, where, jnp.asarray(get(params, where)) + bias)
+        params = _set(params, path, merged)
     return params
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from grpocem_jax.adapters.base import Adapter, Sites
+from grpocem_jax.adapters.base import Adapter, Sites, each_site
 from grpocem_jax.models.base import dense
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import cache_folder, expand, write_safetensors
@@ -139,7 +139,8 @@ def svf(
             )
         return k
 
-    def factor(kernel: np.ndarray) -> SVFFactors:
+    def factor(key: jax.Array, kernel: np.ndarray) -> SVFFactors:
+        del key  # nothing here is random
         u, s, vt = svd(kernel)
         k = len(s) if tail == "keep" else trainable(s, len(s))
         return SVFFactors(jnp.asarray(u[:, :k]), jnp.asarray(s[:k]), jnp.asarray(vt[:k]))
@@ -160,4 +161,4 @@ def svf(
         scales = scaled(factors, offsets)[None]
         return jnp.dot(factors.u * scales, factors.vt, precision="highest")
 
-    return Adapter(factor, init, apply, merge)
+    return Adapter(factor, each_site(init), apply, merge)

@@ -24,12 +24,12 @@ import ml_collections
 import numpy as np
 from safetensors import SafetensorError
 
-from grpocem_jax.adapters import base as adapters
+from grpocem_jax import adapters
 from grpocem_jax.export import peft, screens
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.models import tokenizer as tokenizers
-from grpocem_jax.rollouts.policy import Carrier, own_code, put_adapter
+from grpocem_jax.rollouts.policy import attach, naming
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.runs.trained import TrainedRun, load_run
 from grpocem_jax.utils import files
@@ -117,15 +117,15 @@ def export_model(
     card = _card(run, workdir / "summary.json", own_adapter=adapter is None, lora=lora)
     say(screens.exporting(run, source, lora=lora), sys.stderr)
     # The run's own parameters may be in bfloat16.
-    carrier = put_adapter(pretrained, run.config.adapter, seed=run.config.seed)
+    attached = attach(pretrained, run.config, dtype="float32")
     try:
         # A GPU would otherwise round the operands of float32 products to 10 bits.
         with files.new_folder(out) as folder, jax.default_matmul_precision("highest"):
-            merged = _merge(run, carrier)
+            merged = _merge(run, attached)
             if rank is not None:
-                exported = _export_lora(run, carrier, merged, folder, rank)
+                exported = _export_lora(run, attached, merged, folder, rank)
             else:
-                exported = _export_merged(run, carrier, merged, folder, dtype)
+                exported = _export_merged(run, attached, merged, folder, dtype)
                 checkpoints.copy_adapter(source, folder / "adapter")
             exported = exported._replace(folder=out)
             measured = f"{card}\n{screens.measured(exported)}"
@@ -219,14 +219,18 @@ def _folder(pretrained: hub.Pretrained) -> Path:
     return pretrained.folder
 
 
-def _merge(run: TrainedRun, carrier: Carrier) -> models.Params:
+def _merge(run: TrainedRun, attached: adapters.Attached) -> models.Params:
     """Plain parameters of the adapted model, float32."""
-    with own_code(run.config.adapter, "merge"):
-        return adapters.merge_params(carrier.method, carrier.params, run.adapter, carrier.sites)
+    with naming(run.config.adapter), adapters.calling("merge"):
+        return adapters.merge_params(attached.adapter, attached.params, run.offsets, attached.sites)
 
 
 def _export_merged(
-    run: TrainedRun, carrier: Carrier, merged: models.Params, folder: Path, dtype: str | None
+    run: TrainedRun,
+    attached: adapters.Attached,
+    merged: models.Params,
+    folder: Path,
+    dtype: str | None,
 ) -> Exported:
     """Writes the merged model with its base's settings and tokenizer, and checks it."""
     pretrained = run.policy.pretrained
@@ -242,8 +246,8 @@ def _export_merged(
     tokenizers.copy_tokenizer(source, folder)
     files.write_safetensors(folder / "model.safetensors", state)
 
-    tokens = _tokens(carrier.model)
-    expected = _logits(carrier.params, run.adapter, tokens, model=carrier.model)
+    tokens = _tokens(attached.model)
+    expected = _logits(attached.params, run.offsets, tokens, model=attached.model)
     plain = pretrained.build()
     unrounded = _logits(merged, {}, tokens, model=plain)
     _check(unrounded, expected, "in float32")
@@ -262,7 +266,7 @@ def _export_merged(
         _difference(found, expected),
         None if by_transformers is None else _difference(by_transformers, expected),
         effect=_difference(expected, _logits(_float32(pretrained.params), {}, tokens, model=plain)),
-        dtype="/".join(sorted({str(state[names[path]].dtype) for path in carrier.sites.values()})),
+        dtype="/".join(sorted({str(state[names[path]].dtype) for path in attached.sites.values()})),
         rounding=_difference(wanted, unrounded),
     )
 
@@ -337,17 +341,17 @@ def _generation_config(run: TrainedRun, source: Path) -> dict[str, Any]:
 
 
 def _export_lora(
-    run: TrainedRun, carrier: Carrier, merged: models.Params, folder: Path, rank: int
+    run: TrainedRun, attached: adapters.Attached, merged: models.Params, folder: Path, rank: int
 ) -> Exported:
     """Writes the change of the weights as a LoRA, and measures what it computes."""
-    pretrained, sites = run.policy.pretrained, carrier.sites
+    pretrained, sites = run.policy.pretrained, attached.sites
     layout = pretrained.architecture.layout(pretrained.config)
     changes = peft.changes(pretrained.params, merged, sites, layout)
     loras = {name: peft.factor(change, rank) for name, change in changes.items()}
     peft.save(folder, loras, layout=layout, sites=sites, base=_base(pretrained))
 
-    tokens = _tokens(carrier.model)
-    expected = _logits(carrier.params, run.adapter, tokens, model=carrier.model)
+    tokens = _tokens(attached.model)
+    expected = _logits(attached.params, run.offsets, tokens, model=attached.model)
     params, model = _float32(pretrained.params), pretrained.build(peft.apply)
     found = _logits(params, peft.load(folder, layout=layout, sites=sites), tokens, model=model)
     full = all(rank >= min(change.shape) for change in changes.values())

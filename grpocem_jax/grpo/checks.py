@@ -172,12 +172,12 @@ def check_objective(objective: Objective, shape: tuple[int, int, int] = SHAPE) -
             )
 
 
-def check_optimizer(optimizer: optax.GradientTransformation, adapter: Any) -> None:
+def check_optimizer(optimizer: optax.GradientTransformation, offsets: Any) -> None:
     """Checks that an optimizer is a transformation of these offsets that goes down a gradient.
 
     Args:
       optimizer: the transformation.
-      adapter: the offsets, a pytree of floating-point arrays.
+      offsets: the offsets, a pytree of floating-point arrays.
 
     Raises:
       InputError: it is not.
@@ -189,23 +189,23 @@ def check_optimizer(optimizer: optax.GradientTransformation, adapter: Any) -> No
     if not isinstance(optimizer, optax.GradientTransformation):
         raise InputError(f"the optimizer is {_kind(optimizer)}; {contract}.")
 
-    def step(adapter: Any) -> Any:
-        state = optimizer.init(adapter)
-        gradient = jax.tree.map(jnp.ones_like, adapter)
+    def step(offsets: Any) -> Any:
+        state = optimizer.init(offsets)
+        gradient = jax.tree.map(jnp.ones_like, offsets)
         update = optax.with_extra_args_support(optimizer).update
         extra = {"value": jnp.float32(1.0), "kl": jnp.float32(0.0)}
-        return state, *update(gradient, state, adapter, **extra)
+        return state, *update(gradient, state, offsets, **extra)
 
-    state, updates, after = _trace("optimizer", contract, step, adapter)
+    state, updates, after = _trace("optimizer", contract, step, offsets)
     kinds = [
         jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-        for tree in (adapter, updates, state, after)
+        for tree in (offsets, updates, state, after)
     ]
     if kinds[0] != kinds[1]:
         raise InputError(f"the optimizer returned updates of other shapes or types; {contract}.")
     if kinds[2] != kinds[3]:
         raise InputError("the optimizer's state changes its shapes or types from step to step.")
-    _, updates, _ = _call("optimizer", contract, jax.jit(step), adapter)
+    _, updates, _ = _call("optimizer", contract, jax.jit(step), offsets)
     total = sum(float(jnp.sum(x)) for x in jax.tree.leaves(updates))
     if not np.isfinite(total):
         raise InputError(

@@ -31,19 +31,19 @@ class TrainState(NamedTuple):
     """What an optimizer step changes.
 
     Attributes:
-      adapter: the offsets.
+      offsets: the offsets.
       opt_state: of the optimizer.
       step: int32 ``[]``, optimizer steps done.
     """
 
-    adapter: Any
+    offsets: Any
     opt_state: Any
     step: jax.Array
 
 
-def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(offsets: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
+    return TrainState(offsets, optimizer.init(offsets), jnp.int32(0))
 
 
 def keep_logits(num_tokens: int, model: Model) -> bool:
@@ -91,7 +91,7 @@ def surrogate(
 
 
 def loss(
-    adapter: Any,
+    offsets: Any,
     params: Params,
     batch: Batch,
     temperature: jax.Array | float,
@@ -122,17 +122,17 @@ def loss(
         temperature,
         batch.positions,
     )
-    logps, entropies = over_prompts(params, adapter, *inputs)
+    logps, entropies = over_prompts(params, offsets, *inputs)
 
     def reference() -> jax.Array:
-        return over_prompts(params, jax.tree.map(jnp.zeros_like, adapter), *inputs)[0]
+        return over_prompts(params, jax.tree.map(jnp.zeros_like, offsets), *inputs)[0]
 
     return surrogate(
         logps, entropies, reference, batch, objective=objective, beta=beta, entropy=entropy
     )
 
 
-STATIC = ("model", "objective", "optimizer", "beta", "entropy", "micro_batch", "loss")
+STATIC = ("model", "objective", "optimizer", "beta", "entropy", "micro_batch", "loss", "draw")
 """Static arguments of `update`, for a `jax.jit` of one's own around it."""
 
 
@@ -150,6 +150,8 @@ def update(
     entropy: float = 0.0,
     micro_batch: int | None = None,
     loss: Loss = loss,
+    draw: Callable[[jax.Array, Any], Any] | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on gradients accumulated over micro-batches of whole groups.
 
@@ -174,6 +176,9 @@ def update(
       micro_batch: completions processed at once, a multiple of the group size ``G`` that divides
         ``P * G``; by default all of them.
       loss: another loss than eq. 1, for methods that train more than a policy.
+      draw: ``(key, offsets) -> offsets`` of a stochastic adapter (`Adapter.draw`): the loss is that
+        of a draw, and its gradient goes through it.
+      key: PRNG key of the draw, the one that the rollouts were made with.
 
     Returns:
       the next state and float32 scalars: loss, policy_loss, kl, entropy, the objective's metrics,
@@ -182,11 +187,13 @@ def update(
 
     Raises:
       InputError: ``beta`` or ``entropy`` below 0; a micro-batch that is not whole groups, or does
-        not divide the batch.
+        not divide the batch; a draw without a key.
     """
     for name, value in (("beta", beta), ("entropy", entropy)):
         if not value >= 0:
             raise InputError(f"{name}={value!r}: must be at least 0.")
+    if draw is not None and key is None:
+        raise InputError("key: is missing; give the one that the rollouts were drawn with.")
     prompts, group = batch.completions.shape[:2]
     micro_batch = prompts * group if micro_batch is None else micro_batch
     if micro_batch < 1 or micro_batch % group or prompts * group % micro_batch:
@@ -200,18 +207,22 @@ def update(
     temperature = jnp.asarray(temperature, jnp.float32)
     half = any(x.dtype == jnp.float16 for x in jax.tree.leaves(params))
     scale = 2.0 ** round(math.log2(batch.mask.size)) if half else 1.0
-    gradient = jax.grad(
-        functools.partial(loss, model=model, objective=objective, beta=beta, entropy=entropy),
-        has_aux=True,
-    )
+    whole = functools.partial(loss, model=model, objective=objective, beta=beta, entropy=entropy)
+
+    def of_draw(offsets: Any, *rest: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if draw is not None and key is not None:
+            offsets = draw(key, offsets)
+        return whole(offsets, *rest)
+
+    gradient = jax.grad(of_draw, has_aux=True)
 
     def accumulate(total: Any, part: Batch) -> tuple[Any, dict[str, jax.Array]]:
         part = part._replace(weights=part.weights * scale)
-        grads, metrics = gradient(state.adapter, params, part, temperature)
+        grads, metrics = gradient(state.offsets, params, part, temperature)
         total = jax.tree.map(lambda x, y: x + y / scale, total, grads)
         return total, jax.tree.map(lambda x: x / scale, metrics)
 
-    zero = jax.tree.map(jnp.zeros_like, state.adapter)
+    zero = jax.tree.map(jnp.zeros_like, state.offsets)
     grads, parts = jax.lax.scan(accumulate, zero, micro)
     metrics = {name: jnp.sum(values, 0) for name, values in parts.items()}
     metrics["grad_norm"] = optax.global_norm(grads)
@@ -219,16 +230,16 @@ def update(
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         grads,
         state.opt_state,
-        state.adapter,
+        state.offsets,
         value=metrics["loss"],
         kl=metrics["kl"] if beta else None,
     )
-    adapter = optax.apply_updates(state.adapter, updates)
+    offsets = optax.apply_updates(state.offsets, updates)
     rates = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
     if rates:
         metrics["learning_rate"] = jnp.asarray(rates[-1][1], jnp.float32)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-    new = TrainState(adapter, opt_state, state.step)
+    new = TrainState(offsets, opt_state, state.step)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return kept._replace(step=state.step + 1), metrics

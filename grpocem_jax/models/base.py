@@ -54,7 +54,7 @@ class Model:
     Records compare and hash by identity, so one record may be a static argument of a jitted
     function; build it once and keep it.
 
-    All of them raise `InputError` where ``adapter`` and ``params`` do not fit: an entry that is no
+    All of them raise `InputError` where ``offsets`` and ``params`` do not fit: an entry that is no
     site, entries for a model built without an adapter, a site with factors but without an entry.
     Factors that are one array, such as the kernel itself, cannot be told from a kernel: without an
     entry, that array is the linear map.
@@ -65,13 +65,13 @@ class Model:
         beyond has no meaning.
       sites: names of the linear maps that an adapter may take over, each with its path in the
         parameters, e.g. ``"h.0.attn.c_proj" -> ("h_0", "attn_c_proj", "kernel")``.
-      forward: ``(params, adapter, tokens [T], mask [T], context=None) -> hidden [T, D]``, tokens
+      forward: ``(params, offsets, tokens [T], mask [T], context=None) -> hidden [T, D]``, tokens
         int32 and mask bool. Padding may stand anywhere: masked tokens are attended to by none and
         take no position. With a `Context` the tokens follow it.
-      prefill: ``(params, adapter, tokens [S], mask [S]) -> (hidden [D], Context)`` with the hidden
+      prefill: ``(params, offsets, tokens [S], mask [S]) -> (hidden [D], Context)`` with the hidden
         state of the last token, so prompts are padded on the left.
       init_cache: ``(params, length) -> KeyValues`` of zeros for ``length`` tokens after a context.
-      decode_step: ``(params, adapter, context, cache, token [], index []) -> (hidden [D], cache)``
+      decode_step: ``(params, offsets, context, cache, token [], index []) -> (hidden [D], cache)``
         for the token that is number ``index`` (from 0) after the context.
       logits: ``(params, hidden [..., D], start=0, count=None) -> [..., count]`` float32, of
         ``count`` tokens of the vocabulary from ``start`` on; of all of it by default.

@@ -36,19 +36,19 @@ class Linear(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, adapter: AdapterParams) -> jax.Array:
+    def __call__(self, x: jax.Array, offsets: AdapterParams) -> jax.Array:
         """Maps ``[T, in]`` to ``[T, features]`` float32."""
         bias: Any = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))[None]
         factors: Any = self.get_variable("params", "kernel")
-        if self.site in adapter:
+        if self.site in offsets:
             if self.site_fn is None:
                 raise InputError(
                     "adapter: given to a model built without one; build it with "
                     "site_fn=adapter.apply."
                 )
-            y = self.site_fn(factors, adapter[self.site], x)
+            y = self.site_fn(factors, offsets[self.site], x)
         elif factors is not None and not jax.tree_util.all_leaves([factors]):
             raise InputError(
                 f"adapter: has no entry for {self.site}, whose kernel is factored; give one for "
@@ -66,7 +66,7 @@ def run_layers(
     prefix: str,
     x: jax.Array,
     allowed: jax.Array,
-    adapter: AdapterParams,
+    offsets: AdapterParams,
     context: Context | None,
     cache: KeyValues | None,
     index: jax.Array | None,
@@ -76,13 +76,13 @@ def run_layers(
 
     Args:
       run: ``(layer, x, adapter, allowed, past, own, index, *shared) -> (x, keys, values)``. Of that
-        layer: ``adapter`` holds its arrays by the path inside it; ``past`` is a segment of
+        layer: ``offsets`` holds its arrays by the path inside it; ``past`` is a segment of
         `grpocem_jax.models.base.attend`, or None; ``own`` the keys and values to write to, or None.
       num_layers: how many.
       prefix: of the sites' names before the number of the layer, ``h``.
       x: float32 ``[T, D]``.
       allowed: bool ``[T, N]``, which of the ``N`` own keys each token attends to.
-      adapter: trainable arrays by site.
+      offsets: trainable arrays by site.
       context: what is before the tokens, or None.
       cache: `KeyValues` of length ``N`` to write the tokens' own into, or None (``N = T``).
       index: int32 ``[]``, where in ``cache`` to write.
@@ -100,7 +100,7 @@ def run_layers(
         if cache is not None:
             own = (cache.keys[layer], cache.values[layer])
         start = f"{prefix}.{layer}."
-        mine = {k.removeprefix(start): v for k, v in adapter.items() if k.startswith(start)}
+        mine = {k.removeprefix(start): v for k, v in offsets.items() if k.startswith(start)}
         x, k, v = run(layer, x, mine, allowed, past, own, index, *shared)
         keys.append(k)
         values.append(v)
@@ -169,40 +169,40 @@ def make_model(
     """
     network = functools.cache(network)
 
-    def run(params, adapter, tokens, positions, allowed, context=None, cache=None, index=None):
-        unknown = sorted(set(adapter) - set(sites))
+    def run(params, offsets, tokens, positions, allowed, context=None, cache=None, index=None):
+        unknown = sorted(set(offsets) - set(sites))
         if unknown:
             raise InputError(
                 f"adapter: {unknown[0]!r} is no site of this model; names are those of "
                 f"Model.sites, such as {next(iter(sites))!r}."
             )
         return network(head(params).dtype).apply(
-            {"params": params}, tokens, positions, allowed, adapter, context, cache, index
+            {"params": params}, tokens, positions, allowed, offsets, context, cache, index
         )
 
     def after(context: Context | None) -> jax.Array | int:
         return 0 if context is None else jnp.sum(context.mask, dtype=jnp.int32)
 
-    def full(params, adapter, tokens, mask, context):
+    def full(params, offsets, tokens, mask, context):
         positions = jnp.maximum(jnp.cumsum(mask) - 1, 0) + after(context)
         causal = jnp.tril(jnp.ones((len(tokens), len(tokens)), bool))
-        return run(params, adapter, tokens, positions, causal & mask[None], context)
+        return run(params, offsets, tokens, positions, causal & mask[None], context)
 
-    def forward(params, adapter, tokens, mask, context=None):
-        return full(params, adapter, tokens, mask, context)[0]
+    def forward(params, offsets, tokens, mask, context=None):
+        return full(params, offsets, tokens, mask, context)[0]
 
-    def prefill(params, adapter, tokens, mask):
-        hidden, key_values = full(params, adapter, tokens, mask, None)
+    def prefill(params, offsets, tokens, mask):
+        hidden, key_values = full(params, offsets, tokens, mask, None)
         return hidden[-1], Context(key_values, mask)
 
     def init_cache(params: Params, length: int) -> KeyValues:
         zeros = (jnp.zeros((cache_heads, length, head_dim), head(params).dtype),) * num_layers
         return KeyValues(zeros, zeros)
 
-    def decode_step(params, adapter, context, cache, token, index):
+    def decode_step(params, offsets, context, cache, token, index):
         allowed = (jnp.arange(cache.keys[0].shape[1]) <= index)[None]
         positions = (after(context) + index)[None]
-        hidden, cache = run(params, adapter, token[None], positions, allowed, context, cache, index)
+        hidden, cache = run(params, offsets, token[None], positions, allowed, context, cache, index)
         return hidden[0], cache
 
     def logits(

@@ -51,7 +51,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, adapter, allowed, past, cache, index):
+    def __call__(self, x, offsets, allowed, past, cache, index):
         """Returns the block's output ``[T, D]`` and its keys and values.
 
         The arguments are those that `decoder.run_layers` gives to a layer.
@@ -66,7 +66,7 @@ class Block(nn.Module):
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name=name)
 
-        qkv = keep(linear(3 * width, "attn.c_attn")(norm("ln_1")(x), adapter))
+        qkv = keep(linear(3 * width, "attn.c_attn")(norm("ln_1")(x), offsets))
         query, key, value = (
             jnp.swapaxes(part.reshape(length, *heads), 0, 1).astype(self.dtype)
             for part in jnp.split(qkv, 3, axis=-1)
@@ -74,10 +74,10 @@ class Block(nn.Module):
         keys, values = decoder.extend(cache, key, value, index)
         segments = [] if past is None else [past]
         mixed = jnp.swapaxes(attend(query, [*segments, (keys, values, allowed)]), 0, 1)
-        x = keep(x + linear(width, "attn.c_proj")(mixed.reshape(length, width), adapter))
+        x = keep(x + linear(width, "attn.c_proj")(mixed.reshape(length, width), offsets))
 
-        wide = keep(linear(4 * width, "mlp.c_fc")(norm("ln_2")(x), adapter))
-        x = x + linear(width, "mlp.c_proj")(nn.gelu(wide, approximate=True), adapter)
+        wide = keep(linear(4 * width, "mlp.c_fc")(norm("ln_2")(x), offsets))
+        x = x + linear(width, "mlp.c_proj")(nn.gelu(wide, approximate=True), offsets)
         return x, keys, values
 
 
@@ -96,7 +96,7 @@ class GPT2(nn.Module):
     run_block: Callable[..., Any] | None = None
 
     @nn.compact
-    def __call__(self, tokens, positions, allowed, adapter, context, cache, index):
+    def __call__(self, tokens, positions, allowed, offsets, context, cache, index):
         """Hidden states float32 ``[T, D]`` and the own keys and values.
 
         ``tokens`` and ``positions`` are int32 ``[T]``; the other arguments and the results are
@@ -115,7 +115,7 @@ class GPT2(nn.Module):
             return Block(config, self.site_fn, wte.dtype, name=f"h_{layer}")(*arguments)
 
         x, own = decoder.run_layers(
-            run, config.num_layers, "h", x, allowed, adapter, context, cache, index
+            run, config.num_layers, "h", x, allowed, offsets, context, cache, index
         )
         norm = nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name="ln_f")
         return norm(x), own

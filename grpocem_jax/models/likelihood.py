@@ -87,7 +87,7 @@ def token_logps(
 def completion_logps(
     model: Model,
     params: Params,
-    adapter: AdapterParams,
+    offsets: AdapterParams,
     prompt: jax.Array,
     prompt_mask: jax.Array,
     completions: jax.Array,
@@ -102,7 +102,7 @@ def completion_logps(
     Args:
       model: the model record.
       params: its parameters.
-      adapter: offsets.
+      offsets: offsets.
       prompt: int32 ``[S]``, padded on the left.
       prompt_mask: bool ``[S]``.
       completions: int32 ``[G, N]``.
@@ -115,10 +115,10 @@ def completion_logps(
     Returns:
       float32 ``[G, N]`` and ``[G, N]``, or ``[G, K]``; zero off the mask.
     """
-    last, context = model.prefill(params, adapter, prompt, prompt_mask)
+    last, context = model.prefill(params, offsets, prompt, prompt_mask)
 
     def one(tokens, mask, positions):
-        hidden = model.forward(params, adapter, tokens[:-1], mask[:-1], context)
+        hidden = model.forward(params, offsets, tokens[:-1], mask[:-1], context)
         hidden = jnp.concatenate([last[None], hidden])
         if positions is not None:
             hidden, tokens, mask = hidden[positions], tokens[positions], mask[positions]

@@ -144,7 +144,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, adapter, allowed, past, cache, index, cos, sin):
+    def __call__(self, x, offsets, allowed, past, cache, index, cos, sin):
         """Returns the block's output ``[T, D]`` and its keys and values.
 
         The arguments are those that `decoder.run_layers` gives to a layer, and `rotary_angles`.
@@ -155,7 +155,7 @@ class Block(nn.Module):
         def linear(path: str, x: jax.Array) -> jax.Array:
             _, features, bias = linears[path]
             name = path.replace(".", "_")
-            return decoder.Linear(features, path, self.site_fn, bias, name=name)(x, adapter)
+            return decoder.Linear(features, path, self.site_fn, bias, name=name)(x, offsets)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return nn.RMSNorm(config.rms_norm_epsilon, name=name)(x)
@@ -195,7 +195,7 @@ class Llama(nn.Module):
     run_block: Callable[..., Any] | None = None
 
     @nn.compact
-    def __call__(self, tokens, positions, allowed, adapter, context, cache, index):
+    def __call__(self, tokens, positions, allowed, offsets, context, cache, index):
         """Hidden states float32 ``[T, D]`` and the own keys and values.
 
         ``tokens`` and ``positions`` are int32 ``[T]``; the other arguments and the results are
@@ -216,7 +216,7 @@ class Llama(nn.Module):
 
         angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x, own = decoder.run_layers(
-            run, config.num_layers, "layers", x, allowed, adapter, context, cache, index, *angles
+            run, config.num_layers, "layers", x, allowed, offsets, context, cache, index, *angles
         )
         return nn.RMSNorm(config.rms_norm_epsilon, name="norm")(x), own
 

@@ -144,7 +144,7 @@ def draw(
 
 def sample(
     params: Params,
-    adapter: AdapterParams,
+    offsets: AdapterParams,
     prompts: ArrayLike,
     prompt_mask: ArrayLike,
     keys: jax.Array,
@@ -169,7 +169,7 @@ def sample(
 
     Args:
       params: the model's parameters, with factors at the adapter's sites.
-      adapter: offsets of the adapter; with ``own_adapters`` one for each prompt, a leading axis
+      offsets: offsets of the adapter; with ``own_adapters`` one for each prompt, a leading axis
         ``P``.
       prompts: int32 ``[P, S]``, padded on the left.
       prompt_mask: bool ``[P, S]``, False on padding; at least one True in each row.
@@ -219,7 +219,7 @@ def sample(
             raise InputError(f"{name}={value}: must be {needed}.")
     return _sample(
         params,
-        adapter,
+        offsets,
         prompts,
         prompt_mask,
         keys,
@@ -254,7 +254,7 @@ def sample(
 )
 def _sample(
     params: Params,
-    adapter: AdapterParams,
+    offsets: AdapterParams,
     prompts: jax.Array,
     prompt_mask: jax.Array,
     keys: jax.Array,
@@ -276,7 +276,7 @@ def _sample(
     num_prompts = prompts.shape[0]
     axis = 0 if own_adapters else None
     hidden, context = jax.vmap(model.prefill, in_axes=(None, axis, 0, 0))(
-        params, adapter, prompts, prompt_mask
+        params, offsets, prompts, prompt_mask
     )
     keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys)
 
@@ -294,8 +294,8 @@ def _sample(
             token = draw(key, logits / temperature, top_p, top_k=top_k, min_p=min_p)
         return token.astype(jnp.int32), logps[token], entropy
 
-    def advance(adapter, context, cache, token, index):
-        return model.decode_step(params, adapter, context, cache, token, index)
+    def advance(offsets, context, cache, token, index):
+        return model.decode_step(params, offsets, context, cache, token, index)
 
     over_samples = functools.partial(jax.vmap, in_axes=(0, 0, 0, None))
     choose_all = jax.vmap(over_samples(choose), in_axes=(0, 0, 0, None))
@@ -351,7 +351,7 @@ def _sample(
 
     def extend(state):
         index, token, ended, stop, seen, cache, out = state
-        hidden, cache = advance_all(adapter, context, cache, token, index - 1)
+        hidden, cache = advance_all(offsets, context, cache, token, index - 1)
         seen = mark(seen, token)
         chosen = choose_all(hidden, keys, seen, index)
         out, token, ended, stop = record(out, index, chosen, ended, stop)

@@ -74,7 +74,7 @@ def pad(prompts: Sequence[np.ndarray], length: int) -> Prompts:
 
 def generate(
     policy: Policy,
-    adapter: Offsets,
+    offsets: Offsets,
     prompts: Prompts,
     keys: jax.Array,
     generation: GenerationConfig,
@@ -87,10 +87,10 @@ def generate(
     """`sampling.sample` with the settings of a config, prompts divided among the devices."""
     tokens, mask, keys = devices.divide(policy.mesh, (*prompts, keys))
     if own_adapters:
-        adapter = devices.divide(policy.mesh, adapter)
+        offsets = devices.divide(policy.mesh, offsets)
     return sampling.sample(
         policy.params,
-        adapter,
+        offsets,
         tokens,
         mask,
         keys,
@@ -270,7 +270,7 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
 
 def population_rewards(
     policy: Policy,
-    adapters: Offsets,
+    offsets: Offsets,
     items: Sequence[Item],
     key: jax.Array,
     generation: GenerationConfig,
@@ -282,7 +282,7 @@ def population_rewards(
 
     Args:
       policy: the policy.
-      adapters: offsets of ``C`` candidates, ``[C, ...]`` a site.
+      offsets: those of ``C`` candidates, ``[C, ...]`` a site.
       items: ``P`` prompts.
       key: PRNG key; consumed. All candidates share the random numbers of a prompt.
       generation: sampling settings, at ``generation.temperature``.
@@ -296,7 +296,7 @@ def population_rewards(
     Raises:
       InputError: what `score` raises; logits of a single adapter that are not finite.
     """
-    count = len(jax.tree.leaves(adapters)[0])
+    count = len(jax.tree.leaves(offsets)[0])
     longest = max(len(item.tokens) for item in items)
     # What lies beyond the model's context is never needed.
     limit = min(buckets[-1], policy.model.context_length)
@@ -304,7 +304,7 @@ def population_rewards(
     prompts = pad([item.tokens for item in items], length)
     out = generate(
         policy,
-        jax.tree.map(lambda x: jnp.repeat(x, len(items), axis=0), adapters),
+        jax.tree.map(lambda x: jnp.repeat(x, len(items), axis=0), offsets),
         Prompts(*(np.tile(x, (count, 1)) for x in prompts)),
         jnp.tile(jax.random.split(key, len(items)), count),
         generation,

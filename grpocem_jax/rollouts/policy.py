@@ -2,21 +2,20 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import svf
-from grpocem_jax.config.schema import AdapterConfig, ModelConfig
+from grpocem_jax import adapters
+from grpocem_jax.config.schema import AdapterConfig, Config
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.models import tokenizer as tokenizers
-from grpocem_jax.utils import devices, memory, user_code
+from grpocem_jax.utils import devices, user_code
 from grpocem_jax.utils.errors import InputError
 
 
@@ -27,7 +26,7 @@ class Policy:
     Attributes:
       model: pure functions of the model, with the adapter's sites.
       params: its parameters on the device, kernels at the sites replaced by factors.
-      method: the adapter's pure functions.
+      adapter: the adapter's pure functions.
       sites: the adapted sites.
       zero: offsets of the base model.
       tokenizer: a transformers tokenizer, of whole texts.
@@ -46,7 +45,7 @@ class Policy:
 
     model: models.Model
     params: models.Params
-    method: adapters.Adapter
+    adapter: adapters.Adapter
     sites: adapters.Sites
     zero: adapters.Offsets
     tokenizer: Any
@@ -130,204 +129,135 @@ class Policy:
         }
 
 
-class Carrier(NamedTuple):
-    """A model that carries an adapter; the fields are those of `Policy`."""
-
-    model: models.Model
-    params: models.Params
-    method: adapters.Adapter
-    sites: adapters.Sites
-    zero: adapters.Offsets
-
-
 def load_policy(
-    model: ModelConfig,
-    adapter: AdapterConfig,
-    *,
-    stop: Iterable[str] = (),
-    keep_special_tokens: bool = True,
-    seed: int = 0,
-    method: adapters.Adapter | None = None,
-    mesh: Mesh | None = None,
+    config: Config, *, adapter: adapters.Adapter | None = None, mesh: Mesh | None = None
 ) -> Policy:
-    """Loads the model and puts a zero adapter on it.
+    """Loads the model of a config and puts a zero adapter on it.
 
     Args:
-      model: the model section of the config.
-      adapter: the adapter section.
-      stop: strings that end a completion wherever they appear in it, beside the end-of-text token.
-      keep_special_tokens: see `Policy`.
-      seed: of random weights, and of the adapter's initialisation.
-      method: an adapter of one's own; of the adapter section only ``sites`` is then read.
+      config: of which the model, the adapter, the stop strings and the seed are read.
+      adapter: an adapter of one's own, in place of the config's on the config's sites.
       mesh: devices that the parameters are put on, see `grpocem_jax.utils.devices`.
 
     Raises:
       InputError: a source, site, stop string or adapter that cannot be used.
     """
-    if method is not None and not isinstance(method, adapters.Adapter):
+    if adapter is not None and not isinstance(adapter, adapters.Adapter):
         raise InputError(
-            f"method: is {type(method).__name__}; give a grpocem_jax.Adapter, which a function "
+            f"adapter: is {type(adapter).__name__}; give a grpocem_jax.Adapter, which a function "
             "such as svf() returns."
         )
+    source, generation = config.model.source, config.generation
     # Asked before the weights are drawn, which takes long for a large shape.
-    if model.source.startswith("random:") and hub.load_outline(model.source).tokenizer is None:
+    if source.startswith("random:") and hub.load_outline(source).tokenizer is None:
         raise InputError(
-            f"model.source={model.source!r} has no tokenizer and text is needed; use "
+            f"model.source={source!r} has no tokenizer and text is needed; use "
             "random:FOLDER with a folder that holds config.json and the tokenizer's files."
         )
-    pretrained = hub.load_model(model.source, seed=seed)
+    pretrained = hub.load_model(source, seed=config.seed)
     continuing = tokenizers.continuing(pretrained.tokenizer)
-    stop_strings = tuple(stop)
     table = None
-    if stop_strings:
+    if generation.stop:
         table = tokenizers.stop_table(
             continuing,
-            stop_strings,
+            generation.stop,
             pretrained.config.vocab_size,
-            keep_special_tokens=keep_special_tokens,
+            keep_special_tokens=generation.keep_special_tokens,
         )
-    written = [continuing.encode(text, add_special_tokens=False) for text in stop_strings]
+    written = [continuing.encode(text, add_special_tokens=False) for text in generation.stop]
     end_ids = [*pretrained.end_ids, *(tokens[0] for tokens in written if len(tokens) == 1)]
-    carrier = put_adapter(pretrained, adapter, dtype=model.dtype, seed=seed, method=method)
+    attached = attach(pretrained, config, adapter=adapter)
     return Policy(
-        **carrier._replace(params=devices.replicate(mesh, carrier.params))._asdict(),
+        **attached._replace(params=devices.replicate(mesh, attached.params))._asdict(),
         tokenizer=pretrained.tokenizer,
         continuing=continuing,
         start_ids=_start_ids(pretrained.tokenizer),
         end_ids=jnp.array(end_ids, jnp.int32),
         pretrained=pretrained,
         mesh=mesh,
-        stop_strings=stop_strings,
+        stop_strings=generation.stop,
         stop_table=None if table is None else devices.replicate(mesh, jnp.asarray(table)),
-        keep_special_tokens=keep_special_tokens,
+        keep_special_tokens=generation.keep_special_tokens,
     )
 
 
-def put_adapter(
+def attach(
     pretrained: hub.Pretrained,
-    adapter: AdapterConfig,
+    config: Config,
     *,
-    dtype: str = "float32",
-    seed: int = 0,
-    method: adapters.Adapter | None = None,
-) -> Carrier:
-    """Puts a zero adapter on a model and the model on the device.
+    adapter: adapters.Adapter | None = None,
+    dtype: str | None = None,
+) -> adapters.Attached:
+    """Puts the adapter of a config on a model, see `adapters.attach`.
 
     Args:
       pretrained: the model.
-      adapter: the adapter section of the config.
-      dtype: of the matrices, see `models.base.cast_params`.
-      seed: of the adapter's initialisation, where it has any.
-      method: as in `load_policy`.
+      config: of which the adapter, the seed and the model's type are read.
+      adapter: as in `load_policy`.
+      dtype: another type of the matrices.
 
     Raises:
-      InputError: a site that the model lacks, settings that leave nothing to train, or an adapter
-        of the user's own that cannot be made or does not keep to `adapters.base.Adapter`.
+      InputError: as `adapters.attach`, with the config's field.
     """
-    method = make_adapter(adapter) if method is None else method
-    model = pretrained.build(method.apply)
-    sites = adapters.select_sites(model.sites, adapter.sites)
-    with own_code(adapter, "factor"):
-        params = adapters.factor_params(method, pretrained.params, sites)
-    factors = {name: adapters.get(params, path) for name, path in sites.items()}
-    _check_arrays(adapter, "factor", factors)
-    with own_code(adapter, "init"):
-        zero = adapters.init_adapter(method, jax.random.key(seed), params, sites)
-    _check_arrays(adapter, "init", zero)
-    params = models.cast_params(params, jnp.dtype(dtype))
-    if user_code.is_reference(adapter.type):
-        _check_apply(adapter, method, pretrained.params, params, zero, sites)
-    return Carrier(model=model, params=params, method=method, sites=sites, zero=zero)
+    settings = config.adapter
+    with naming(settings):
+        return adapters.attach(
+            pretrained,
+            make_adapter(settings) if adapter is None else adapter,
+            settings.sites,
+            key=jax.random.key(config.seed),
+            dtype=jnp.dtype(dtype or config.model.dtype),
+        )
 
 
 @contextlib.contextmanager
-def own_code(settings: AdapterConfig, part: str) -> Iterator[None]:
-    """Says in one sentence that a part of an adapter of the user's own fails inside the block.
+def naming(settings: AdapterConfig) -> Iterator[None]:
+    """Names the field of the config where an adapter does not keep to the interface.
 
     Raises:
-      InputError: it does. Where memory runs out, that error passes through.
+      InputError: it does not.
     """
     try:
         yield
-    except InputError:
-        raise
-    except Exception as error:  # whatever the function's own code may raise
-        if not user_code.is_reference(settings.type) or memory.ran_out(error):
-            raise
-        reason = (str(error).splitlines() or ["no message"])[0]
-        raise InputError(
-            f"{_own_field(settings)}: the adapter's {part} raised {type(error).__name__} "
-            f"({reason}); correct it."
-        ) from error
+    except adapters.AdapterError as error:
+        raise InputError(f"{_own_field(settings)}: {error}") from error
 
 
 def _own_field(settings: AdapterConfig) -> str:
     return f"config.adapter.type={settings.type!r} with options {dict(settings.options)}"
 
 
-def _check_arrays(settings: AdapterConfig, part: str, made: Mapping[str, Any]) -> None:
-    """Refuses what ``factor`` or ``init`` made where it is no arrays, or offsets of integers."""
-    for name, tree in made.items() if user_code.is_reference(settings.type) else ():
-        for leaf in jax.tree.leaves(tree):
-            kind = getattr(leaf, "dtype", None)
-            if kind is None or (part == "init" and not jnp.issubdtype(kind, jnp.floating)):
-                raise InputError(
-                    f"{_own_field(settings)}: the adapter's {part} returned "
-                    f"{kind or type(leaf).__name__} at {name}; return arrays of float32."
-                )
-
-
-def _check_apply(
-    settings: AdapterConfig,
-    method: adapters.Adapter,
-    plain: models.Params,
-    params: models.Params,
-    zero: adapters.Offsets,
-    sites: adapters.Sites,
-) -> None:
-    """Refuses an ``apply`` that cannot be traced, or whose result has another shape."""
-    checked = set()
-    for name, path in sites.items():
-        rows, columns = np.shape(adapters.get(plain, path))
-        if (rows, columns) in checked:
-            continue
-        checked.add((rows, columns))
-        x = jax.ShapeDtypeStruct((2, rows), jnp.float32)
-        with own_code(settings, "apply"):
-            y = jax.eval_shape(method.apply, adapters.get(params, path), zero[name], x)
-        if getattr(y, "shape", None) != (2, columns):
-            found = getattr(y, "shape", type(y).__name__)
-            raise InputError(
-                f"{_own_field(settings)}: the adapter's apply returned {found} at {name} for x of "
-                f"shape (2, {rows}); it must return an array of shape (2, {columns})."
-            )
-
-
 def make_adapter(settings: AdapterConfig) -> adapters.Adapter:
     """The adapter's pure functions.
 
     Raises:
-      InputError: a function of the user's own that fails or returns something else.
+      InputError: options that it does not take; a function of the user's own that fails or returns
+        something else.
     """
     if settings.type == "svf":
-        return svf.svf(
+        return adapters.svf(
             rank_ratio=settings.rank_ratio,
             tail=settings.tail,
             min_singular_value=settings.min_singular_value,
-            svd=svf.cached_svd(),
+            svd=adapters.cached_svd(),
         )
-    function = user_code.load_function(settings.type, field="config.adapter.type")
     field = _own_field(settings)
+    if settings.type in adapters.ADAPTERS:
+        function: Any = adapters.ADAPTERS[settings.type]
+    else:
+        function = user_code.load_function(settings.type, field="config.adapter.type")
     try:
-        method = function(**settings.options)
+        made = function(**settings.options)
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the function's own code may raise
         kind, message = user_code.failure(error)
         raise InputError(f"{field}: the function raised {kind} ({message}); correct it.") from error
-    if not isinstance(method, adapters.Adapter):
+    if not isinstance(made, adapters.Adapter):
         raise InputError(
-            f"{field}: the function returned {type(method).__name__}; return a grpocem_jax.Adapter."
+            f"{field}: the function returned {type(made).__name__}; return a grpocem_jax.Adapter."
         )
-    return method
+    return made
 
 
 def _start_ids(tokenizer: Any) -> tuple[int, ...]:

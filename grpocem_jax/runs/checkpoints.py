@@ -275,14 +275,14 @@ def load_adapter(
                 f"{path}: the adapter was trained on {name!r}, whose weights are not those of "
                 "this model; use the model it was trained on."
             )
-    adapter = _read_arrays(arrays, template)
+    offsets = _read_arrays(arrays, template)
     # Last: what is wrong with a file says more than that it was changed.
     if config.get("adapter_sha256", found := _file_hash(arrays)) != found:
         raise InputError(
             f"{arrays}: is not the file that was written (its checksum differs from that in "
             "adapter_config.json); copy both again, or train the adapter again."
         )
-    return adapter
+    return offsets
 
 
 def _file_hash(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from grpocem_jax.adapters import base as adapters
+from grpocem_jax import adapters
 from grpocem_jax.config.schema import AdapterConfig, Config
 from grpocem_jax.rollouts.policy import Policy
 

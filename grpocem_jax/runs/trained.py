@@ -23,7 +23,7 @@ class TrainedRun(NamedTuple):
 
     config: Config
     policy: Policy
-    adapter: Offsets
+    offsets: Offsets
 
 
 def load_run(
@@ -72,14 +72,7 @@ def load_run(
     if model is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, source=model))
     try:
-        policy = load_policy(
-            config.model,
-            config.adapter,
-            stop=config.generation.stop,
-            keep_special_tokens=config.generation.keep_special_tokens,
-            seed=config.seed,
-            mesh=devices.make_mesh(jax.devices()),
-        )
+        policy = load_policy(config, mesh=devices.make_mesh(jax.devices()))
     except InputError as error:
         if model is not None or not str(error).startswith("model.source="):
             raise

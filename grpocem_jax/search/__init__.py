@@ -1,6 +1,6 @@
 """Search for an adapter: methods, spaces, fitness, and the loop that brings them together.
 
-A method is anything that keeps to `SearchMethod`; the loop (`search`, and its pure kernel
+A method is anything that keeps to `SearchMethod`; the loop (`maximize`, and its pure kernel
 `advance`) does everything else.
 """
 
@@ -20,7 +20,7 @@ from grpocem_jax.search.loop import (
     SearchState,
     advance,
     begin,
-    search,
+    maximize,
 )
 from grpocem_jax.search.spaces import Space, decode, expert_space, full_space, principal_space
 
@@ -51,7 +51,7 @@ __all__ = [
     "decode",
     "expert_space",
     "full_space",
+    "maximize",
     "principal_space",
     "scaled",
-    "search",
 ]

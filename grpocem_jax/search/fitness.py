@@ -55,7 +55,7 @@ def population_chunk(population_size: int, texts: Texts) -> int:
 
 
 FitnessFunction = Callable[[Model, Params, AdapterParams, Texts, jax.Array], jax.Array]
-"""A user's own fitness, ``(model, params, adapter, texts, key) -> float32 []``, traceable."""
+"""A user's own fitness, ``(model, params, offsets, texts, key) -> float32 []``, traceable."""
 
 
 @jax.tree_util.register_dataclass
@@ -73,9 +73,9 @@ class Own:
     model: Model = dataclasses.field(metadata={"static": True})
     function: FitnessFunction = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, adapter: AdapterParams, batch: Texts, key: jax.Array) -> jax.Array:
+    def __call__(self, offsets: AdapterParams, batch: Texts, key: jax.Array) -> jax.Array:
         """The function's value; the gate has nothing but it to judge by."""
-        return self.function(self.model, self.params, adapter, batch, key)
+        return self.function(self.model, self.params, offsets, batch, key)
 
 
 @jax.tree_util.register_dataclass
@@ -95,18 +95,18 @@ class Likelihood:
     params: Params
     model: Model = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, adapter: AdapterParams, batch: Texts, key: jax.Array) -> jax.Array:
+    def __call__(self, offsets: AdapterParams, batch: Texts, key: jax.Array) -> jax.Array:
         """Mean over the scored tokens of all texts; NaN where there are none."""
-        logps, scored = self.scores(adapter, batch, key)
+        logps, scored = self.scores(offsets, batch, key)
         return jnp.sum(logps) / jnp.sum(scored)
 
     def scores(
-        self, adapter: AdapterParams, batch: Texts, key: jax.Array
+        self, offsets: AdapterParams, batch: Texts, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Log-likelihood of each token, for `grpocem_jax.searching`.
 
         Args:
-          adapter: offsets.
+          offsets: offsets.
           batch: the texts.
           key: not used.
 
@@ -116,7 +116,7 @@ class Likelihood:
         del key
 
         def one(tokens, mask):
-            hidden = self.model.forward(self.params, adapter, tokens[:-1], mask[:-1])
+            hidden = self.model.forward(self.params, offsets, tokens[:-1], mask[:-1])
             return token_logps(self.model, self.params, hidden, tokens[1:], 1.0)[0]
 
         scored = batch.scored[:, 1:] & batch.mask[:, 1:]

@@ -4,7 +4,7 @@
 all on the device and without returning to Python.  It is a pure function, so searches of many
 problems are advanced by one call under `jax.vmap`.
 
-`search` drives one search: it compiles the kernel, and returns to Python between chunks of
+`maximize` drives one search: it compiles the kernel, and returns to Python between chunks of
 generations only where a time budget or a live view asks for it.  A fitness that judges in Python,
 such as the reward of completions (`HostFitness`), goes through the same driver, a generation at a
 time.
@@ -146,7 +146,7 @@ class SearchResult(NamedTuple):
     """What a search found.
 
     Attributes:
-      adapter: the adapter of the point returned.
+      offsets: the adapter of the point returned.
       final: the adapter that the search ended with, whatever the gate says of it.
       returned: "mean" or "best", or "start" where the gate let nothing pass.
       held_back_gain: its gain on held-back text; 0 for the start, NaN without a gate.
@@ -159,7 +159,7 @@ class SearchResult(NamedTuple):
       population_chunk: candidates scored at a time in the end.
     """
 
-    adapter: Offsets
+    offsets: Offsets
     final: Offsets
     returned: str
     held_back_gain: float
@@ -256,7 +256,7 @@ def advance(
     return jax.lax.while_loop(unfinished, generation, search)
 
 
-def search(
+def maximize(
     method: SearchMethod,
     fitness: Fitness | HostFitness,
     space: Space,
@@ -363,7 +363,7 @@ def search(
         point, gain = state.chosen.point, float(state.chosen.gain)
         returned = returned if float(state.chosen.bound) > 0 else "start"
     return SearchResult(
-        adapter=decode(space, point),
+        offsets=decode(space, point),
         final=decode(space, final),
         returned=returned,
         held_back_gain=gain,
@@ -598,15 +598,15 @@ def _expand(point: Point) -> Point:
 
 def _scores(problem: Problem, point: Point, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scores of a point on the held-back batch, by the fitness's ``scores`` where it has them."""
-    adapter = decode(problem.space, point)
+    offsets = decode(problem.space, point)
     owner = problem.fitness
     # A function that is not a pytree was wrapped in one.
     owner = owner.func if isinstance(owner, jax.tree_util.Partial) else owner
     function = getattr(owner, "scores", None)
     if function is not None:
-        values, counts = function(adapter, problem.held_back, key)
+        values, counts = function(offsets, problem.held_back, key)
     else:
-        values = problem.fitness(adapter, problem.held_back, key)[None]
+        values = problem.fitness(offsets, problem.held_back, key)[None]
         counts = jnp.ones(1, bool)
     return values.astype(jnp.float32), counts
 

@@ -2,8 +2,8 @@
 
 In each of them the origin is the adapter to start from, and points are offsets from it:
 
-    adapter(z) = start + z                      full: the report's search, every offset by itself
-    adapter(z) = start + sum_r z_r basis_r      a subspace, or a mixture of experts
+    offsets(z) = start + z                      full: the report's search, every offset by itself
+    offsets(z) = start + sum_r z_r basis_r      a subspace, or a mixture of experts
 """
 
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ from grpocem_jax.utils.errors import InputError
 
 
 class Space(NamedTuple):
-    """A space and how its points become adapters, see `decode`.
+    """A space and how its points become offsets, see `decode`.
 
     Attributes:
       origin: the point zero: offsets as ``start``; float32 ``[R]``; or a dict from site to ``[R]``.
-      start: the adapter at the origin.
+      start: the offsets at the origin.
       basis: directions, ``[R, ...]`` a site, or None for all offsets.
     """
 
@@ -31,7 +31,7 @@ class Space(NamedTuple):
 
 
 def decode(space: Space, point: Any) -> Offsets:
-    """The adapter at a point, ``start`` plus what is linear in the point. Traceable.
+    """The offsets at a point, ``start`` plus what is linear in the point. Traceable.
 
     Args:
       space: the space.
@@ -42,24 +42,24 @@ def decode(space: Space, point: Any) -> Offsets:
     """
     if space.basis is None:
         return jax.tree.map(jnp.add, space.start, point)
-    adapter = {}
+    offsets = {}
     for site, start in space.start.items():
         z = point[site] if isinstance(point, dict) else point
-        adapter[site] = jax.tree.map(
+        offsets[site] = jax.tree.map(
             lambda x, directions, z=z: (
                 x + jnp.tensordot(z, directions, axes=1, precision="highest")
             ),
             start,
             space.basis[site],
         )
-    return adapter
+    return offsets
 
 
 def full_space(start: Offsets) -> Space:
     """Every offset by itself.
 
     Args:
-      start: the adapter at the origin.
+      start: the offsets at the origin.
 
     Returns:
       a space whose points are offsets in the form of ``start``, added to it.
@@ -71,7 +71,7 @@ def expert_space(start: Offsets, experts: list[Offsets], *, per_site: bool = Fal
     """Mixtures of expert vectors: a point holds their weights, one for each or one for each site.
 
     Args:
-      start: the adapter to which the mixture is added.
+      start: the offsets to which the mixture is added.
       experts: trained adapters; weight 1 adds one whole.
       per_site: experts get a weight at every site (in every layer), not one for all.
 
@@ -89,7 +89,7 @@ def principal_space(start: Offsets, vectors: Offsets, rank: int) -> Space:
     """The ``rank`` principal directions of some vectors, orthonormal.
 
     Args:
-      start: the adapter at the origin.
+      start: the offsets at the origin.
       vectors: ``N`` adapters, ``[N, ...]`` a site: experts and points of their training.
       rank: number of directions.
 

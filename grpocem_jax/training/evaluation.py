@@ -52,15 +52,15 @@ class Judged(NamedTuple):
 
 def judge(
     policy: Policy,
-    adapter: Offsets,
+    offsets: Offsets,
     items: Sequence[rollouts.Item],
     key: jax.Array,
     config: Config,
 ) -> Judged:
     """`evaluate` with samples and greedily, both with the same arguments."""
     return Judged(
-        *evaluate(policy, adapter, items, key, config, greedy=False),
-        *evaluate(policy, adapter, items, key, config, greedy=True),
+        *evaluate(policy, offsets, items, key, config, greedy=False),
+        *evaluate(policy, offsets, items, key, config, greedy=True),
     )
 
 
@@ -85,7 +85,7 @@ def records(items: Sequence[rollouts.Item], before: Judged, after: Judged) -> li
 
 def evaluate(
     policy: Policy,
-    adapter: Offsets,
+    offsets: Offsets,
     items: Sequence[rollouts.Item],
     key: jax.Array,
     config: Config,
@@ -97,7 +97,7 @@ def evaluate(
 
     Args:
       policy: the policy.
-      adapter: its offsets; with ``own_adapters`` one for each prompt, a leading axis ``n``.
+      offsets: its offsets; with ``own_adapters`` one for each prompt, a leading axis ``n``.
       items: ``n`` prompts.
       key: PRNG key; consumed. A prompt's samples depend on it and the prompt's place in ``items``.
       config: for sampling settings; samples are drawn at ``generation.temperature``.
@@ -136,7 +136,7 @@ def evaluate(
         with memory.advise("the evaluation", advice):
             out = rollouts.generate(
                 policy,
-                jax.tree.map(lambda x, rows=filled: x[rows], adapter) if own_adapters else adapter,
+                jax.tree.map(lambda x, rows=filled: x[rows], offsets) if own_adapters else offsets,
                 rollouts.pad([items[i].tokens for i in filled], length),
                 keys[filled],
                 config.generation,

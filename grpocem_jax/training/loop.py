@@ -76,12 +76,7 @@ def train(
         complete, done = _complete_summary(workdir), checkpoints.last_step(workdir)
     trackers.check(config.logging)
     policy = load_policy(
-        config.model,
-        config.adapter,
-        stop=config.generation.stop,
-        keep_special_tokens=config.generation.keep_special_tokens,
-        seed=config.seed,
-        mesh=devices.sharing(config.train.batch_size // config.grpo.group_size),
+        config, mesh=devices.sharing(config.train.batch_size // config.grpo.group_size)
     )
     _check_length(config, policy)
     if user_code.is_reference(config.train.optimizer):
@@ -154,13 +149,13 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
     train_started = time.perf_counter()
     state = run.train()
     train_seconds = time.perf_counter() - train_started
-    heldout = results.judge(policy, state.adapter, data.heldout, eval_key, config)
+    heldout = results.judge(policy, state.offsets, data.heldout, eval_key, config)
     best = run.best_adapter()
     clock.stop()
     summary = results.summarize(
         config,
         policy,
-        state.adapter,
+        state.offsets,
         run.items,
         data.bad_lines,
         heldout,
@@ -181,7 +176,7 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
     unchanged = [name for name, gain in sampled.items() if gain.gain_ci95 == (0.0, 0.0)]
     remarks = metrics.signal_lines(run.recent, config.generation.temperature, unchanged)
     try:  # saved first, and shown also where it cannot be saved
-        results.write(workdir, config, policy, state.adapter, best, heldout, summary)
+        results.write(workdir, config, policy, state.offsets, best, heldout, summary)
     finally:
         say(screens.closing(sampled, greedy, summary, config, workdir, remarks))
     named = {
@@ -425,7 +420,7 @@ class Run:
         """Mean reward of the validation prompts, NaN where all abstained; keeps the best."""
         items = self.validation_items
         rewards, _ = evaluation.evaluate(
-            self.policy, state.adapter, items, self.validation_key, self.config, greedy=False
+            self.policy, state.offsets, items, self.validation_key, self.config, greedy=False
         )
         reward = evaluation.mean_reward([item.task.name for item in items], rewards)
         if reward > (-math.inf if self.best is None else self.best["eval_reward"]):
@@ -438,7 +433,7 @@ class Run:
             return None
         stored = checkpoints.Checkpoints(self.workdir)
         try:
-            return stored.restore(self.state, self.best["step"])[0].adapter
+            return stored.restore(self.state, self.best["step"])[0].offsets
         except InputError as error:
             say(f"no best adapter: {error}", sys.stderr)
             return None
@@ -507,10 +502,15 @@ class Run:
             config.data.max_prompt_tokens,
         )
         prompts = rollouts.pad([item.tokens for item in items], length)
+        # The first keys of a step are those of its prompts.
+        weights_key, draw_key = (
+            jax.random.fold_in(jax.random.fold_in(self.key, step), len(items) + i) for i in (0, 1)
+        )
+        draw = self.policy.adapter.draw
         with memory.advise("a step's rollouts", self.rollouts_advice()):
             out = rollouts.generate(
                 self.policy,
-                state.adapter,
+                state.offsets if draw is None else draw(draw_key, state.offsets),
                 prompts,
                 jax.random.split(jax.random.fold_in(self.key, step), len(items)),
                 config.generation,
@@ -528,9 +528,7 @@ class Run:
         step_rewards = self.step_rewards(items, texts, tokens, mask, rewards)
         found = self.algorithm.advantages(rewards, step_rewards, tokens, mask)
         advantages = jnp.asarray(found)
-        # The keys before it are those of the prompts.
-        key = jax.random.fold_in(jax.random.fold_in(self.key, step), len(items))
-        weights, positions = self.algorithm.weights(key, out)
+        weights, positions = self.algorithm.weights(weights_key, out)
         batch = grpo.Batch(
             jnp.asarray(prompts.tokens),
             jnp.asarray(prompts.mask),
@@ -555,6 +553,8 @@ class Run:
                 beta=config.grpo.beta,
                 entropy=config.grpo.entropy,
                 micro_batch=size,
+                draw=draw,
+                key=None if draw is None else draw_key,
             )
             return jax.block_until_ready(updated)
 
@@ -624,7 +624,7 @@ class Run:
         if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:
             largest = float(
                 largest_log_ratio(
-                    self.policy.params, state.adapter, batch, temperature, model=self.policy.model
+                    self.policy.params, state.offsets, batch, temperature, model=self.policy.model
                 )
             )
             what = (
@@ -698,19 +698,19 @@ def shorter_completions(length: int) -> str:
 @functools.partial(jax.jit, static_argnames="model")
 def largest_log_ratio(
     params: Params,
-    adapter: Offsets,
+    offsets: Offsets,
     batch: grpo.Batch,
     temperature: float,
     *,
     model: Model,
 ) -> jax.Array:
     """Largest ``log pi_ref - log pi`` of a token of a step's completions, float32 ``[]``."""
-    zero = jax.tree.map(jnp.zeros_like, adapter)
+    zero = jax.tree.map(jnp.zeros_like, offsets)
 
     def of_prompt(row: grpo.Batch) -> jax.Array:
         inputs = (row.prompts, row.prompt_mask, row.completions, row.mask, temperature)
         reference, policy = (
-            completion_logps(model, params, offsets, *inputs)[0] for offsets in (zero, adapter)
+            completion_logps(model, params, own, *inputs)[0] for own in (zero, offsets)
         )
         return jnp.max(jnp.where(row.mask, reference - policy, -jnp.inf))
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from grpocem_jax.adapters import base as adapters
-from grpocem_jax.adapters import svf
+from grpocem_jax import adapters
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config.schema import Config
 from grpocem_jax.rollouts import engine as rollouts
@@ -45,7 +44,7 @@ class Heldout(NamedTuple):
 
 def judge(
     policy: Policy,
-    adapter: Offsets,
+    offsets: Offsets,
     items: Sequence[rollouts.Item],
     key: jax.Array,
     config: Config,
@@ -58,13 +57,13 @@ def judge(
     say("held-out reward before training", sys.stderr)
     before = evaluation.judge(policy, policy.zero, items, key, config)
     say("held-out reward after training", sys.stderr)
-    return Heldout(items, before, evaluation.judge(policy, adapter, items, key, config))
+    return Heldout(items, before, evaluation.judge(policy, offsets, items, key, config))
 
 
 def summarize(
     config: Config,
     policy: Policy,
-    adapter: Offsets,
+    offsets: Offsets,
     train_items: Sequence[rollouts.Item],
     bad_lines: Mapping[str, int],
     heldout: Heldout,
@@ -75,14 +74,14 @@ def summarize(
     Args:
       config: the run's.
       policy: what was trained.
-      adapter: the trained offsets.
+      offsets: the trained offsets.
       train_items: the training prompts.
       bad_lines: for each task, how many rows were passed over because they cannot be used.
       heldout: what was made of the held-out ones.
       course: what the run says of its course, taken as it is.
     """
     sampled, greedy = heldout.gains(config.data.tasks)
-    offsets = np.concatenate([np.ravel(x) for x in jax.tree.leaves(adapter)])
+    values = np.concatenate([np.ravel(x) for x in jax.tree.leaves(offsets)])
     pretrained, sources = policy.pretrained, config.data.sources
     counts = {
         name: {
@@ -99,8 +98,8 @@ def summarize(
         "trainable_parameters": adapters.num_params(policy.zero),
         "total_parameters": pretrained.num_params(),
         "offsets": {
-            "max_abs": float(np.abs(offsets).max()),
-            "rms": float(np.sqrt(np.mean(offsets**2))),
+            "max_abs": float(np.abs(values).max()),
+            "rms": float(np.sqrt(np.mean(values**2))),
         },
         "model": pretrained.source,
         "builtin_model": pretrained.kind == "builtin",
@@ -117,7 +116,7 @@ def write(
     workdir: Path,
     config: Config,
     policy: Policy,
-    adapter: Offsets,
+    offsets: Offsets,
     best: Offsets | None,
     heldout: Heldout,
     summary: dict[str, Any],
@@ -128,14 +127,14 @@ def write(
       workdir: the run directory.
       config: the run's.
       policy: what was trained.
-      adapter: the trained offsets.
+      offsets: the trained offsets.
       best: those of the best checkpoint, or None where checkpoints were not compared.
       heldout: as in `summarize`.
       summary: what `summarize` gave.
     """
     described = policy.adapter_config(config.adapter)
     card = screens.model_card(config, summary)
-    checkpoints.save_adapter(workdir / "adapter", adapter, described, card)
+    checkpoints.save_adapter(workdir / "adapter", offsets, described, card)
     if best is not None:
         card = screens.best_card(config, summary)
         checkpoints.save_adapter(workdir / BEST, best, described, card)
@@ -143,7 +142,7 @@ def write(
     for line in evaluation.records(*heldout):
         judged.write(line)
     judged.close()
-    spectrum = svf.singular_values(policy.params, policy.sites)
+    spectrum = adapters.singular_values(policy.params, policy.sites)
     if spectrum:
         write_safetensors(workdir / "spectrum.safetensors", spectrum)
     write_json(workdir / "summary.json", summary)

@@ -120,7 +120,7 @@ def write_run(
     settings.adapter.sites = sites
     settings.update_from_flattened_dict(changes)
     config = parse_config(settings)
-    policy = load_policy(config.model, config.adapter, seed=config.seed)
+    policy = load_policy(config)
     keys = jax.random.split(jax.random.key(1), len(policy.zero))
     offsets = {
         name: scale * jax.random.normal(key, zero.shape)

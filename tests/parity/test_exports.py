@@ -116,9 +116,9 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
-def our_logits(params, adapter, model, tokens):
+def our_logits(params, offsets, model, tokens):
     def of_row(row):
-        hidden = model.forward(params, adapter, row, np.ones(len(row), bool))
+        hidden = model.forward(params, offsets, row, np.ones(len(row), bool))
         return model.logits(params, hidden)
 
     return np.asarray(jax.vmap(of_row)(np.array(tokens)))
@@ -219,7 +219,7 @@ def test_a_lora_of_full_rank_computes_and_writes_what_the_adapted_model_does(fol
     run = adaptation.load_run(folder / "adapted-run")
     policy = run.policy
     expected = our_logits(
-        models.cast_params(policy.params, np.float32), run.adapter, policy.model, tokens
+        models.cast_params(policy.params, np.float32), run.offsets, policy.model, tokens
     )
     model = on_base(folder, "lora", peft)
     close(torch_logits(model, tokens), expected)

@@ -150,7 +150,7 @@ def test_transformers_computes_and_writes_what_we_do_from_an_export(tmp_path, ca
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.transformer.wte.weight
     tokens = np.random.default_rng(2).integers(0, model.config.vocab_size, 128)
-    hidden = run.policy.model.forward(run.policy.params, run.adapter, tokens, np.ones(128, bool))
+    hidden = run.policy.model.forward(run.policy.params, run.offsets, tokens, np.ones(128, bool))
     expected = np.asarray(run.policy.model.logits(run.policy.params, hidden))
     with torch.no_grad():
         found = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
@@ -161,7 +161,7 @@ def test_transformers_computes_and_writes_what_we_do_from_an_export(tmp_path, ca
         given = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**given, do_sample=False, max_new_tokens=24)[0]
         text = tokenizer.decode(out[given["input_ids"].shape[1] :])
-        (ours,) = adaptation.complete(run, run.adapter, [prompt])
+        (ours,) = adaptation.complete(run, run.offsets, [prompt])
         assert len(ours) > 10
         assert text == f"{ours},"
 

@@ -1,0 +1,49 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a trained change of low rank beside a frozen kernel.
+
+y = x W + (alpha / rank) (x A) B
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpocem_jax.adapters.base import Adapter, each_site
+from grpocem_jax.models.base import dense
+from grpocem_jax.utils.errors import InputError
+
+
+def lora(*, rank: int = 8, alpha: float | None = None) -> Adapter:
+    """The LoRA adapter, with ``A [in, rank]`` and ``B [rank, out]`` at every site.
+
+    ``A`` begins normal with variance ``1 / in`` and ``B`` zero, so that training begins at the base
+    model.
+
+    Args:
+      rank: of the change, at least 1.
+      alpha: numerator of the factor ``alpha / rank``; by default the rank, a factor of 1.
+
+    Raises:
+      InputError: a value outside its range.
+    """
+    if type(rank) is not int or rank < 1:
+        raise InputError(f"rank={rank!r}: must be a whole number of at least 1.")
+    scale = 1.0 if alpha is None else alpha / rank
+    if not scale > 0:
+        raise InputError(f"alpha={alpha!r}: must be above 0.")
+
+    def factor(key: jax.Array, kernel: np.ndarray) -> jax.Array:
+        del key  # nothing frozen is random
+        return jnp.asarray(kernel)
+
+    def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
+        rows, columns = kernel.shape
+        a = jax.random.normal(key, (rows, rank), jnp.float32) * rows**-0.5
+        return {"a": a, "b": jnp.zeros((rank, columns), jnp.float32)}
+
+    def apply(kernel: jax.Array, own: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return dense(kernel, x) + scale * dense(own["b"], dense(own["a"], x))
+
+    def merge(kernel: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
+        return kernel + scale * jnp.dot(own["a"], own["b"], precision="highest")
+
+    return Adapter(factor, each_site(init), apply, merge)
