@@ -21,7 +21,7 @@ def scale_and_shift(shift: bool = True) -> gj.Adapter:
     def apply(kernel, own, x):
         y = gj.dense(kernel, x)
         y = y * jnp.broadcast_to(1 + own["scale"], y.shape)
-        return y + jnp.broadcast_to(own.get("shift", 0.0), y.shape)
+        return y + jnp.broadcast_to(own["shift"], y.shape) if shift else y
 
     def merge(kernel, own):
         scaled = kernel * (1 + own["scale"])[None]

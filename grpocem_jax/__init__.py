@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 _LAZY = {
     name: module
     for module, names in {
-        "": "tasks",
         "adaptation": "Text TrainedRun adapt complete load_run log_likelihoods",
         "config.files": "load_config",
         "config.schema": "Config parse_config",
@@ -57,6 +56,7 @@ _LAZY = {
         "rollouts.engine": "encode",
         "rollouts.policy": "load_policy",
         "runs.checkpoints": "load_adapter save_adapter",
+        "tasks": "tasks",
         "training.loop": "train",
     }.items()
     for name in names.split()
@@ -127,9 +127,8 @@ __all__ = [  # noqa: RUF022
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not _LAZY[name]:
-        return importlib.import_module(f"{__name__}.{name}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_LAZY[name]}".rstrip("."))
+    return module if _LAZY[name] == name else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -197,8 +197,8 @@ def test_vmap_over_candidates_shares_the_factors(tiny):
 def test_a_custom_adapter_needs_four_functions_and_no_change_of_the_model(tiny):
     """A trained scale of each output (Liu et al. 2022, arXiv 2205.05638)."""
     scale = adapters.Adapter(
-        factor=jnp.asarray,
-        init=lambda key, kernel: {"scale": jnp.zeros(kernel.shape[1])},
+        factor=lambda key, kernel: jnp.asarray(kernel),
+        init=adapters.each_site(lambda key, kernel: {"scale": jnp.zeros(kernel.shape[1])}),
         apply=lambda kernel, o, x: models.dense(kernel, x) * (1 + o["scale"])[None],
         merge=lambda kernel, o: kernel * (1 + o["scale"])[None],
     )

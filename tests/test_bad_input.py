@@ -356,9 +356,8 @@ def test_a_closed_pipe_and_a_late_interrupt_end_without_a_traceback():
         (late, -signal.SIGINT, ""),
     ):
         # What is registered first is called last, as JAX's own.
-        code = (
-            f"import atexit, os, signal\n{main}from grpocem_jax.config import commands\ncommands.run(main)"
-        )
+        start = "from grpocem_jax.config import commands\ncommands.run(main)"
+        code = f"import atexit, os, signal\n{main}{start}"
         result = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
         )

@@ -1,4 +1,4 @@
-"""What every adapter, objective, advantage function and weight rule must keep to, ours and others'.
+"""What every adapter, objective, advantage function and weight rule must keep to.
 
 A part of one's own is tried in the same way: add it to the lists below, or call
 `grpocem_jax.grpo.check_objective` and its like.
@@ -91,7 +91,7 @@ def test_an_adapter_keeps_to_its_interface(name):
     [
         ({"init": lambda key, factors: {}}, "init returned no offsets"),
         (
-            {"init": adapters.each_site(lambda key, kernel: jnp.ones(()))},
+            {"init": lambda key, factors: {"shared": jnp.ones(())}},
             "of init, where it is the",
         ),
         ({"apply": lambda kernel, own, x: 2 * (x @ kernel)}, "of zero|of init"),
@@ -99,7 +99,7 @@ def test_an_adapter_keeps_to_its_interface(name):
         (
             {
                 "apply": lambda kernel, own, x: (
-                    (1 + own).astype(kernel.dtype) * (x.astype(kernel.dtype) @ kernel)
+                    (1.0 + own).astype(kernel.dtype) * (x.astype(kernel.dtype) @ kernel)
                 )
             },
             "returned bfloat16",

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import grpocem_jax as gj
-from examples import custom_adapter, variants
+from examples import variants
 from examples.own_task import rewards
 from examples.stories import rewards as stories
-from grpocem_jax import adaptation, adapters
-from tests.conftest import ROOT, SITES
+from grpocem_jax import adaptation
+from tests.conftest import ROOT
 from tests.test_adaptation import get_config, tiny_policy, write_run
 
 
@@ -99,37 +99,9 @@ def test_the_stories_train_on_a_real_model(shared, in_root, tmp_path):
     assert set(summary["heldout"]) == {"stories", "overall"}
 
 
-def test_lora_is_an_adapter_whose_zeros_are_the_base_model(tiny):
-    method = custom_adapter.lora(rank=3)
-    sites = adapters.select_sites(tiny.base.sites, SITES)
-    params = adapters.factor_params(method, tiny.params, sites)
-    offsets = adapters.init_adapter(method, jax.random.key(0), params, sites)
-    x = jax.random.normal(jax.random.key(1), (5, 40))
-    kernel = params["h_0"]["attn_c_proj"]["kernel"]
-    site = "h.0.attn.c_proj"
-    assert jax.tree.map(jnp.shape, offsets[site]) == {"a": (40, 3), "b": (3, 40)}
-    for own in (offsets[site], jax.tree.map(jnp.zeros_like, offsets[site])):
-        np.testing.assert_array_equal(method.apply(kernel, own, x), x @ kernel)
-    own = jax.tree.map(lambda leaf: leaf + 0.1, offsets[site])
-    merged = method.merge(kernel, own)
-    np.testing.assert_allclose(method.apply(kernel, own, x), x @ merged, atol=1e-5)
-    assert not np.allclose(merged, kernel)
-
-
-def test_products_of_lora_take_bfloat16_and_accumulate_in_float32():
-    method = custom_adapter.lora()
-    kernel = jnp.ones((600, 3), jnp.bfloat16)
-    own = jax.tree.map(jnp.zeros_like, method.init(jax.random.key(0), kernel))
-    # bfloat16 has 8 bits: it drops the 2**-10 of x, and would make 600 of a sum of 601.
-    x = jnp.full((1, 600), 1 + 2**-10).at[0, 0].set(2.0)
-    y = method.apply(kernel, own, x)
-    assert y.dtype == jnp.float32
-    np.testing.assert_array_equal(y, 601.0)
-
-
 def test_an_adapter_object_reaches_adapt_and_complete():
     config = gj.parse_config(gj.load_config("tiny"))
-    method = custom_adapter.lora(rank=1)
+    method = gj.lora(rank=1)
     policy = gj.load_policy(config, adapter=method)
     assert policy.adapter is method
     assert jax.tree.map(jnp.shape, policy.zero["h.0.attn.c_proj"]) == {"a": (128, 1), "b": (1, 128)}
@@ -140,18 +112,18 @@ def test_an_adapter_object_reaches_adapt_and_complete():
     assert found.fitness_after > found.fitness_before
     assert isinstance(gj.complete(run, found.offsets, [prompt])[0], str)
     # The function that makes one in place of the adapter.
-    with pytest.raises(gj.InputError, match=r"^method: is function; give a grpocem_jax.Adapter"):
-        gj.load_policy(config, adapter=custom_adapter.lora)
+    with pytest.raises(gj.InputError, match=r"^adapter: is function; give a grpocem_jax.Adapter"):
+        gj.load_policy(config, adapter=gj.lora)
 
 
 def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
     settings = short(gj.load_config("tiny"), tasks=("sentiment",))
-    settings.adapter.type = "examples.custom_adapter:lora"
+    settings.adapter.type = "examples.custom_adapter:scale_and_shift"
     settings.cem.fitness = "examples.custom_fitness:worst_token"
     settings.cem.generations, settings.cem.population_size = 2, 10
     settings.cem.gate = False
     summary = gj.train(settings, tmp_path / "run")
-    assert summary["trainable_parameters"] == 4 * (128 * 2 + 2 * 128)
+    assert summary["trainable_parameters"] == 4 * 2 * 128
     run = gj.load_run(tmp_path / "run")
     text = gj.Text("Review: The soup was cold.")
     found = gj.adapt(run, text)

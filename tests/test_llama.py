@@ -163,7 +163,7 @@ def test_sites_have_the_names_of_the_checkpoint_without_its_prefix(biased):
 
 
 def test_all_seven_maps_take_an_adapter_which_has_a_gradient_and_merges(biased):
-    method, plain = biased.method, biased.base
+    method, plain = biased.adapter, biased.base
     sites = adapters.select_sites(plain.sites, SITES)
     assert len(sites) == 14
     params = adapters.factor_params(method, biased.params, sites)

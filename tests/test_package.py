@@ -108,7 +108,7 @@ def test_an_installed_wheel_runs_by_a_configs_name(built, tmp_path):
     subprocess.run([sys.executable, "-m", "zipfile", "-e", built[0], tmp_path / "site"], check=True)
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1));"
-        "from grpocem_jax import cli, config_files;"
+        "from grpocem_jax import cli; from grpocem_jax.config import files as config_files;"
         "assert 'site' in str(config_files.config_folder());"
         "cli.train()"
     )

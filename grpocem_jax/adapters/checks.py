@@ -72,8 +72,8 @@ def check_adapter(adapter: Adapter) -> None:
             )
         with calling("merge"):
             merged = adapter.merge(factors, adapter.view(moved)[name])
-        whole, bias = merged if isinstance(merged, tuple) else (merged, 0.0)
-        _equal(x @ whole + bias, alone[1], "beside x @ merge(factors, offsets)")
+        whole, bias = merged if isinstance(merged, tuple) else (merged, np.zeros(kernel.shape[1]))
+        _equal(x @ whole + bias[None], alone[1], "beside x @ merge(factors, offsets)")
     if adapter.draw is not None:
         with calling("draw"):
             drawn = jax.eval_shape(adapter.draw, jax.random.key(0), start)
