@@ -24,7 +24,7 @@ from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.builtin import data, foreign
-from grpocem_jax.config.schema import CEMConfig, parse_config
+from grpocem_jax.config import SearchConfig, parse_config
 from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.training.data import load_data
@@ -65,14 +65,14 @@ class Study:
             lambda name: adaptation.make_space(run.policy, run.offsets, self.settings(name))
         )
 
-    def settings(self, space: str = "full", **changes: Any) -> CEMConfig:
+    def settings(self, space: str = "full", **changes: Any) -> SearchConfig:
         """The default of configs/tiny.py in a space, with z = 1 in the gate, and with changes."""
         return dataclasses.replace(
-            self.run.config.cem, **{"gate_z": 1.0, **SPACES[space], **changes}
+            self.run.config.search, **{"gate_z": 1.0, **SPACES[space], **changes}
         )
 
     def adapt(
-        self, texts: str | Sequence[Text], seed: int, settings: CEMConfig, space: str = "full"
+        self, texts: str | Sequence[Text], seed: int, settings: SearchConfig, space: str = "full"
     ) -> Adaptation:
         """`adaptation.adapt` in a named space."""
         key = jax.random.key(seed)
@@ -93,7 +93,7 @@ class Study:
             jax.random.key(99),
             self.run.config.generation,
             num_samples=samples,
-            buckets=self.run.config.cem.buckets,
+            buckets=self.run.config.search.buckets,
         )
         return float(np.nanmean(rewards))
 
@@ -209,7 +209,7 @@ def fewshot(study: Study) -> dict[str, Any]:
 def _task_rows(
     study: Study,
     spaces: dict[str, dict[str, dict[str, Any]]],
-    adapt: Callable[[Sequence[rollouts.Item], int, CEMConfig, str], Adaptation],
+    adapt: Callable[[Sequence[rollouts.Item], int, SearchConfig, str], Adaptation],
     **common: Any,
 ) -> list[dict[str, Any]]:
     """Every task, space, method and seed, judged on 24 held-out prompts of the task.

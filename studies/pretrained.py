@@ -26,8 +26,8 @@ import numpy as np
 
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.config import SearchConfig, parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import CEMConfig, parse_config
 from grpocem_jax.models.tokenizer import continuing, load_tokenizer
 from grpocem_jax.rollouts.policy import load_policy
 from studies import common
@@ -68,7 +68,7 @@ class Study:
         config = load_config("llama")
         config.model.source = str(model)
         config.data.max_prompt_tokens = 128
-        config.cem.buckets = (16, 32, 48, 64, 112)
+        config.search.buckets = (16, 32, 48, 64, 112)
         self.runs = {}
         for name, sites in SITES.items():
             config.adapter.sites = sites
@@ -80,9 +80,9 @@ class Study:
             for kind, (folder, text) in KINDS.items()
         }
 
-    def settings(self, **changes: Any) -> CEMConfig:
+    def settings(self, **changes: Any) -> SearchConfig:
         """The settings of configs/llama.py without a gate, with changes."""
-        settings = self.runs["one"].config.cem
+        settings = self.runs["one"].config.search
         return dataclasses.replace(settings, **{"gate": False, **changes})
 
     def adapt(

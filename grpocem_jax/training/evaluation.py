@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config.schema import Config
+from grpocem_jax.config import Config
 from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.utils import memory
