@@ -36,7 +36,7 @@ from grpocem_jax.utils.errors import InputError
 if TYPE_CHECKING:
     from grpocem_jax import tasks
     from grpocem_jax.adaptation import Text, TrainedRun, adapt, complete, load_run, log_likelihoods
-    from grpocem_jax.config.files import load_config
+    from grpocem_jax.config import Config, load_config, parse_config
     from grpocem_jax.export.model import export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
     from grpocem_jax.rollouts.engine import encode

@@ -207,7 +207,7 @@ def test_a_task_of_ones_own_that_lacks_something_is_refused(section, name, fragm
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"adapter.type": "lora"}, ["adapter.type='lora'", "'svf'", "package.module:function"]),
+        ({"adapter.type": "dora"}, ["adapter.type='dora'", "'svf'", "package.module:function"]),
         ({"adapter.type": "mine_for_tests:gone"}, ["config.adapter.type", "no function gone"]),
         ({"search.fitness": "likelyhood"}, ["search.fitness='likelyhood'"]),
         ({"search.fitness": "mine_for_tests:gone"}, ["config.search.fitness", "no function gone"]),
