@@ -50,9 +50,9 @@ experts: $(VENV)/.installed
 	rm -rf grpocem_jax/builtin/experts
 	cp -r runs/experts/library grpocem_jax/builtin/experts
 
-# Makes the figures of docs/adaptation.md again.
+# Makes the figures of studies/adaptation.md again.
 study: $(VENV)/.installed
-	$(VENV)/bin/python -m studies.adaptation --doc docs/adaptation.md
+	$(VENV)/bin/python -m studies.adaptation --doc studies/adaptation.md
 
 # Writes docs/config.md again.
 docs: $(VENV)/.installed

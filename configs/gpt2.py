@@ -123,7 +123,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
         config.train.epochs = 1
         config.train.learning_rate = 1e-2
         config.train.warmup_steps = 10
-        # docs/adaptation.md, also on a real model: a smaller first spread loses less, and the gate
+        # studies/adaptation.md, also on a real model: a smaller first spread loses less, and the gate
         # turns harm away.
         config.cem.noise_std = 0.1
         config.search.gate = True

@@ -1,9 +1,9 @@
-"""The evidence behind docs/adaptation.md, on the built-in model.
+"""The evidence behind studies/adaptation.md, on the built-in model.
 
-    python -m studies.adaptation [--parts prompts,tasks,...] [--seeds 5] [--doc docs/adaptation.md]
+    python -m studies.adaptation [--parts prompts,tasks,...] [--seeds 5] [--doc studies/adaptation.md]
 
 runs the parts (about 45 minutes in all on 2 CPU cores), keeps the figures of each in
-``docs/adaptation.json``, and writes the tables of all parts at hand into the document, between
+``studies/adaptation.json``, and writes the tables of all parts at hand into the document, between
 its markers.  ``--parts=`` only writes the tables again.
 
 Everything starts from the zero adapter, the pretrained model.  What judges (text or prompts) is
@@ -29,7 +29,7 @@ from grpocem_jax.training.data import load_data
 from studies import common
 from studies.common import interval, mean_ci, prompt_table, say, searching, table
 
-RESULTS = Path("docs/adaptation.json")
+RESULTS = Path("studies/adaptation.json")
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
 SPACES: dict[str, dict[str, Any]] = {
     "full": {"space": "full", "population_size": 50, "generations": 10},
@@ -439,7 +439,7 @@ PARTS = {f.__name__: f for f in (prompts, gate, fewshot, tasks, rewards, options
 def main() -> None:
     """Reads the flags, runs the parts and writes the tables."""
     common.run(
-        "The evidence behind docs/adaptation.md.",
+        "The evidence behind studies/adaptation.md.",
         PARTS,
         tables,
         lambda args: Study(load(), args.seeds),

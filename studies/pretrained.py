@@ -1,12 +1,12 @@
-"""The evidence on a real pretrained model, behind docs/adaptation.md.
+"""The evidence on a real pretrained model, behind studies/adaptation.md.
 
-    python -m studies.pretrained --model FOLDER --texts FOLDER --doc docs/adaptation.md
+    python -m studies.pretrained --model FOLDER --texts FOLDER --doc studies/adaptation.md
 
 The model is a Llama trained on stories, such as raincandy-u/TinyStories-656K; the folder of texts
 holds ``NAME/train.jsonl`` for each of `KINDS`.  Stories are familiar to the model, all else is
 foreign.  Each search starts from the model itself, and what judges is never part of it.  Intervals
 are 1.96 standard errors over prompts or over draws of passages.  The figures are kept in
-``docs/pretrained.json``, the plot in ``docs/pretrained.png``; ``--parts=`` only writes the tables
+``studies/pretrained.json``, the plot in ``studies/pretrained.png``; ``--parts=`` only writes the tables
 and the plot again.
 """
 
@@ -32,8 +32,8 @@ from grpocem_jax.rollouts.policy import load_policy
 from studies import common
 from studies.common import interval, mean_ci, prompt_table, say, searching, table
 
-RESULTS = Path("docs/pretrained.json")
-PLOT = Path("docs/pretrained.png")
+RESULTS = Path("studies/pretrained.json")
+PLOT = Path("studies/pretrained.png")
 KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "stories": ("tinystories", lambda row: row["text"]),
     "mathematics": ("svamp", lambda row: f"{row['Body'].rstrip('. ')}. {row['Question']}"),
@@ -326,7 +326,7 @@ PARTS = {f.__name__: f for f in (prompts, settings, support, spent)}
 def main() -> None:
     """Reads the flags, runs the parts and writes the tables."""
     common.run(
-        "Adaptation of a real pretrained model, behind docs/adaptation.md.",
+        "Adaptation of a real pretrained model, behind studies/adaptation.md.",
         PARTS,
         tables,
         lambda args: Study(args.model, args.texts, args.seeds),

@@ -5,7 +5,7 @@
 trains ``examples/stories`` with seeds 0, 1 and 2 on a model that tells stories, such as
 raincandy-u/TinyStories-656K.  FILE has real stories in lines of JSON with ``text``: what training
 costs is the fall of their likelihood.  About ten minutes on 2 CPU cores.  The figures are kept in
-``docs/stories.json``; ``--parts=`` only writes the tables again.
+``studies/stories.json``; ``--parts=`` only writes the tables again.
 """
 
 import json
@@ -23,7 +23,7 @@ from grpocem_jax.training import loop as training
 from studies import common
 from studies.common import interval, mean_ci, say, table
 
-RESULTS = Path("docs/stories.json")
+RESULTS = Path("studies/stories.json")
 STORIES, WORDS = 200, 120
 """Real stories, and how many words of each are scored."""
 SHOWN = 3

@@ -16,15 +16,19 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ("study", "name"),
-    [(adaptation, "adaptation.md"), (pretrained, "adaptation.md"), (stories, "reproduction.md")],
+    [
+        (adaptation, "studies/adaptation.md"),
+        (pretrained, "studies/adaptation.md"),
+        (stories, "docs/reproduction.md"),
+    ],
 )
 def test_the_document_shows_the_figures_that_are_kept(study, name, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "plot", lambda *_: None)
     results = json.loads((ROOT / study.RESULTS).read_text())
     assert set(results) == set(study.PARTS)
-    doc = Path(shutil.copy(ROOT / "docs" / name, tmp_path))
+    doc = Path(shutil.copy(ROOT / name, tmp_path))
     common.write(doc, study.tables(results))
-    assert doc.read_text() == (ROOT / "docs" / name).read_text()
+    assert doc.read_text() == (ROOT / name).read_text()
 
 
 def test_a_real_model_is_adapted_to_passages_and_judged_by_others(shared):

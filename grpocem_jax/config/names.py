@@ -68,7 +68,7 @@ def check_removed(path: str, value: Any) -> None:
     if value != REMOVED[path]:
         raise InputError(
             f"config.{path}={value!r}: this setting was removed, as it was measured to bring "
-            "nothing (docs/adaptation.md); leave it out, or start from a config without it."
+            "nothing (studies/adaptation.md); leave it out, or start from a config without it."
         )
 
 

@@ -1,7 +1,7 @@
 """The gate: which of the points that a search went through is returned, or the start.
 
 What fits a text need not help with the next one: on text like its training text a model adapted to
-a prompt does worse on the continuation (docs/adaptation.md).  So the search holds back a part of
+a prompt does worse on the continuation (studies/adaptation.md).  So the search holds back a part of
 its own text and follows its mean on it, at 1/4, 1/2 and 1 of the way from the start.  The result is
 the point with the largest lower confidence bound of the held-back gain,
 
