@@ -123,8 +123,8 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
         config.train.epochs = 1
         config.train.learning_rate = 1e-2
         config.train.warmup_steps = 10
-        # studies/adaptation.md, also on a real model: a smaller first spread loses less, and the gate
-        # turns harm away.
+        # studies/adaptation.md, also on a real model: a smaller first spread loses less, and the
+        # gate turns harm away.
         config.cem.noise_std = 0.1
         config.search.gate = True
     return config

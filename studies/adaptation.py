@@ -1,6 +1,6 @@
 """The evidence behind studies/adaptation.md, on the built-in model.
 
-    python -m studies.adaptation [--parts prompts,tasks,...] [--seeds 5] [--doc studies/adaptation.md]
+    python -m studies.adaptation [--parts prompts,...] [--seeds 5] [--doc studies/adaptation.md]
 
 runs the parts (about 45 minutes in all on 2 CPU cores), keeps the figures of each in
 ``studies/adaptation.json``, and writes the tables of all parts at hand into the document, between

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grpocem_jax.models import conversion, gpt2, llama
+from grpocem_jax.models import conversion, gguf, gpt2, llama
 from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
 from grpocem_jax.models.tokenizer import fitting_tokenizer, write_tokenizer
 from grpocem_jax.utils.errors import InputError
@@ -71,13 +71,14 @@ class Pretrained:
 
     Attributes:
       source: what was asked for.
-      kind: "hub", "folder", "builtin" or "random".
+      kind: "hub", "folder", "gguf", "builtin" or "random".
       architecture: the module of `grpocem_jax.models` that serves it.
       config: that module's config record.
       params: nested dict of float32 arrays on the host.
       tokenizer: a transformers tokenizer; None for random weights of a named shape.
       end_ids: token ids that end a text.
-      folder: where its files lie; None for random weights of a named shape.
+      folder: where its files lie, of a GGUF file config and tokenizer only; None for random weights
+        of a named shape.
       dtypes: of the tensors in its files, by the names that transformers writes; empty for random
         weights.
     """
@@ -114,8 +115,9 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
     """Loads a model.
 
     Args:
-      source: a Hub id (``openai-community/gpt2``), a local folder, ``builtin``, or ``random:SHAPE``
-        with SHAPE one of `SHAPES` or a folder with a config.json (and a tokenizer).
+      source: a Hub id (``openai-community/gpt2``), a local folder, a GGUF file (``MODEL.gguf``),
+        ``builtin``, or ``random:SHAPE`` with SHAPE one of `SHAPES` or a folder with a config.json
+        (and a tokenizer).
       seed: of the weights of ``random:SHAPE``.
 
     Raises:
@@ -126,9 +128,16 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
         init = outline.architecture.init_params
         params = jax.device_get(init(jax.random.key(seed), outline.config))
         return dataclasses.replace(outline, params=params)
-    kind, folder = _resolve(source)
-    architecture, config, fields = _read_config(folder)
-    state, path = _read_state(folder)
+    if source.endswith(gguf.SUFFIX):
+        path = expand(source, "model.source")
+        if not is_file(path):
+            raise InputError(f"model.source={source!r}: there is no such file; correct the path.")
+        kind, (folder, state) = "gguf", gguf.read(path)
+        architecture, config, fields = _read_config(folder)
+    else:
+        kind, folder = _resolve(source)
+        architecture, config, fields = _read_config(folder)
+        state, path = _read_state(folder)
     params = architecture.params_from_state(state, config, str(path))
     stated = _end_ids(folder, fields)
     tokenizer = fitting_tokenizer(folder, config.vocab_size)

@@ -23,6 +23,7 @@ def setting(config: Config, policy: Policy) -> list[str]:
         "builtin": "the built-in tiny model",
         "random": f"{pretrained.source}: RANDOM WEIGHTS, for plumbing and benchmarks only",
         "folder": f"folder {pretrained.source}",
+        "gguf": f"file {pretrained.source}",
         "hub": f"{pretrained.source} from the Hub",
     }[pretrained.kind]
     return [
