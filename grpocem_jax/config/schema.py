@@ -43,7 +43,7 @@ class ModelConfig:
     """The frozen base model."""
 
     source: str = setting(
-        "Hub id, local folder, `builtin`, or `random:SHAPE` for random weights.",
+        "Hub id, local folder, GGUF file, `builtin`, or `random:SHAPE` for random weights.",
         NOT_EMPTY,
         default="openai-community/gpt2",
         alters="nothing",

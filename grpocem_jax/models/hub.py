@@ -1,4 +1,4 @@
-"""Loads and saves Hugging Face checkpoints: Hub id, local folder, built-in, or random weights."""
+"""Loads and saves checkpoints: Hub id, folder, GGUF file, built-in, or random weights."""
 
 import dataclasses
 import functools
