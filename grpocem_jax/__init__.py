@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from grpocem_jax.config.schema import Config, parse_config
     from grpocem_jax.export.model import export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
-    from grpocem_jax.rollouts.engine import encode
     from grpocem_jax.rollouts.policy import load_policy
+    from grpocem_jax.rollouts.prompts import encode
     from grpocem_jax.runs.checkpoints import load_adapter, save_adapter
     from grpocem_jax.training.loop import train
 
@@ -53,7 +53,7 @@ _LAZY = {
         "config.schema": "Config parse_config",
         "export.model": "export_model",
         "models.hub": "Pretrained load_model save_model",
-        "rollouts.engine": "encode",
+        "rollouts.prompts": "encode",
         "rollouts.policy": "load_policy",
         "runs.checkpoints": "load_adapter save_adapter",
         "tasks": "tasks",

@@ -20,12 +20,11 @@ import jax
 import numpy as np
 
 from configs import tiny
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.builtin import data, foreign
 from grpocem_jax.config.schema import CEMConfig, parse_config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.training.data import load_data
 from studies import common

@@ -11,14 +11,13 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text
 from grpocem_jax.config.files import load_config
 from grpocem_jax.config.schema import parse_config
 from grpocem_jax.models import hub
 from grpocem_jax.models import llama as llama_model
 from grpocem_jax.models.tokenizer import _BYTES, continuing, decode, load_tokenizer, stop_table
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.utils.errors import InputError
 

@@ -15,10 +15,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from grpocem_jax import adaptation, report
+from grpocem_jax import adaptation, report, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun, screens, tables
 from grpocem_jax.config.schema import CEMConfig
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.runs.screens import unit
 from grpocem_jax.search.loop import History
