@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import rollouts
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.tasks import TASKS, Example, Reward
+from grpocem_jax.utils.errors import InputError
 from tests.test_adaptation import cheap_programs, random_offsets, tiny_policy
 
 # Of four lengths, so that padding differs from row to row.
@@ -194,3 +195,13 @@ def test_batches_hold_each_prompt_once_by_length_and_are_filled_with_the_first(s
     for rows, filled in batches:
         assert filled.tolist() == rows + rows[:1] * (size - len(rows))
     assert all(len(rows) == size for rows, _ in batches[:-1])
+
+
+def test_a_prompt_that_cannot_be_completed_is_refused_before_the_others_are(monkeypatch, policy):
+    def generated(*args, **options):
+        raise AssertionError("generated")
+
+    monkeypatch.setattr(rollouts.engine, "generate", generated)
+    run = adaptation.TrainedRun(tiny_policy()[1], policy, policy.zero)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        adaptation.complete(run, policy.zero, ["The film", " "])

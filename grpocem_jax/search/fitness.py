@@ -103,7 +103,7 @@ class Likelihood:
     def scores(
         self, offsets: AdapterParams, batch: Texts, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-likelihood of each token, for `grpocem_jax.searching`.
+        """Log-likelihood of each token, for `grpocem_jax.search`.
 
         Args:
           offsets: offsets.
