@@ -15,7 +15,7 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import common
-from grpocem_jax.config import commands
+from grpocem_jax.config import commands, make_method
 from grpocem_jax.search import fitness
 from grpocem_jax.utils.errors import InputError
 
@@ -24,8 +24,10 @@ def problem(subject: common.Subject, tokens: np.ndarray) -> tuple[fitness.Texts,
     """The text to score and how many candidates at a time."""
     everywhere = jnp.ones((1, len(tokens)), bool)
     texts = fitness.Texts(jnp.asarray(tokens)[None], everywhere, everywhere)
-    settings = subject.config.cem
-    chunk = settings.population_chunk or fitness.population_chunk(settings.population_size, texts)
+    settings = subject.config.search
+    chunk = settings.population_chunk or fitness.population_chunk(
+        subject.config.cem.population_size, texts
+    )
     return texts, chunk
 
 
@@ -51,7 +53,7 @@ def generation(subject: common.Subject, tokens: np.ndarray) -> tuple[Any, Any]:
 
     def run() -> gj.search.SearchResult:
         return gj.maximize(
-            subject.config.cem.search_method,
+            make_method(subject.config),
             score,
             gj.full_space(attached.zero),
             texts,
@@ -69,9 +71,9 @@ def measure(
     """Runs the benchmark; returns the text to show and the JSON record."""
     subject = common.load(settings)
     config, population = subject.config, subject.config.cem.population_size
-    if config.cem.method != "cem":
+    if config.search.method != "cem":
         raise InputError(
-            f"config.cem.method={config.cem.method!r}: this measures CEM; set it to 'cem'."
+            f"config.search.method={config.search.method!r}: this measures CEM; set it to 'cem'."
         )
     if length > subject.attached.model.context_length:
         raise InputError(

@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 
 from grpocem_jax import adapters
-from grpocem_jax.config import commands
-from grpocem_jax.config.schema import Config, parse_config
+from grpocem_jax.config import Config, commands, parse_config
 from grpocem_jax.models import base, hub
 from grpocem_jax.rollouts.policy import attach
 from grpocem_jax.runs import metrics

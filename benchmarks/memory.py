@@ -19,7 +19,7 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import cem, common, decode, grpo, ppo
-from grpocem_jax.config import commands
+from grpocem_jax.config import commands, make_method
 from grpocem_jax.grpo import init_state
 from grpocem_jax.models import sampling
 from grpocem_jax.search import fitness
@@ -76,7 +76,7 @@ def ppo_bytes(
 
 def cem_bytes(subject: common.Subject, length: int) -> int:
     """Peak of a CEM generation on a text of ``length`` tokens, from shapes alone."""
-    attached, method = subject.attached, subject.config.cem.search_method
+    attached, method = subject.attached, make_method(subject.config)
     texts, chunk = cem.problem(subject, common.random_tokens(subject, length))
     space = gj.full_space(attached.zero)
 

@@ -19,6 +19,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.max_prompt_tokens = 192
     config.generation.prompt_buckets = (64, 128)
     config.generation.max_new_tokens = 48
-    config.cem.buckets = (16, 32, 64, 128, 256)
-    config.cem.experts = ""  # those in the package are of the built-in model
+    config.search.buckets = (16, 32, 64, 128, 256)
+    config.search.experts = ""  # those in the package are of the built-in model
     return config

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpocem_jax.config import Config, parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import Config, parse_config
 
 TARGET = Path(__file__).with_name("config.md")
 CONFIGS = ("tiny", "gpt2", "gpt2:tuned")
@@ -27,7 +27,7 @@ or `llama` (a Llama, Qwen2 or Mistral on the built-in data). Every field is a fl
 the config file has it or not, and all are checked before any work starts:
 
     python train.py --config configs/tiny.py --config.train.learning_rate=1e-2 \\
-        --config.data.tasks="('qa','sentiment')" --config.cem.gate=False
+        --config.data.tasks="('qa','sentiment')" --config.search.gate=False
 
 The last columns of a table are the values in the first three configs; `llama` is `tiny` with
 another model and its sites, and more room for prompts.

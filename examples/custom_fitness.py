@@ -1,7 +1,7 @@
 """A fitness of one's own: the likelihood of the text's worst token instead of the mean.
 
     python adapt.py --workdir runs/TRAINED --prompt "..." \\
-        --config.cem.fitness=examples.custom_fitness:worst_token
+        --config.search.fitness=examples.custom_fitness:worst_token
 """
 
 import jax

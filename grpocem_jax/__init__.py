@@ -36,8 +36,7 @@ from grpocem_jax.utils.errors import InputError
 if TYPE_CHECKING:
     from grpocem_jax import tasks
     from grpocem_jax.adaptation import Text, TrainedRun, adapt, complete, load_run, log_likelihoods
-    from grpocem_jax.config.files import load_config
-    from grpocem_jax.config.schema import Config, parse_config
+    from grpocem_jax.config import Config, load_config, parse_config
     from grpocem_jax.export.model import export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
     from grpocem_jax.rollouts.policy import load_policy
@@ -49,8 +48,7 @@ _LAZY = {
     name: module
     for module, names in {
         "adaptation": "Text TrainedRun adapt complete load_run log_likelihoods",
-        "config.files": "load_config",
-        "config.schema": "Config parse_config",
+        "config": "Config load_config parse_config",
         "export.model": "export_model",
         "models.hub": "Pretrained load_model save_model",
         "rollouts.prompts": "encode",

@@ -40,13 +40,14 @@ def adapt() -> None:
         "examples",
         None,
         "File of examples, adapted to together before the prompts are completed: .txt (one a "
-        "line), or .jsonl with text, with prompt and completion, or with the columns of cem.task.",
+        "line), or .jsonl with text, with prompt and completion, or with the columns of "
+        "search.task.",
     )
     heldout = flags.DEFINE_string(
         "heldout",
         None,
         "File of texts that only judge, in the forms of --examples: likelihood before and after, "
-        "and with cem.fitness=reward their reward.",
+        "and with search.fitness=reward their reward.",
     )
     evaluate = flags.DEFINE_bool("evaluate", False, "The report's tables on held-out prompts.")
     save = flags.DEFINE_string(

@@ -5,7 +5,7 @@
 trains one adapter on each task of the config and one on each of three mixtures: all tasks, those
 with labels, and those without.  The report speaks of eight experts and does not define them; this
 is our reading.  ``WORKDIR/runs/NAME`` are ordinary run directories; ``WORKDIR/library`` is what
-``cem.experts`` takes (`checkpoints.load_library`).
+``search.experts`` takes (`checkpoints.load_library`).
 """
 
 import sys
@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 
 from grpocem_jax import grpo
-from grpocem_jax.config import commands
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import commands, parse_config
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.tasks import Task

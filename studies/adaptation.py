@@ -10,7 +10,6 @@ Everything starts from the zero adapter, the pretrained model.  What judges (tex
 never part of a search.  Intervals are 1.96 standard errors over the units named in a table.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,16 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import tiny
 from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.builtin import data, foreign
-from grpocem_jax.config.schema import CEMConfig, parse_config
+from grpocem_jax.config import Config, load_config, parse_config
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.training.data import load_data
 from studies import common
-from studies.common import interval, mean_ci, prompt_table, say, table
+from studies.common import interval, mean_ci, prompt_table, say, searching, table
 
 RESULTS = Path("docs/adaptation.json")
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
@@ -48,7 +46,7 @@ SPACES: dict[str, dict[str, Any]] = {
 
 def load() -> TrainedRun:
     """The built-in model with a zero adapter and the settings of configs/tiny.py."""
-    config = parse_config(tiny.get_config())
+    config = parse_config(load_config("tiny"))
     policy = load_policy(config)
     return TrainedRun(config, policy, policy.zero)
 
@@ -61,23 +59,20 @@ class Study:
         data = load_data(run.config, run.policy)
         self.train, self.heldout = data.train, data.heldout
         self.space = functools.cache(
-            lambda name: adaptation.make_space(run.policy, run.offsets, self.settings(name))
+            lambda name: adaptation.make_space(run.policy, run.offsets, self.settings(name).search)
         )
 
-    def settings(self, space: str = "full", **changes: Any) -> CEMConfig:
+    def settings(self, space: str = "full", **changes: Any) -> Config:
         """The default of configs/tiny.py in a space, with z = 1 in the gate, and with changes."""
-        return dataclasses.replace(
-            self.run.config.cem, **{"gate_z": 1.0, **SPACES[space], **changes}
-        )
+        return searching(self.run.config, **{"gate_z": 1.0, **SPACES[space], **changes})
 
     def adapt(
-        self, texts: str | Sequence[Text], seed: int, settings: CEMConfig, space: str = "full"
+        self, texts: str | Sequence[Text], seed: int, settings: Config, space: str = "full"
     ) -> Adaptation:
         """`adaptation.adapt` in a named space."""
         key = jax.random.key(seed)
-        return adaptation.adapt(
-            self.run, texts, key=key, settings=settings, space=self.space(space)
-        )
+        run = self.run._replace(config=settings)
+        return adaptation.adapt(run, texts, key=key, space=self.space(space))
 
     def likelihood(self, offsets: Offsets, texts: Sequence[Text]) -> float:
         """Mean over texts of the log-likelihood per token, nats."""
@@ -92,7 +87,7 @@ class Study:
             jax.random.key(99),
             self.run.config.generation,
             num_samples=samples,
-            buckets=self.run.config.cem.buckets,
+            buckets=self.run.config.search.buckets,
         )
         return float(np.nanmean(rewards))
 
@@ -208,7 +203,7 @@ def fewshot(study: Study) -> dict[str, Any]:
 def _task_rows(
     study: Study,
     spaces: dict[str, dict[str, dict[str, Any]]],
-    adapt: Callable[[Sequence[rollouts.Item], int, CEMConfig, str], Adaptation],
+    adapt: Callable[[Sequence[rollouts.Item], int, Config, str], Adaptation],
     **common: Any,
 ) -> list[dict[str, Any]]:
     """Every task, space, method and seed, judged on 24 held-out prompts of the task.
@@ -233,10 +228,10 @@ def _task_rows(
                     settings = study.settings(space, **{**common, **changes})
                     found = adapt(examples, seed, settings, space)
                     assert found.search is not None
-                    if settings.gate:
-                        gated = f"{name}, gate at z = {settings.gate_z:g}"
+                    if settings.search.gate:
+                        gated = f"{name}, gate at z = {settings.search.gate_z:g}"
                         results.setdefault(gated, []).append(judge(found.offsets))
-                    if settings.gate_z:
+                    if settings.search.gate_z:
                         results.setdefault(name, []).append(judge(found.search.final))
             random = np.array(results["random search"])
             for name, values in results.items():
@@ -266,11 +261,11 @@ def tasks(study: Study) -> dict[str, Any]:
     """Eight examples of a task by likelihood of their answers, two of them for the gate."""
 
     def adapt(items, seed, settings, space):
-        settings = dataclasses.replace(settings, noise_std=SPREAD[space])
-        if settings.method == "gradient":
+        settings = searching(settings, noise_std=SPREAD[space])
+        if settings.search.method == "gradient":
             # A step costs about three forwards.
-            steps = settings.population_size * settings.generations // 3
-            settings = dataclasses.replace(settings, generations=steps)
+            steps = settings.cem.population_size * settings.search.generations // 3
+            settings = searching(settings, generations=steps)
         return study.adapt(demonstrations(items, "train"), seed, settings, space)
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
@@ -288,12 +283,11 @@ def rewards(study: Study) -> dict[str, Any]:
     """Eight prompts of a task by the reward of completions."""
 
     def adapt(items, seed, settings, space):
-        settings = dataclasses.replace(settings, noise_std=SPREAD[space])
+        settings = searching(settings, noise_std=SPREAD[space])
         return adaptation.adapt(
-            study.run,
+            study.run._replace(config=settings),
             items,
             key=jax.random.key(seed),
-            settings=settings,
             space=study.space(space),
         )
 

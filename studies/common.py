@@ -1,6 +1,7 @@
 """What the studies share: intervals, tables in a document, and their command."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -11,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from grpocem_jax.config import commands
+from grpocem_jax.config import Config, commands
+
+
+def searching(config: Config, **changes: Any) -> Config:
+    """A config with changes of its sections search, cem and gradient, by the fields' names."""
+    sections = {name: getattr(config, name) for name in ("search", "cem", "gradient")}
+    for field, value in changes.items():
+        (section,) = [name for name, record in sections.items() if field in vars(record)]
+        sections[section] = dataclasses.replace(sections[section], **{field: value})
+    return dataclasses.replace(config, **sections)
 
 
 def mean_ci(values: Any) -> tuple[float, float]:

@@ -30,9 +30,8 @@ import pyarrow.parquet
 from absl import flags
 
 from grpocem_jax import adaptation, grpo, report, tasks
-from grpocem_jax.config import commands
+from grpocem_jax.config import commands, parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
 from grpocem_jax.models import hub
 from grpocem_jax.report import record
 from grpocem_jax.rollouts import policy

@@ -10,7 +10,6 @@ are 1.96 standard errors over prompts or over draws of passages.  The figures ar
 and the plot again.
 """
 
-import dataclasses
 import itertools
 import json
 import operator
@@ -26,12 +25,12 @@ import numpy as np
 
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import CEMConfig, parse_config
 from grpocem_jax.models.tokenizer import continuing, load_tokenizer
 from grpocem_jax.rollouts.policy import load_policy
 from studies import common
-from studies.common import interval, mean_ci, prompt_table, say, table
+from studies.common import interval, mean_ci, prompt_table, say, searching, table
 
 RESULTS = Path("docs/pretrained.json")
 PLOT = Path("docs/pretrained.png")
@@ -68,7 +67,7 @@ class Study:
         config = load_config("llama")
         config.model.source = str(model)
         config.data.max_prompt_tokens = 128
-        config.cem.buckets = (16, 32, 48, 64, 112)
+        config.search.buckets = (16, 32, 48, 64, 112)
         self.runs = {}
         for name, sites in SITES.items():
             config.adapter.sites = sites
@@ -80,18 +79,13 @@ class Study:
             for kind, (folder, text) in KINDS.items()
         }
 
-    def settings(self, **changes: Any) -> CEMConfig:
-        """The settings of configs/llama.py without a gate, with changes."""
-        settings = self.runs["one"].config.cem
-        return dataclasses.replace(settings, **{"gate": False, **changes})
-
     def adapt(
         self, sites: str, texts: Text | Sequence[Text], seed: int, **changes: Any
     ) -> Adaptation:
-        """`adaptation.adapt` at some sites with changed settings."""
-        return adaptation.adapt(
-            self.runs[sites], texts, key=jax.random.key(seed), settings=self.settings(**changes)
-        )
+        """`adaptation.adapt` at some sites, without a gate and with other changes."""
+        run = self.runs[sites]
+        run = run._replace(config=searching(run.config, **{"gate": False, **changes}))
+        return adaptation.adapt(run, texts, key=jax.random.key(seed))
 
     def gain(self, sites: str, found: Adaptation, judges: Sequence[Text]) -> float:
         """Gain of log-likelihood per token on texts, nats."""

@@ -132,7 +132,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Meter:
 def adapt(count: int, workdir: Path) -> Meter:
     """Adapts the run in a directory so many times, to openings of its training prompts."""
     run = adaptation.load_run(workdir)
-    settings = dataclasses.replace(run.config.cem, generations=GENERATIONS)
+    settings = dataclasses.replace(run.config.search, generations=GENERATIONS)
     prompts = [item.example.prompt for item in load_data(run.config, run.policy).train]
     rng = random.Random(0)
     rng.shuffle(prompts)

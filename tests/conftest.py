@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from grpocem_jax import adapters
-from grpocem_jax.config.schema import Config
+from grpocem_jax.config import Config
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.rollouts.policy import Policy, load_policy

@@ -11,8 +11,8 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from configs import gpt2 as gpt2_recipe
 from grpocem_jax import adapters
+from grpocem_jax.config import load_config
 from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2
 from grpocem_jax.runs import checkpoints
@@ -77,7 +77,7 @@ def logits(model, params, offsets):
 
 
 def test_the_report_s_adapter_of_gpt2_124m_has_7368_parameters():
-    settings = gpt2_recipe.get_config().adapter
+    settings = load_config("gpt2").adapter
     method = adapters.svf(
         rank_ratio=settings.rank_ratio,
         tail=settings.tail,

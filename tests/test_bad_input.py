@@ -87,7 +87,7 @@ FLAGS = [
     ("train", [TINY, "--config.train.learning_rate=inf"], "finite"),
     ("train", [TINY, "--config.train.learning_rate=1e-60"], "float32"),
     ("train", [TINY, "--config.train.learning_rate=0"], "above 0"),
-    ("train", [TINY, "--config.cem.gate=maybe"], "True or False"),
+    ("train", [TINY, "--config.search.gate=maybe"], "True or False"),
     ("train", [TINY, "--config.data.bad_lines=ignore"], "one of 'error', 'skip'"),
     ("train", [TINY, "--config.data.tasks=(("], "config.data.tasks"),
     ("train", [TINY, "--config.data.tasks=('qa', 'qa')"], "each name once"),
@@ -114,9 +114,9 @@ FLAGS = [
     ("train", [TINY, f"--workdir={ROOT}/README.md/run"], "cannot be written"),
     ("train", [TINY, "--workdir="], "--workdir='': is no folder"),
     ("train", [TINY, "--config.train.eval_samples=2147483647"], "at least 1 and at most 100000"),
-    ("train", [TINY, "--config.cem.generations=2147483647"], "at least 1 and at most 100000"),
+    ("train", [TINY, "--config.search.generations=2147483647"], "at least 1 and at most 100000"),
     ("train", [TINY, "--config.cem.population_size=2147483647"], "at least 2 and at most 100000"),
-    ("train", [TINY, "--config.cem.samples=2147483647"], "at least 1 and at most 100000"),
+    ("train", [TINY, "--config.search.samples=2147483647"], "at least 1 and at most 100000"),
     ("train", [TINY, "--config.grpo.group_size=5"], "grpo.group_size=5 does not divide"),
     ("adapt", [], "--workdir is missing"),
     ("adapt", ["--config.seed=1"], "--config.seed"),
@@ -163,7 +163,7 @@ FLAGS = [
     ("decode", [TINY, "--config.generation.top_p=2."], "config.generation.top_p=2.0"),
     ("grpo", [TINY, "--prompt_tokens=100000"], "lower one of them"),
     ("grpo", [TINY, "--config.grpo.group_size=7"], "grpo.group_size=7"),
-    ("memory", ["--config.cem.rank=0"], "config.cem.rank=0: must be at least 1"),
+    ("memory", ["--config.search.rank=0"], "config.search.rank=0: must be at least 1"),
     ("memory", ["--config.model.source=/nowhere"], "there is no such folder"),
     ("memory", [TINY, "--text_tokens=129"], "--text_tokens=129: the model's context is 128"),
     ("scaling", [TINY, "--plot="], "--plot=: its name must end in"),
@@ -272,7 +272,7 @@ def test_a_file_of_texts_that_cannot_be_used_is_named(
         (tmp_path / name).write_bytes(content)
     more = [] if flag == "prompts" else [f"--prompt={PROMPT}"]
     given = ("adapt", TINY, f"--workdir={workdir}", f"--{flag}={tmp_path / name}", *more)
-    assert fragment in refused(*given, "--config.cem.gate=False")
+    assert fragment in refused(*given, "--config.search.gate=False")
 
 
 # Anything at all
@@ -285,7 +285,7 @@ def test_a_file_of_texts_that_cannot_be_used_is_named(
 def test_any_text_is_adapted_to_or_refused(text):
     run = _loaded()
     try:
-        tokens, scored = adaptation.encode(run.policy, text, run.config.cem)
+        tokens, scored = adaptation.encode(run.policy, text, run.config.search)
     except InputError as error:
         assert_sentence(str(error))
     else:
@@ -303,9 +303,9 @@ def _loaded():
 def test_prompts_of_every_length_that_fits_are_taken(length):
     run = _loaded()
     text = " the" * length
-    assert len(adaptation.encode(run.policy, text, run.config.cem)[0]) == length
+    assert len(adaptation.encode(run.policy, text, run.config.search)[0]) == length
     with pytest.raises(InputError, match="longer than the limit of 127"):
-        adaptation.encode(run.policy, " the" * 1024, run.config.cem)
+        adaptation.encode(run.policy, " the" * 1024, run.config.search)
 
 
 @hypothesis.settings(
@@ -316,7 +316,7 @@ def test_prompts_of_every_length_that_fits_are_taken(length):
 )
 @hypothesis.given(
     field=st.sampled_from(
-        ["seed", "train.learning_rate", "data.tasks", "model.source", "cem.gate"]
+        ["seed", "train.learning_rate", "data.tasks", "model.source", "search.gate"]
     ),
     value=st.text(st.characters(exclude_characters="\0"), max_size=20),
 )

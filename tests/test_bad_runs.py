@@ -100,9 +100,9 @@ SETTINGS = [
     (write("config.json", DEEP), "config.json: cannot be read as JSON"),
     (write("config.json", [1]), "config.json: is no JSON object"),
     (write("config.json", "text"), "config.json: is no JSON object"),
-    (write("config.json", {}), "config.seed is missing"),
+    (write("config.json", {}), "config.data.qa is missing"),
     (write("config.json", {"a.b": 1}), "config.json: holds no settings"),
-    (edit("config.json", seed=None), "config.seed is missing"),
+    (edit("config.json", seed=None), "config.seed=None"),
     (edit("config.json", seed=True), "config.seed=True"),
     (edit("config.json", model=3), "config.model=3"),
     (edit("config.json", data=[]), "config.data=[]"),
@@ -114,7 +114,7 @@ SETTINGS = [
     (setting("adapter", "rank_ratio", 0.5), "has shape (102,) there and (64,) here"),
     (setting("adapter", "type", "nowhere:f"), "nowhere cannot be imported"),
     (setting("adapter", "options", {"x": 1}), "config.adapter.options"),
-    (setting("cem", "buckets", [0]), "config.cem.buckets"),
+    (setting("search", "buckets", [0]), "config.search.buckets"),
     (setting("cem", "elite_ratio", 1e-9), "leaves no elite"),
 ]
 ADAPTERS = [

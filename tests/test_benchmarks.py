@@ -15,8 +15,8 @@ import pytest
 
 from benchmarks import common, decode, gpu, memory, ppo, scaling
 from benchmarks import grpo as grpo_benchmark
-from configs import tiny as tiny_config
 from grpocem_jax import grpo
+from grpocem_jax.config import load_config
 from grpocem_jax.grpo import step as grpo_step
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +174,7 @@ def test_settings_that_cannot_be_measured_are_named(name, flag, said):
 @pytest.fixture(scope="module")
 def subject():
     before = jax.config.jax_enable_compilation_cache
-    settings = tiny_config.get_config()
+    settings = load_config("tiny")
     settings.train.batch_size = 16
     settings.train.accumulation_steps = 2
     yield common.load(settings)
@@ -182,7 +182,6 @@ def subject():
 
 
 def test_a_published_name_stands_for_its_shape(monkeypatch):
-    from configs import gpt2
 
     asked = []
 
@@ -196,7 +195,7 @@ def test_a_published_name_stands_for_its_shape(monkeypatch):
     before = jax.config.jax_enable_compilation_cache
     monkeypatch.setattr(common.hub, "load_model", load_model)
     with pytest.raises(Stop):
-        common.load(gpt2.get_config())
+        common.load(load_config("gpt2"))
     jax.config.update("jax_enable_compilation_cache", before)
     assert asked == ["random:gpt2"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
 from grpocem_jax.rollouts import Item
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks import Example, Task

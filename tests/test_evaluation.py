@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from grpocem_jax import rollouts
+from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.training import evaluation
 from grpocem_jax.utils.errors import InputError

@@ -2,7 +2,6 @@
 
 import functools
 import html.parser
-import importlib.util
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 
 from grpocem_jax import adaptation, adapters, report
 from grpocem_jax.adaptation import tables
+from grpocem_jax.config import load_config
 from grpocem_jax.report import courses, plots, record, sites
 from grpocem_jax.report import page as page_module
 from grpocem_jax.search import loop
@@ -119,11 +119,7 @@ def evaluated():
 
 
 def config():
-    path = ROOT / "configs" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().to_dict()
+    return load_config("tiny").to_dict()
 
 
 def write_lines(path, lines):

@@ -27,7 +27,7 @@ def complete(run: TrainedRun, offsets: Offsets, prompts: Sequence[str]) -> list[
         raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
     encoded = []
     for prompt in prompts:
-        tokens, _ = tokenize(run.policy, Text(prompt), run.config.cem)
+        tokens, _ = tokenize(run.policy, Text(prompt), run.config.search)
         check_room(run, len(tokens))
         encoded.append(tokens)
     texts = []
@@ -40,7 +40,7 @@ def complete(run: TrainedRun, offsets: Offsets, prompts: Sequence[str]) -> list[
             run.config.generation,
             num_samples=1,
             temperature=run.config.generation.temperature,
-            buckets=run.config.cem.buckets,
+            buckets=run.config.search.buckets,
             greedy=True,
             require_finite=True,
         )
@@ -51,18 +51,19 @@ def complete(run: TrainedRun, offsets: Offsets, prompts: Sequence[str]) -> list[
 def room(run: TrainedRun) -> int:
     """Tokens of the longest prompt that leaves room for ``generation.max_new_tokens``."""
     new, context = run.config.generation.max_new_tokens, run.policy.model.context_length
-    return min(context - new, run.config.cem.buckets[-1])
+    return min(context - new, run.config.search.buckets[-1])
 
 
 def check_room(run: TrainedRun, length: int) -> None:
     """Refuses a prompt of ``length`` tokens that is too long to be completed.
 
     Raises:
-      InputError: it leaves no room for ``generation.max_new_tokens``, or is beyond ``cem.buckets``.
+      InputError: it leaves no room for ``generation.max_new_tokens``, or is beyond
+        ``search.buckets``.
     """
     if length > room(run):
         raise InputError(
-            f"a prompt has {length} tokens, but cem.buckets={run.config.cem.buckets} and "
+            f"a prompt has {length} tokens, but search.buckets={run.config.search.buckets} and "
             f"generation.max_new_tokens={run.config.generation.max_new_tokens} of a context of "
             f"{run.policy.model.context} allow {room(run)}; shorten it."
         )
@@ -72,9 +73,9 @@ def count_tokens(run: TrainedRun, prompt: str) -> int:
     """Tokens of a prompt.
 
     Raises:
-      InputError: it is empty, not UTF-8 text, or longer than the last of ``cem.buckets``.
+      InputError: it is empty, not UTF-8 text, or longer than the last of ``search.buckets``.
     """
-    return len(tokenize(run.policy, Text(prompt), run.config.cem)[0])
+    return len(tokenize(run.policy, Text(prompt), run.config.search)[0])
 
 
 def log_likelihoods(
@@ -91,7 +92,7 @@ def log_likelihoods(
     Raises:
       InputError: a text that cannot be used, or logits that are not finite.
     """
-    settings = run.config.cem
+    settings = run.config.search
     encoded = [encode(run.policy, text, settings) for text in texts]
     settings = within_context(settings, run.policy)
     length = max(bucket(len(tokens), settings) for tokens, _ in encoded)

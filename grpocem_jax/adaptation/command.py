@@ -17,7 +17,7 @@ import numpy as np
 
 from grpocem_jax import adaptation, report, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun, screens, tables
-from grpocem_jax.config.schema import CEMConfig
+from grpocem_jax.config import SearchConfig
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.runs.screens import unit
 from grpocem_jax.search.loop import History
@@ -84,16 +84,16 @@ def run(
             f"--workdir={workdir}: --evaluate writes evaluation.json and report/ there, which is "
             "not allowed; copy the run to a folder of yours."
         )
-    if trained.config.cem.fitness == "reward" and not evaluate:
+    if trained.config.search.fitness == "reward" and not evaluate:
         if examples is None:
             raise InputError(
-                "config.cem.fitness='reward' needs --examples: prompts of the task in cem.task, "
-                "with the columns its reward reads."
+                "config.search.fitness='reward' needs --examples: prompts of the task in "
+                "search.task, with the columns its reward reads."
             )
-        if not trained.config.cem.task:
+        if not trained.config.search.task:
             raise InputError(
-                "config.cem.task='': name the task whose reward scores completions of --examples: "
-                f"{', '.join(trained.config.data.tasks)}."
+                "config.search.task='': name the task whose reward scores completions of "
+                f"--examples: {', '.join(trained.config.data.tasks)}."
             )
     # What cannot be used is refused before the first search.
     for text in texts:
@@ -159,10 +159,10 @@ def _save(run: TrainedRun, found: Adaptation, record: dict[str, Any], folder: st
 
 def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adaptation, str]]:
     """Adapts to each prompt by itself."""
-    space = adaptation.make_space(run.policy, run.offsets, run.config.cem)
+    space = adaptation.make_space(run.policy, run.offsets, run.config.search)
     for number, prompt in enumerate(prompts, start=1):
         where = f"prompt {number}/{len(prompts)}" if len(prompts) > 1 else ""
-        with _LiveView(where, run.config.cem) as view:
+        with _LiveView(where, run.config.search) as view:
             found = adaptation.adapt(run, prompt, space=space, on_chunk=view.show)
         yield found, prompt
 
@@ -171,21 +171,21 @@ def _adapt_to_file(
     run: TrainedRun, prompts: Sequence[str], examples: Path
 ) -> Iterator[tuple[Adaptation, str]]:
     """Adapts once, to all examples of a file, for all prompts."""
-    if run.config.cem.fitness == "reward":
+    if run.config.search.fitness == "reward":
         items = _items(run, examples)
-        with _LiveView("examples", run.config.cem) as view:
+        with _LiveView("examples", run.config.search) as view:
             found = adaptation.adapt(run, items, on_chunk=view.show)
     else:
         texts = _texts(examples)
-        with _LiveView("examples", run.config.cem) as view:
+        with _LiveView("examples", run.config.search) as view:
             found = adaptation.adapt(run, texts, on_chunk=view.show)
     for prompt in prompts or [""]:
         yield found, prompt
 
 
 def _items(run: TrainedRun, file: Path) -> list[rollouts.Item]:
-    """The rows of a file as prompts of ``cem.task``, with the columns that its reward reads."""
-    task = run.config.task(run.config.cem.task)
+    """The rows of a file as prompts of ``search.task``, with the columns that its reward reads."""
+    task = run.config.task(run.config.search.task)
     source = run.config.data.sources.get(task.name, SourceConfig())
     chosen = [example_of(task, row, source) for row in file_rows(file)]
     return rollouts.encode(run.policy, task, chosen)
@@ -214,7 +214,7 @@ class _Judge:
         if nats is not None:
             fields |= {"heldout_before": nats, "heldout_after": own_nats}
         if rewards is not None and own_rewards is not None:
-            name = self.run.config.cem.task
+            name = self.run.config.search.task
             gains = evaluation.compare([name], [name] * len(rewards), rewards, own_rewards)
             gain = gains.get("overall")
             fields |= {
@@ -247,7 +247,7 @@ def _judge(run: TrainedRun, file: Path) -> _Judge:
     """
     items: list[rollouts.Item] = []
     texts: Sequence[Text | None]
-    if run.config.cem.fitness == "reward":
+    if run.config.search.fitness == "reward":
         try:
             items = _items(run, file)
             texts = [tables.reference_text(item) for item in items]
@@ -268,13 +268,13 @@ def _judge(run: TrainedRun, file: Path) -> _Judge:
             )
     judged = [text for text in texts if text is not None]
     for text in judged:
-        adaptation.encode(run.policy, text, run.config.cem)
+        adaptation.encode(run.policy, text, run.config.search)
     return _Judge(run, judged if len(judged) == len(texts) else (), items)
 
 
 def _record(run: TrainedRun, found: Adaptation, prompt: str, judge: _Judge) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": prompt, **adaptation.summary(found)}
-    record["fitness_unit"] = unit(run.config.cem.fitness)
+    record["fitness_unit"] = unit(run.config.search.fitness)
     record |= judge.record(found.offsets)
     # A prompt may fill the context and still be adapted to.
     fits = prompt != "" and adaptation.count_tokens(run, prompt) <= adaptation.room(run)
@@ -305,7 +305,7 @@ def _evaluate(run: TrainedRun) -> dict[str, Any]:
     data = load_data(run.config, run.policy)
     lines = "\n".join(f"data      {line}" for line in data.lines)
     say(lines, sys.stderr)
-    with _LiveView("searches", run.config.cem) as view:
+    with _LiveView("searches", run.config.search) as view:
         result = tables.adapted_tables(
             run,
             data.train,
@@ -313,7 +313,10 @@ def _evaluate(run: TrainedRun) -> dict[str, Any]:
             key=jax.random.key(run.config.seed),
             progress=view.count,
         )
-    return {**result, "cem": dataclasses.asdict(run.config.cem)}
+    config = run.config
+    records = (config.search, config.cem, config.gradient)
+    settings = {name: value for record in records for name, value in vars(record).items()}
+    return {**result, "cem": settings | {"options": dict(config.search.options)}}
 
 
 def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> list[str]:
@@ -396,7 +399,7 @@ class _LiveView:
     interval_s = 1.0, 30.0
     """Seconds between such lines, on a terminal and in a file."""
 
-    def __init__(self, title: str, settings: CEMConfig):
+    def __init__(self, title: str, settings: SearchConfig):
         self.title, self.generations = title, settings.generations
         self.unit = unit(settings.fitness)
         self.terminal = sys.stderr.isatty()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from grpocem_jax import adapters
+from grpocem_jax.config import make_method
 from grpocem_jax.runs.screens import measured, setting, trained
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search.base import describe
@@ -11,17 +12,17 @@ from grpocem_jax.utils.terminal import one_line
 
 def adapting(run: TrainedRun, workdir: str) -> str:
     """What an adaptation runs on what: shown before anything is compiled."""
-    cem = run.config.cem
-    space = {"subspace": f"subspace of {cem.rank} directions", "full": "all offsets"}
-    where = space.get(cem.space, f"weights of experts ({cem.experts})")
-    how = describe(cem.search_method, cem.generations)
-    gate = f"gate at {cem.gate_z:g} standard errors" if cem.gate else "no gate"
-    budget = "" if cem.budget_s is None else f", at most {cem.budget_s:g} s"
+    search = run.config.search
+    space = {"subspace": f"subspace of {search.rank} directions", "full": "all offsets"}
+    where = space.get(search.space, f"weights of experts ({search.experts})")
+    how = describe(make_method(run.config), search.generations)
+    gate = f"gate at {search.gate_z:g} standard errors" if search.gate else "no gate"
+    budget = "" if search.budget_s is None else f", at most {search.budget_s:g} s"
     return "\n".join(
         [
             *setting(run.config, run.policy),
             f"run       {workdir}",
-            f"search    {how}{budget}, on the {cem.fitness}, in {where}, {gate}",
+            f"search    {how}{budget}, on the {search.fitness}, in {where}, {gate}",
         ]
     )
 

@@ -1,6 +1,6 @@
 """The report's two tables on held-out prompts: rewards by task, and what adaptation did.
 
-Each held-out prompt is adapted to by itself, as the report does; or, with ``cem.support``, one
+Each held-out prompt is adapted to by itself, as the report does; or, with ``search.support``, one
 search a task adapts to some of its training examples, and the held-out prompts only judge.
 """
 
@@ -30,7 +30,7 @@ def adapted_tables(
     """Adapts and judges on held-out prompts.
 
     Args:
-      run: the trained run; ``config.cem.support`` says what is adapted to.
+      run: the trained run; ``config.search.support`` says what is adapted to.
       support: training prompts of the tasks, none of them held out.
       heldout: held-out prompts.
       key: PRNG key; consumed.
@@ -45,7 +45,7 @@ def adapted_tables(
     Raises:
       InputError: too few support examples; a reward without them.
     """
-    config, settings = run.config, run.config.cem
+    config, settings = run.config, run.config.search
     space = adaptation.make_space(run.policy, run.offsets, settings)
     search_key, sample_key = jax.random.split(key)
     names = list(dict.fromkeys(item.task.name for item in heldout))
@@ -54,8 +54,8 @@ def adapted_tables(
     searches = len(names) if settings.support else len(heldout)
     if settings.fitness == "reward" and not settings.support:
         raise InputError(
-            "config.cem.support=0: the reward of a held-out prompt is what judges, so it cannot be "
-            "adapted to; set config.cem.support to a number of training prompts."
+            "config.search.support=0: the reward of a held-out prompt is what judges, so it cannot "
+            "be adapted to; set config.search.support to a number of training prompts."
         )
     for number, item in enumerate(heldout):
         name = item.task.name
@@ -68,7 +68,7 @@ def adapted_tables(
             examples = [i for i in support if i.task.name == name][: settings.support]
             if len(examples) < settings.support:
                 raise InputError(
-                    f"config.cem.support={settings.support}: the task {name} has only "
+                    f"config.search.support={settings.support}: the task {name} has only "
                     f"{len(examples)} training examples; lower it."
                 )
             shared[name] = _adapt_to_examples(run, examples, own_key, space)
@@ -130,7 +130,7 @@ def convergence(results: Sequence[Adaptation]) -> dict[str, list[Any]]:
 def _adapt_to_examples(
     run: TrainedRun, examples: Sequence[rollouts.Item], key: jax.Array, space: Any
 ) -> Adaptation:
-    if run.config.cem.fitness == "reward":
+    if run.config.search.fitness == "reward":
         return adaptation.adapt(run, examples, key=key, space=space)
     texts = [reference_text(item) or Text(item.example.prompt) for item in examples]
     return adaptation.adapt(run, texts, key=key, space=space)
@@ -183,7 +183,7 @@ def show(tables: dict[str, Any], config: Any) -> str:
             for task, gain in tables[name].items()
         }
         lines += [screens.table(gains, title), ""]
-    lines.append(f"adaptation, fitness in {unit(config.cem.fitness)}")
+    lines.append(f"adaptation, fitness in {unit(config.search.fitness)}")
     lines.append(
         f"{'':<20}{'fitness':>9}{'after':>9}{'adapted':>9}{'converged':>10}"
         f"{'generations':>12}{'seconds':>9}{'held-out nats/token':>25}"

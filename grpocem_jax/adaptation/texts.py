@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax import rollouts
-from grpocem_jax.config.schema import CEMConfig
+from grpocem_jax.config import SearchConfig
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.search import fitness
 from grpocem_jax.utils.errors import InputError
@@ -27,7 +27,7 @@ def as_text(text: str | Text) -> Text:
     return text if isinstance(text, Text) else Text(text)
 
 
-def tokenize(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarray, int]:
+def tokenize(policy: Policy, text: Text, settings: SearchConfig) -> tuple[np.ndarray, int]:
     """Tokens of a text, int32 ``[n]``, and the number of the first that counts."""
     if not isinstance(text.prompt, str) or not isinstance(text.completion, str):
         raise InputError(f"{text!r} is no text to adapt to or to complete; give strings.")
@@ -47,14 +47,16 @@ def tokenize(policy: Policy, text: Text, settings: CEMConfig) -> tuple[np.ndarra
     if len(tokens) > limit:
         raise InputError(
             f"a text of {len(tokens)} tokens is longer than the limit of {limit}, the last of "
-            f"cem.buckets={settings.buckets} (the model's context is "
-            f"{policy.model.context}); shorten it, or end cem.buckets with {len(tokens)} "
+            f"search.buckets={settings.buckets} (the model's context is "
+            f"{policy.model.context}); shorten it, or end search.buckets with {len(tokens)} "
             "or more."
         )
     return tokens, len(prompt) if completion else 1
 
 
-def encode(policy: Policy, text: str | Text, settings: CEMConfig) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    policy: Policy, text: str | Text, settings: SearchConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a text, int32 ``[n]``, and which of them count, bool ``[n]``.
 
     Raises:
@@ -70,7 +72,9 @@ def encode(policy: Policy, text: str | Text, settings: CEMConfig) -> tuple[np.nd
     return tokens, np.arange(len(tokens)) >= first
 
 
-def batch(encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig) -> fitness.Texts:
+def batch(
+    encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: SearchConfig
+) -> fitness.Texts:
     """Encoded texts as arrays, padded to the bucket of the longest."""
     length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
     return to_arrays(encoded, length)
@@ -85,7 +89,7 @@ def num_held_back(count: int, share: float, *, least: int = 1) -> int:
 
 
 def hold_back(
-    encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: CEMConfig
+    encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: SearchConfig
 ) -> tuple[fitness.Texts, fitness.Texts] | None:
     """Splits texts into what is fitted and what the gate judges by.
 
@@ -114,7 +118,7 @@ def hold_back(
     return parts[0], parts[1]
 
 
-def within_context(settings: CEMConfig, policy: Policy) -> CEMConfig:
+def within_context(settings: SearchConfig, policy: Policy) -> SearchConfig:
     """The settings with the model's context in place of the buckets beyond it."""
     limit = policy.model.context_length
     return dataclasses.replace(
@@ -122,7 +126,7 @@ def within_context(settings: CEMConfig, policy: Policy) -> CEMConfig:
     )
 
 
-def bucket(length: int, settings: CEMConfig) -> int:
+def bucket(length: int, settings: SearchConfig) -> int:
     """The length that a text of ``length`` tokens is padded to."""
     return rollouts.bucket_length(length, settings.buckets)
 

@@ -31,12 +31,12 @@ from grpocem_jax.adaptation.texts import (
     within_context,
 )
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config.schema import CEMConfig, check_fits_reward, section
+from grpocem_jax.config import SearchConfig, check_fits_reward, make_method, section
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search import fitness, loop, spaces
-from grpocem_jax.search.base import check_method
+from grpocem_jax.search.base import SearchMethod, check_method
 from grpocem_jax.utils import memory, user_code
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand
@@ -73,7 +73,7 @@ class Adaptation:
         return "start" if self.search is None else self.search.returned
 
 
-def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Space:
+def make_space(policy: Policy, start: Offsets, settings: SearchConfig) -> spaces.Space:
     """The search space of the settings around an adapter.
 
     Raises:
@@ -82,11 +82,11 @@ def make_space(policy: Policy, start: Offsets, settings: CEMConfig) -> spaces.Sp
     if settings.space == "full":
         return spaces.full_space(start)
     given = settings.experts
-    folder = LIBRARY if given == "builtin" else expand(given, "config.cem.experts")
+    folder = LIBRARY if given == "builtin" else expand(given, "config.search.experts")
     experts, vectors = checkpoints.load_library(
         folder, policy.zero, base_sha256=policy.pretrained.sha256
     )
-    with section("cem", CEMConfig):
+    with section("search", SearchConfig):
         if settings.space == "subspace":
             return spaces.principal_space(start, vectors, settings.rank)
         return spaces.expert_space(start, list(experts.values()), per_site=settings.per_site)
@@ -119,7 +119,8 @@ def adapt(
     examples: str | Text | Sequence[str | Text] | Sequence[rollouts.Item],
     *,
     key: jax.Array | None = None,
-    settings: CEMConfig | None = None,
+    settings: SearchConfig | None = None,
+    method: SearchMethod | None = None,
     space: spaces.Space | None = None,
     on_chunk: Callable[[int, loop.History], None] | None = None,
 ) -> Adaptation:
@@ -139,7 +140,8 @@ def adapt(
       examples: a text, or several; with ``settings.fitness="reward"`` prompts, `rollouts.encode`,
         at least 3 with the gate.
       key: PRNG key; by default from the config's seed.
-      settings: other settings than ``run.config.cem``.
+      settings: other settings than ``run.config.search``.
+      method: another search method than the one that the settings name.
       space: the search space, to reuse one; by default `make_space` around the run's adapter.
       on_chunk: as in `search.maximize`.
 
@@ -149,9 +151,12 @@ def adapt(
         settings or a search method that cannot be used; a fitness that is not finite for the run's
         adapter (before any search) or the result.
     """
-    settings = settings or run.config.cem
+    settings = settings or run.config.search
     key = jax.random.key(run.config.seed) if key is None else key
-    method = settings.search_method
+    own = method is not None or settings.method not in ("cem", "gradient")
+    name = "method" if method is not None else f"config.search.method={settings.method!r}"
+    if method is None:
+        method = make_method(dataclasses.replace(run.config, search=settings))
     listed = [examples] if isinstance(examples, str | Text) else examples
     if not isinstance(listed, Sequence) or not listed:
         raise InputError("there is nothing to adapt to; give at least one text or prompt.")
@@ -162,22 +167,22 @@ def adapt(
         texts = [x for x in listed if not isinstance(x, rollouts.Item)]
         if len(texts) < len(listed):
             raise InputError(
-                f"config.cem.fitness={settings.fitness!r}: prompts of a task have a reward, texts "
-                "a likelihood; give texts, or set config.cem.fitness='reward'."
+                f"config.search.fitness={settings.fitness!r}: prompts of a task have a reward, "
+                "texts a likelihood; give texts, or set config.search.fitness='reward'."
             )
         if len(texts) == 1 and len(tokenize(run.policy, as_text(texts[0]), settings)[0]) == 1:
             note = "a single token has no likelihood given what comes before it"
             return Adaptation(run.offsets, math.nan, math.nan, None, note)
-        subject = _written(run, texts, settings, key)
+        subject = _written(run, texts, settings, method, key)
     space = space or make_space(run.policy, run.offsets, settings)
-    if settings.method not in ("cem", "gradient"):
-        check_method(method, space.origin, name=f"config.cem.method={settings.method!r}")
+    if own:
+        check_method(method, space.origin, name=name)
     fix = subject.fix
     before = _finite(subject.value(run.offsets), subject.name, "to start from", fix)
     if settings.gate and subject.held_back is None:
         note = "too few tokens to hold a part back, so the gate cannot judge"
         return Adaptation(run.offsets, before, before, None, note)
-    with section("cem", CEMConfig):
+    with section("search", SearchConfig):
         found = loop.maximize(
             method,
             subject.fitness,
@@ -194,13 +199,17 @@ def adapt(
             budget_s=settings.budget_s,
             on_chunk=on_chunk,
         )
-    fix += "" if settings.gate else ", or set cem.gate=True"
+    fix += "" if settings.gate else ", or set search.gate=True"
     after = _finite(subject.value(found.offsets), subject.name, "found", fix)
     return Adaptation(found.offsets, before, after, found)
 
 
 def _written(
-    run: TrainedRun, texts: Sequence[str | Text], settings: CEMConfig, key: jax.Array
+    run: TrainedRun,
+    texts: Sequence[str | Text],
+    settings: SearchConfig,
+    method: SearchMethod,
+    key: jax.Array,
 ) -> _Subject:
     """Texts, by likelihood or by a fitness of the user's own."""
     encoded = [encode(run.policy, text, settings) for text in texts]
@@ -227,22 +236,22 @@ def _written(
         value=value,
         name=settings.fitness if own else "likelihood",
         fix=fix,
-        chunk=fitness.population_chunk(settings.search_method.population_size, fitted),
+        chunk=fitness.population_chunk(method.population_size, fitted),
     )
 
 
 def _rewarded(
-    run: TrainedRun, items: Sequence[Any], settings: CEMConfig, key: jax.Array
+    run: TrainedRun, items: Sequence[Any], settings: SearchConfig, key: jax.Array
 ) -> _Subject:
     """Prompts of a task, by the reward of their completions."""
     if not all(isinstance(item, rollouts.Item) for item in items):
         raise InputError(
-            "config.cem.fitness='reward': a text has no reward; give prompts of a task "
-            "(grpocem_jax.encode), or set config.cem.fitness='likelihood'."
+            "config.search.fitness='reward': a text has no reward; give prompts of a task "
+            "(grpocem_jax.encode), or set config.search.fitness='likelihood'."
         )
     if len(items) < (3 if settings.gate else 1):
         raise InputError(
-            f"{len(items)} prompts to adapt to: give at least 1, and with cem.gate=True, which "
+            f"{len(items)} prompts to adapt to: give at least 1, and with search.gate=True, which "
             "holds back at least 2, at least 3."
         )
     for item in items:
@@ -289,14 +298,14 @@ def _finite(value: float, name: str, which: str, fix: str) -> float:
     """
     if not math.isfinite(value):
         raise InputError(
-            f"config.cem.fitness={name!r} is {value} for the adapter {which}, and there is nothing "
-            f"to compare with that; {fix}."
+            f"config.search.fitness={name!r} is {value} for the adapter {which}, and there is "
+            f"nothing to compare with that; {fix}."
         )
     return value
 
 
 def make_fitness(
-    policy: Policy, settings: CEMConfig, texts: fitness.Texts
+    policy: Policy, settings: SearchConfig, texts: fitness.Texts
 ) -> fitness.Likelihood | fitness.Own:
     """The fitness that the settings name, for texts.
 
@@ -305,7 +314,7 @@ def make_fitness(
     """
     if not user_code.is_reference(settings.fitness):
         return fitness.Likelihood(policy.params, policy.model)
-    field = "config.cem.fitness"
+    field = "config.search.fitness"
     function = user_code.load_function(settings.fitness, field=field)
     own = fitness.Own(policy.params, policy.model, function)
     try:

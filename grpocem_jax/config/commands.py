@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import RENAMED, rename
+from grpocem_jax.config.names import RENAMED, rename
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import cache_folder, expand, is_file

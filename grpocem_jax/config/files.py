@@ -9,7 +9,8 @@ from pathlib import Path
 
 import ml_collections
 
-from grpocem_jax.config.schema import lay_defaults, renamed
+from grpocem_jax.config.defaults import lay_defaults
+from grpocem_jax.config.names import renamed
 from grpocem_jax.utils import user_code
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, is_folder, read_object
@@ -30,7 +31,7 @@ def config_folder() -> Path:
 def load_config(
     name: str, *, flags: Mapping[str, str] = types.MappingProxyType({})
 ) -> ml_collections.ConfigDict:
-    """Loads a config, with every field that there is (`grpocem_jax.config.schema.lay_defaults`).
+    """Loads a config, with every field that there is (`lay_defaults`).
 
     Modules beside the file can be imported from then on, by it and by the names of functions in it,
     as those beside a script can; modules of the same name elsewhere go before them.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from grpocem_jax.config.schema import Config
+from grpocem_jax.config import Config
 from grpocem_jax.runs.screens import caveats, reward_tables, scales, setting
 from grpocem_jax.runs.trained import TrainedRun
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config.schema import GenerationConfig
+from grpocem_jax.config import GenerationConfig
 from grpocem_jax.models import sampling
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.rollouts.prompts import Prompts, bucket_length, pad

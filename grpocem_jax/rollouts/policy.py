@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpocem_jax import adapters
-from grpocem_jax.config.schema import AdapterConfig, Config
+from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.models import tokenizer as tokenizers

@@ -347,12 +347,12 @@ def load_library(
     folders = sorted(path.parent for path in files)
     if not folders:
         raise InputError(
-            f"cem.experts={str(folder)!r}: no library of experts there; make one with "
+            f"search.experts={str(folder)!r}: no library of experts there; make one with "
             "python -m grpocem_jax.experts --config CONFIG --workdir DIR and give DIR/library."
         )
     if len(folders) > MAX_EXPERTS:
         raise InputError(
-            f"cem.experts={str(folder)!r}: holds {len(folders)} experts; at most {MAX_EXPERTS} "
+            f"search.experts={str(folder)!r}: holds {len(folders)} experts; at most {MAX_EXPERTS} "
             "can be mixed, so move the others away."
         )
     experts = {path.name: load_adapter(path, template, base_sha256=base_sha256) for path in folders}

@@ -15,32 +15,19 @@ from typing import Any
 import ml_collections
 
 from grpocem_jax.config import files as config_files
-from grpocem_jax.config.schema import renamed, with_defaults
+from grpocem_jax.config import renamed, with_defaults
+from grpocem_jax.config.schema import altering
 from grpocem_jax.runs import metrics
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import is_file, is_folder, read_object, write_json
 from grpocem_jax.utils.terminal import say
 
-NEUTRAL = (
-    "cem",
-    "data.find_failing_completion",
-    "data.reward_on_error",
-    "data.reward_retries",
-    "data.reward_timeout_s",
-    "logging",
-    "model.source",
-    "train.checkpoint_every_minutes",
-    "train.checkpoint_every_steps",
-    "train.eval_batch_size",
-    "train.fit_memory",
-    "train.keep_checkpoints",
-    "train.save_interval",
-)
+NEUTRAL = altering("nothing")
 """Settings that may change while a run continues: they do not alter what is trained.
 
 A model may move; that its weights are the same is known by their hash (`check_identity`)."""
 
-LENGTH = ("train.epochs", "train.max_steps")
+LENGTH = altering("length")
 """Settings of how long a run is, which may change as well: it goes on, or ends sooner."""
 
 ANOTHER = "give another --workdir"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from grpocem_jax import adapters
-from grpocem_jax.config.schema import AdapterConfig, Config
+from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.rollouts.policy import Policy
 
 
@@ -96,8 +96,8 @@ def installed(name: str) -> str:
 
 
 def unit(fitness: str) -> str:
-    """The unit of what a search maximises, by ``cem.fitness``: a fitness of the user's own is named
-    after itself."""
+    """The unit of what a search maximises, by ``search.fitness``: a fitness of the user's own is
+    named after itself."""
     return {"likelihood": "nats/token", "reward": "reward"}.get(fitness, fitness)
 
 

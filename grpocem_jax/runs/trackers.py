@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpocem_jax.config.schema import LoggingConfig
+from grpocem_jax.config import LoggingConfig
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.terminal import say
 

@@ -9,8 +9,8 @@ import jax
 import ml_collections
 
 from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.config import Config, parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import Config, parse_config
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.utils import devices

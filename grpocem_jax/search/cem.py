@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.search.base import Point, check_start, norm
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, at_least, check, count, setting, share, within
 
 
 class CEMState(NamedTuple):
@@ -40,7 +41,7 @@ class CEMState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CEM:
-    """The method's settings, and its pure functions of a `CEMState`.
+    """The Cross-Entropy Method: its settings, and its pure functions of a `CEMState`.
 
     >>> import jax, jax.numpy as jnp
     >>> target = jnp.array([1.0, -2.0, 0.5])
@@ -56,9 +57,9 @@ class CEM:
     jitted function.
 
     Attributes:
-      population_size: candidates a generation, at least 2.
+      population_size: candidates of a generation, of `Evosax` too.
       elite_ratio: share of them that are elites, in (0, 1]; their number is rounded down.
-      noise_std: initial standard deviation, above 0.
+      noise_std: standard deviation of the first generation, of `Evosax` too.
       momentum: weight of the old mean, in [0, 1]. At 1 the distribution never moves, and the best
         candidate of a search is that of random search.
       std_momentum: weight of the old standard deviation; None takes ``momentum``.
@@ -69,27 +70,16 @@ class CEM:
       InputError: a value outside its range.
     """
 
-    population_size: int = 100
-    elite_ratio: float = 0.3
-    noise_std: float = 0.3
-    momentum: float = 0.3
-    std_momentum: float | None = None
-    min_std: float = 0.0
-    threshold: float = 5e-3
+    population_size: int = setting(allowed=count(2), default=100)
+    elite_ratio: float = setting(allowed=share(), default=0.3)
+    noise_std: float = setting(allowed=above(0), default=0.3)
+    momentum: float = setting(allowed=within(0, 1), default=0.3)
+    std_momentum: float | None = setting(allowed=within(0, 1), default=None)
+    min_std: float = setting(allowed=at_least(0), default=0.0)
+    threshold: float = setting(allowed=at_least(0), default=5e-3)
 
     def __post_init__(self) -> None:
-        std_momentum = self.momentum if self.std_momentum is None else self.std_momentum
-        for name, holds, needed in (
-            ("population_size", self.population_size >= 2, "at least 2"),
-            ("elite_ratio", 0 < self.elite_ratio <= 1, "above 0 and at most 1"),
-            ("noise_std", self.noise_std > 0, "above 0"),
-            ("momentum", 0 <= self.momentum <= 1, "from 0 to 1"),
-            ("std_momentum", 0 <= std_momentum <= 1, "from 0 to 1"),
-            ("min_std", self.min_std >= 0, "at least 0"),
-            ("threshold", self.threshold >= 0, "at least 0"),
-        ):
-            if not holds:
-                raise InputError(f"{name}={getattr(self, name)}: must be {needed}.")
+        check(self)
         if self.num_elites == 0:
             raise InputError(
                 f"elite_ratio={self.elite_ratio} of population_size={self.population_size} leaves "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from grpocem_jax.search.base import Point, check_start
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, check, setting
 
 
 class GradientState(NamedTuple):
@@ -37,11 +37,10 @@ class GradientAscent:
       InputError: a learning rate that is not above 0.
     """
 
-    learning_rate: float = 1e-2
+    learning_rate: float = setting(allowed=above(0), default=1e-2)
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate={self.learning_rate}: must be above 0.")
+        check(self)
 
     population_size = 1
     needs = ("gradient",)

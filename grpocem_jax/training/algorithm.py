@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from grpocem_jax import grpo
-from grpocem_jax.config.schema import Config
+from grpocem_jax.config import Config
 from grpocem_jax.models.sampling import Rollouts
 from grpocem_jax.utils import memory, user_code
 from grpocem_jax.utils.errors import InputError

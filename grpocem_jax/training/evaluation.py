@@ -10,7 +10,7 @@ import numpy as np
 
 from grpocem_jax import rollouts
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config.schema import Config
+from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.utils import memory
 

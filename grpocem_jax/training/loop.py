@@ -17,7 +17,7 @@ import numpy as np
 
 from grpocem_jax import grpo, report, rollouts
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config.schema import Config, parse_config, with_defaults
+from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.models import sampling
 from grpocem_jax.models.base import Model, Params
 from grpocem_jax.models.likelihood import completion_logps

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from grpocem_jax import rollouts
-from grpocem_jax.config.schema import Config
+from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.runs.screens import caveats, installed, reward_tables, scales, setting
 from grpocem_jax.training import evaluation
@@ -70,7 +70,7 @@ def _next_commands(workdir: Path) -> list[str]:
     adapt, export = map(installed, ("grpocem-adapt", "grpocem-export"))
     return [
         f"{adapt} --workdir {run} --prompt 'Once upon a time, there was a little dog.'",
-        f"{adapt} --workdir {run} --evaluate --config.cem.support=8",
+        f"{adapt} --workdir {run} --evaluate --config.search.support=8",
         f"{export} --workdir {run} --out {shlex.quote(str(workdir / 'exported'))}",
     ]
 
