@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from grpocem_jax.config import Config, load_config, parse_config
     from grpocem_jax.export.model import export_model
     from grpocem_jax.models.hub import Pretrained, load_model, save_model
-    from grpocem_jax.rollouts.engine import encode
     from grpocem_jax.rollouts.policy import load_policy
+    from grpocem_jax.rollouts.prompts import encode
     from grpocem_jax.runs.checkpoints import load_adapter, save_adapter
     from grpocem_jax.training.loop import train
 
@@ -51,7 +51,7 @@ _LAZY = {
         "config": "Config load_config parse_config",
         "export.model": "export_model",
         "models.hub": "Pretrained load_model save_model",
-        "rollouts.engine": "encode",
+        "rollouts.prompts": "encode",
         "rollouts.policy": "load_policy",
         "runs.checkpoints": "load_adapter save_adapter",
         "tasks": "tasks",

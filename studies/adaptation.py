@@ -18,12 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.builtin import data, foreign
 from grpocem_jax.config import Config, load_config, parse_config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.training.data import load_data
 from studies import common

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, experts
+from grpocem_jax import adaptation, experts, rollouts
 from grpocem_jax.adaptation import Text, workflow
 from grpocem_jax.config import load_config, parse_config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.runs import checkpoints, trained
 from grpocem_jax.search import GradientAscent, loop
 from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
@@ -444,7 +443,7 @@ def captured_shape(monkeypatch, call):
     def generate(policy, offsets, prompts, *args, **kwargs):
         raise Generated(prompts.tokens.shape)
 
-    monkeypatch.setattr(rollouts, "generate", generate)
+    monkeypatch.setattr(rollouts.engine, "generate", generate)
     with pytest.raises(Generated) as caught:
         call()
     return caught.value.args[0]

@@ -13,7 +13,7 @@ import pytest
 
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.rollouts.engine import Item
+from grpocem_jax.rollouts import Item
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks import Example, Task
 from grpocem_jax.tasks.identity import identity

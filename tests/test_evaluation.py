@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpocem_jax import rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.training import evaluation
 from grpocem_jax.utils.errors import InputError
@@ -59,10 +59,10 @@ def test_no_more_prompts_are_evaluated_at_once_than_there_are(monkeypatch):
     class Generated(Exception):  # noqa: N818
         pass
 
-    def generate(policy, offsets, prompts, *args, **options):
-        raise Generated(len(prompts.tokens))
+    def complete(policy, offsets, prompts, *args, **options):
+        raise Generated(len(prompts))
 
-    monkeypatch.setattr(evaluation.rollouts, "generate", generate)
+    monkeypatch.setattr(evaluation.rollouts, "complete", complete)
     settings = load_config("tiny")
     settings.train.eval_batch_size = 2**31 - 1
     item = evaluation.rollouts.Item(None, None, np.ones(3, np.int32))
@@ -76,10 +76,10 @@ def test_no_more_prompts_are_evaluated_at_once_than_there_are(monkeypatch):
     [(16, "lower train.eval_batch_size=16 to 8"), (1, "lower generation.max_new_tokens=24")],
 )
 def test_what_to_lower_is_said_where_memory_runs_out(size, advice, monkeypatch):
-    def generate(*args, **options):
+    def complete(*args, **options):
         raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
 
-    monkeypatch.setattr(evaluation.rollouts, "generate", generate)
+    monkeypatch.setattr(evaluation.rollouts, "complete", complete)
     settings = load_config("tiny")
     settings.train.eval_batch_size = size
     item = evaluation.rollouts.Item(None, None, np.ones(3, np.int32))
@@ -140,18 +140,19 @@ def evaluated(setting, *, greedy):
 def alone(setting, row, adapter_row, *, greedy):
     """The completions of one prompt with an adapter and its own key, in a batch of itself."""
     policy, config, items, own = setting
-    out = rollouts.generate(
+    out = rollouts.complete(
         policy,
         jax.tree.map(lambda x: x[np.array([adapter_row] * 2)], own),
-        rollouts.pad([items[row].tokens] * 2, config.generation.prompt_buckets[-1]),
+        [items[row].tokens] * 2,
         jnp.stack([jax.random.fold_in(KEY, row)] * 2),
         config.generation,
         num_samples=1 if greedy else config.train.eval_samples,
         temperature=config.generation.temperature,
+        buckets=config.generation.prompt_buckets[-1:],
         greedy=greedy,
         own_adapters=True,
     )
-    return rollouts.decode(policy, *jax.device_get((out.tokens, out.mask)))[0]
+    return out.texts[0]
 
 
 @pytest.mark.parametrize("greedy", [False, True])

@@ -12,13 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
-from grpocem_jax import adaptation, adapters
+from grpocem_jax import adaptation, adapters, rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
 from grpocem_jax.export import model as export
 from grpocem_jax.models import base, hub, llama, rope
 from grpocem_jax.models.tokenizer import load_tokenizer
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks.base import Example, Task
 from grpocem_jax.training import loop as training

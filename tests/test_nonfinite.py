@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, grpo
+from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.config import parse_config
 from grpocem_jax.models.sampling import Rollouts
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts import policy
 from grpocem_jax.tasks import Example
 from grpocem_jax.training import loop as training
@@ -62,11 +61,17 @@ def drawn(logps):
     return Rollouts(jnp.zeros(logps.shape, int), jnp.ones(logps.shape, bool), logps, logps)
 
 
-def test_a_completion_is_not_finite_if_one_of_its_tokens_is_not():
+def test_a_completion_is_not_finite_if_one_of_its_tokens_is_not(monkeypatch):
+    run = overflowing("float32")
     out = drawn([[[-1.0, -2.0], [jnp.nan, -1.0], [-1.0, -jnp.inf]]])
-    assert rollouts.fetch(out).finite.tolist() == [[True, False, False]]
+    monkeypatch.setattr(rollouts.engine, "generate", lambda *args, **options: out)
+    arguments = (run.policy, run.offsets, [np.ones(3, np.int32)], None, run.config.generation)
+    complete = functools.partial(
+        rollouts.complete, *arguments, num_samples=3, temperature=1.0, buckets=(8,)
+    )
+    assert complete().finite.tolist() == [[True, False, False]]
     with pytest.raises(InputError, match="in 2 of 3 completions the logits are not finite"):
-        rollouts.fetch_finite(overflowing("float32").policy, out)
+        complete(require_finite=True)
 
 
 def test_a_candidate_far_out_is_worth_nothing_and_the_others_are_judged(monkeypatch):
@@ -75,14 +80,14 @@ def test_a_candidate_far_out_is_worth_nothing_and_the_others_are_judged(monkeypa
     columns = {"text": "good", "label": "positive", "labels": ("negative", "positive")}
     items = rollouts.encode(run.policy, task, [Example("Review: good.", columns)])
     bad = [[[jnp.nan, -1.0]], [[-1.0, -1.0]]]
-    monkeypatch.setattr(rollouts, "generate", lambda *args, **options: drawn(bad))
+    monkeypatch.setattr(rollouts.engine, "generate", lambda *args, **options: drawn(bad))
     adapters = jax.tree.map(lambda x: jnp.stack([x, x]), run.offsets)
     arguments = (items, jax.random.key(0), run.config.generation)
     found = rollouts.population_rewards(
         run.policy, adapters, *arguments, num_samples=1, buckets=(64,)
     )
     assert np.isnan(found).tolist() == [[True], [False]]
-    monkeypatch.setattr(rollouts, "generate", lambda *args, **options: drawn(bad[:1]))
+    monkeypatch.setattr(rollouts.engine, "generate", lambda *args, **options: drawn(bad[:1]))
     with pytest.raises(InputError, match="in 1 of 1 completions the logits are not finite"):
         rollouts.population_rewards(
             run.policy, jax.tree.map(lambda x: x[:1], adapters), *arguments, num_samples=1,

@@ -625,8 +625,8 @@ def test_a_second_signal_during_a_reward_saves_the_steps_before(
     ("where", "error"),
     [
         ("rollouts.score", InputError("The reward function judge raised ConnectionError.")),
-        ("rollouts.generate", RuntimeError("the device is gone")),
-        ("rollouts.decode", KeyboardInterrupt()),
+        ("rollouts.complete", RuntimeError("the device is gone")),
+        ("rollouts.score", KeyboardInterrupt()),
         ("step_metrics.rewards", MemoryError()),
     ],
 )
@@ -846,10 +846,10 @@ def test_what_to_lower_is_said_where_an_update_runs_out_of_memory(changes, advic
 def test_what_to_lower_is_said_where_rollouts_run_out_of_memory(
     changes, advice, tmp_path, monkeypatch
 ):
-    def generate(*args, **options):
+    def complete(*args, **options):
         no_memory()
 
-    monkeypatch.setattr(training.rollouts, "generate", generate)
+    monkeypatch.setattr(training.rollouts, "complete", complete)
     with pytest.raises(InputError, match=f"out of device memory in a step's rollouts: {advice}"):
         training.train(settings(**changes), tmp_path / "run")
 

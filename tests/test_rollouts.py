@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax import rollouts
 from grpocem_jax.runs import rundir
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
 from grpocem_jax.utils.errors import InputError
@@ -60,9 +60,10 @@ def test_an_empty_prompt_is_refused():
         items(make_task(None), "a", "")
 
 
-@pytest.mark.parametrize(("longest", "expected"), [(1, 8), (8, 8), (9, 16), (17, 20), (20, 20)])
+@pytest.mark.parametrize(("longest", "expected"), [(1, 8), (8, 8), (9, 16), (17, 20), (21, 21)])
 def test_the_smallest_bucket_that_holds_the_prompt(longest, expected):
-    assert rollouts.bucket_length(longest, (8, 16, 64), 20) == expected
+    assert rollouts.bucket_length(longest, (8, 16, 20)) == expected
+    assert rollouts.bucket_length(longest, (20, 8, 16)) == expected
 
 
 def test_decoding_leaves_out_the_end_token_only():

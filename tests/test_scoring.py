@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
-from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax import rollouts
 from grpocem_jax.runs import metrics
 from grpocem_jax.tasks import scoring
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task

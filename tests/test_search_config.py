@@ -120,8 +120,8 @@ def test_a_run_with_settings_that_were_removed_still_loads_and_using_one_is_refu
     stored["cem"].update({old: value for old, (value, _) in REMOVED.items()})
     (workdir / "config.json").write_text(json.dumps(stored))
     config = adaptation.load_run(workdir).config
-    assert make_method(config) == config.cem
-    assert not {field.name for field in dataclasses.fields(config.cem)} & set(REMOVED)
+    assert make_method(config) == config.search
+    assert not {field.name for field in dataclasses.fields(config.search)} & set(REMOVED)
     stored["cem"][name] = used
     (workdir / "config.json").write_text(json.dumps(stored))
     with pytest.raises(InputError, match=rf"^config\.cem\.{name}={used}: .* was removed"):

@@ -11,14 +11,13 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
 from grpocem_jax.models import hub
 from grpocem_jax.models import llama as llama_model
 from grpocem_jax.models.tokenizer import _BYTES, continuing, decode, load_tokenizer, stop_table
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.utils.errors import InputError
 
@@ -101,7 +100,7 @@ def stories(shared):
 
 def test_a_completion_of_a_real_llama_stands_behind_its_prompt_as_it_is(stories):
     prompt, completion = "Once upon a time, there was a little ", "girl named Lily."
-    cem = parse_config(load_config("llama")).cem
+    cem = parse_config(load_config("llama")).search
     tokens, scored = adaptation.encode(stories, Text(prompt, completion), cem)
     # With a space of its own there would be two before the girl.
     assert stories.tokenizer.decode(tokens[len(stories.start_ids) :]) == prompt + completion

@@ -260,7 +260,7 @@ def recorded(tmp_path, monkeypatch):
     length = config.generation.max_new_tokens
     asked, updates = [], []
 
-    def generate(policy, offsets, prompts, keys, generation, *, num_samples, temperature):
+    def generate(policy, offsets, prompts, keys, *args, num_samples, temperature, **options):
         rng = np.random.default_rng(len(asked))
         shape = (len(prompts.tokens), num_samples, length)
         mask = np.arange(length) < rng.integers(1, length + 1, shape[:2])[..., None]
@@ -278,7 +278,7 @@ def recorded(tmp_path, monkeypatch):
         metrics = dict.fromkeys(grpo.METRICS, 0.0)
         return state._replace(step=state.step + 1), metrics
 
-    monkeypatch.setattr(training.rollouts, "generate", generate)
+    monkeypatch.setattr(training.rollouts.engine, "generate", generate)
     monkeypatch.setattr(training, "update_program", update)
     items = load_data(config, policy).train
     algorithm = make_algorithm(config)
@@ -412,7 +412,7 @@ def test_mistakes_are_named_before_compilation(changes, fragments, tmp_path, mon
     def compiled(*args, **kwargs):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(training.rollouts, "generate", compiled)
+    monkeypatch.setattr(training.rollouts, "complete", compiled)
     with pytest.raises(InputError) as error:
         run(get_config("tiny", **changes), tmp_path / "run")
     for fragment in fragments:

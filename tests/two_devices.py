@@ -14,10 +14,9 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from grpocem_jax import adaptation, grpo
+from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.search import CEM, GradientAscent, fitness, loop
 from grpocem_jax.search.spaces import full_space

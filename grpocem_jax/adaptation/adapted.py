@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpocem_jax import rollouts
 from grpocem_jax.adaptation.texts import Text, bucket, encode, to_arrays, tokenize, within_context
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search import fitness
 from grpocem_jax.utils import devices
@@ -25,24 +25,26 @@ def complete(run: TrainedRun, offsets: Offsets, prompts: Sequence[str]) -> list[
     """
     if isinstance(prompts, str):
         raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
-    settings = within_context(run.config.search, run.policy)
-    texts = []
+    encoded = []
     for prompt in prompts:
         tokens, _ = tokenize(run.policy, Text(prompt), run.config.search)
         check_room(run, len(tokens))
-        padded = rollouts.pad([tokens], bucket(len(tokens), settings))
-        out = rollouts.generate(
+        encoded.append(tokens)
+    texts = []
+    for tokens in encoded:
+        out = rollouts.complete(
             run.policy,
             offsets,
-            padded,
+            [tokens],
             jax.random.split(jax.random.key(0), 1),
             run.config.generation,
             num_samples=1,
             temperature=run.config.generation.temperature,
+            buckets=run.config.search.buckets,
             greedy=True,
+            require_finite=True,
         )
-        drawn = rollouts.fetch_finite(run.policy, out)
-        texts.append(rollouts.decode(run.policy, drawn.tokens, drawn.mask)[0][0])
+        texts.append(out.texts[0][0])
     return texts
 
 

@@ -15,10 +15,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from grpocem_jax import adaptation, report
+from grpocem_jax import adaptation, report, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun, screens, tables
 from grpocem_jax.config import SearchConfig
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.runs.screens import unit
 from grpocem_jax.search.loop import History
@@ -315,7 +314,7 @@ def _evaluate(run: TrainedRun) -> dict[str, Any]:
             progress=view.count,
         )
     config = run.config
-    records = (config.search, config.cem, config.gradient)
+    records = (config.search, config.search, config.gradient)
     settings = {name: value for record in records for name, value in vars(record).items()}
     return {**result, "cem": settings | {"options": dict(config.search.options)}}
 

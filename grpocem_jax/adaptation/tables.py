@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.runs.screens import unit
 from grpocem_jax.training import evaluation, screens
 from grpocem_jax.utils.errors import InputError

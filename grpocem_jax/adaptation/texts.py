@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from grpocem_jax import rollouts
 from grpocem_jax.config import SearchConfig
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.search import fitness
 from grpocem_jax.utils.errors import InputError
@@ -128,7 +128,7 @@ def within_context(settings: SearchConfig, policy: Policy) -> SearchConfig:
 
 def bucket(length: int, settings: SearchConfig) -> int:
     """The length that a text of ``length`` tokens is padded to."""
-    return rollouts.bucket_length(length, settings.buckets, settings.buckets[-1])
+    return rollouts.bucket_length(length, settings.buckets)
 
 
 def to_arrays(encoded: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> fitness.Texts:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpocem_jax import rollouts
 from grpocem_jax.adaptation.adapted import check_room
 from grpocem_jax.adaptation.texts import (
     Text,
@@ -31,7 +32,6 @@ from grpocem_jax.adaptation.texts import (
 )
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import SearchConfig, check_fits_reward, make_method, section
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.runs.trained import TrainedRun

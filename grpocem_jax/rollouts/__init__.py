@@ -1,0 +1,22 @@
+"""Rollouts: prompts to completions, completions to rewards, and the policy that makes them."""
+
+from grpocem_jax.rollouts.engine import Completions, complete, decode, generate
+from grpocem_jax.rollouts.prompts import Item, Prompts, batches, bucket_length, encode, pad
+from grpocem_jax.rollouts.rewards import Scores, population_rewards, score, score_steps
+
+__all__ = [
+    "Completions",
+    "Item",
+    "Prompts",
+    "Scores",
+    "batches",
+    "bucket_length",
+    "complete",
+    "decode",
+    "encode",
+    "generate",
+    "pad",
+    "population_rewards",
+    "score",
+    "score_steps",
+]

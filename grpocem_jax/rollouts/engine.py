@@ -1,75 +1,103 @@
-"""Between text and arrays: prompts to padded batches, completions to text, text to rewards."""
+"""The rollout engine: prompts to completions, on the device and on the host.
 
-import math
-import sys
+`complete` is the one way from prompts to completions: a step of training, an evaluation, the
+completion of a prompt and a population of candidates differ in its arguments alone.
+"""
+
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax.adapters.base import Offsets
-from grpocem_jax.config.schema import HUGEST, GenerationConfig
+from grpocem_jax.config import GenerationConfig
 from grpocem_jax.models import sampling
 from grpocem_jax.rollouts.policy import Policy
-from grpocem_jax.tasks import Example, Task, scoring
+from grpocem_jax.rollouts.prompts import Prompts, bucket_length, pad
 from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
-from grpocem_jax.utils.terminal import say
 
 
-class Item(NamedTuple):
-    """An example of a task with its prompt's tokens (int32 ``[S]``)."""
+class Completions(NamedTuple):
+    """Completions of ``P`` prompts, ``G`` samples each, at most ``N`` tokens.
 
-    task: Task
-    example: Example
-    tokens: np.ndarray
+    Attributes:
+      prompts: the padded prompts.
+      rollouts: the completions on the device, with log-probabilities and entropies.
+      tokens: int32 ``[P, G, N]``, as in ``rollouts`` but on the host.
+      mask: bool ``[P, G, N]``, the same.
+      finite: bool ``[P, G]``, whether all log-probabilities of a completion are finite. Where they
+        are not, the logits were not either, and the tokens mean nothing.
+      texts: the decoded completions, ``[P][G]``.
+    """
 
-
-class Prompts(NamedTuple):
-    """A padded batch: tokens int32 ``[P, S]``, padded on the left, and mask bool ``[P, S]``."""
-
+    prompts: Prompts
+    rollouts: sampling.Rollouts
     tokens: np.ndarray
     mask: np.ndarray
+    finite: np.ndarray
+    texts: list[list[str]]
 
 
-def encode(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Item]:
-    """Tokenizes prompts.
+def complete(
+    policy: Policy,
+    offsets: Offsets,
+    prompts: Sequence[np.ndarray],
+    keys: jax.Array,
+    generation: GenerationConfig,
+    *,
+    num_samples: int,
+    temperature: float,
+    buckets: Sequence[int],
+    greedy: bool = False,
+    own_adapters: bool = False,
+    require_finite: bool = False,
+) -> Completions:
+    """Completes a batch of prompts.
+
+    The completions of a prompt depend on its tokens, its key and its adapter alone, not on the
+    other prompts or the bucket.
 
     Args:
-      policy: for its tokenizer.
-      task: whose rewards will judge the completions; its template is not read.
-      examples: each with its whole prompt, and in ``columns`` what the rewards read.
-
-    Returns:
-      an item for each example.
+      policy: the policy.
+      offsets: its offsets; with ``own_adapters`` one for each prompt, a leading axis ``P``.
+      prompts: tokens of ``P`` prompts, int32 ``[S]`` each, at least one.
+      keys: PRNG keys ``[P]``; consumed.
+      generation: sampling settings; its temperatures are not read.
+      num_samples: ``G``, completions of each prompt.
+      temperature: above 0.
+      buckets: lengths to pad the prompts to. The smallest that holds the longest prompt is taken,
+        at most the model's context; where none does, the prompts are padded to the longest.
+      greedy: take the most probable tokens instead of drawing.
+      own_adapters: whether each prompt has an adapter of its own.
+      require_finite: whether completions are of use only if all their logits are finite.
 
     Raises:
-      InputError: an empty prompt.
+      InputError: with ``require_finite``, logits that are not finite; a setting out of range.
     """
-    items = []
-    for example in examples:
-        tokens = policy.encode(example.prompt)
-        if not tokens:
-            raise InputError(f"{task.name}: a prompt is empty; every prompt needs some text.")
-        items.append(Item(task, example, np.asarray(tokens, np.int32)))
-    return items
-
-
-def bucket_length(longest: int, buckets: Sequence[int], limit: int) -> int:
-    """The smallest of ``buckets`` that holds ``longest`` tokens, else ``limit``."""
-    return min((b for b in buckets if longest <= b <= limit), default=limit)
-
-
-def pad(prompts: Sequence[np.ndarray], length: int) -> Prompts:
-    """Pads the tokens of prompts on the left to ``length``."""
-    tokens = np.zeros((len(prompts), length), np.int32)
-    mask = np.zeros((len(prompts), length), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    return Prompts(tokens, mask)
+    context = policy.model.context_length
+    longest = max(len(tokens) for tokens in prompts)
+    padded = pad(prompts, bucket_length(longest, [min(bucket, context) for bucket in buckets]))
+    out = generate(
+        policy,
+        offsets,
+        padded,
+        keys,
+        generation,
+        num_samples=num_samples,
+        temperature=temperature,
+        greedy=greedy,
+        own_adapters=own_adapters,
+    )
+    tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
+    finite = np.isfinite(logps).all(-1)
+    if require_finite and not finite.all():
+        count = f"in {np.sum(~finite)} of {finite.size} completions "
+        raise InputError(
+            f"{count}{policy.nonfinite_logits('use another adapter, or other prompts')}."
+        )
+    return Completions(padded, out, tokens, mask, finite, decode(policy, tokens, mask))
 
 
 def generate(
@@ -109,39 +137,6 @@ def generate(
     )
 
 
-class Drawn(NamedTuple):
-    """Completions on the host: tokens int32 and mask bool ``[P, G, N]`` as in `sampling.Rollouts`,
-    and whether all log-probabilities of a completion are finite, bool ``[P, G]``.
-
-    Where they are not, the logits were not either, and the tokens mean nothing.
-    """
-
-    tokens: np.ndarray
-    mask: np.ndarray
-    finite: np.ndarray
-
-
-def fetch(out: sampling.Rollouts) -> Drawn:
-    """Waits for completions and brings them to the host."""
-    tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
-    return Drawn(tokens, mask, np.isfinite(logps).all(-1))
-
-
-def fetch_finite(policy: Policy, out: sampling.Rollouts) -> Drawn:
-    """`fetch` of completions that are of use only if all their logits are finite.
-
-    Raises:
-      InputError: some are not.
-    """
-    drawn = fetch(out)
-    if not drawn.finite.all():
-        count = f"in {np.sum(~drawn.finite)} of {drawn.finite.size} completions "
-        raise InputError(
-            f"{count}{policy.nonfinite_logits('use another adapter, or other prompts')}."
-        )
-    return drawn
-
-
 def decode(policy: Policy, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
     """Texts ``[P][G]`` of completions ``[P, G, N]``, without what ended them.
 
@@ -154,230 +149,3 @@ def decode(policy: Policy, tokens: np.ndarray, mask: np.ndarray) -> list[list[st
         ids = [row[:-1] if len(row) and row[-1] in end_ids else row for row in ids]
         groups.append(policy.decode_completions(ids))
     return groups
-
-
-class Scores(NamedTuple):
-    """Rewards of completions.
-
-    Attributes:
-      total: weighted sum of the functions' rewards, float32 ``[P, G]``; NaN where all abstained.
-      functions: by name what each function gave, float32 ``[P, G]``; NaN where it abstained, or
-        does not judge the prompt's task.
-      errors: for how many completions a function abstained because it failed, summed over the
-        functions; None where no task asks for that (``data.reward_on_error="abstain"``).
-    """
-
-    total: np.ndarray
-    functions: dict[str, np.ndarray]
-    errors: int | None = None
-
-
-def _call(function: Any, items: Sequence[Item], texts: Sequence[Sequence[str]]) -> scoring.Call:
-    """The call of a reward function for all samples of some items of one task."""
-    examples = [item.example for item in items for _ in texts[0]]
-    return scoring.Call(function, items[0].task, examples, [x for group in texts for x in group])
-
-
-def _rewards(call: scoring.Call, values: Sequence[Any]) -> tuple[list[float], int]:
-    """The rewards that a call returned, and how many of its values are none."""
-    rewards, wrong = [], []
-    for value, example, completion in zip(values, call.examples, call.completions, strict=True):
-        try:
-            rewards.append(_reward(value, call.name, example.prompt, completion))
-        except InputError as error:
-            if call.task.reward_on_error == "stop":
-                raise
-            rewards.append(math.nan)
-            wrong.append(error)
-    if wrong:
-        say(f"{len(wrong)} of {len(values)} completions abstain: {wrong[0]}", sys.stderr)
-    return rewards, len(wrong)
-
-
-def _reward(value: Any, name: str, prompt: str, completion: str) -> float:
-    """A reward as a number, NaN where the function abstained."""
-    if value is None:
-        return math.nan
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except Exception:  # whatever the value's own code may raise
-        number = math.nan
-    # Larger ones are infinite in float32.
-    if not abs(number) <= HUGEST:
-        try:
-            shown = repr(value)
-        except Exception:  # Python prints no integer of thousands of digits
-            shown = f"a value of type {type(value).__name__}"
-        raise InputError(
-            f"The reward function {name} returned {shown} for the completion {completion!r} of "
-            f"the prompt {prompt!r}; rewards are finite numbers, or None."
-        )
-    return number
-
-
-def _by_task(items: Sequence[Item]) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
-    for row, item in enumerate(items):
-        rows.setdefault(item.task.name, []).append(row)
-    return rows
-
-
-def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
-    """Outcome rewards of ``P`` prompts' ``G`` completions.
-
-    Raises:
-      InputError: a reward function raised, exited or took too long, returned something else than a
-        number that is finite in float32 or None, or another number of values; it names the
-        function, and where one can be found the prompt and the completion.  A weighted sum that
-        is not finite in float32.
-    """
-    shape = (len(items), len(texts[0]))
-    total = np.full(shape, np.nan, np.float32)
-    functions: dict[str, np.ndarray] = {}
-    judged = [
-        (reward, rows)
-        for rows in _by_task(items).values()
-        for reward in items[rows[0]].task.rewards
-    ]
-    calls = [
-        _call(reward.function, [items[r] for r in rows], [texts[r] for r in rows])
-        for reward, rows in judged
-    ]
-    errors = 0
-    for (reward, rows), call, found in zip(judged, calls, scoring.call(calls), strict=True):
-        values = functions.setdefault(reward.name, np.full(shape, np.nan, np.float32))
-        if found is None:
-            errors += len(call.completions)
-        else:
-            numbers, wrong = _rewards(call, found)
-            errors += wrong
-            values[rows] = np.reshape(numbers, (len(rows), -1))
-        before = total[rows]
-        with np.errstate(over="ignore"):
-            own = reward.weight * values[rows]
-            # The sum of those that did not abstain.
-            sums = np.where(np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own))
-        if np.isinf(sums).any():
-            raise InputError(
-                f"The rewards of the task {call.task.name} with the weight {reward.weight:g} of "
-                f"{reward.name} add up to more than float32 holds; lower the rewards, or their "
-                "weights."
-            )
-        total[rows] = sums
-    counted = any(item.task.reward_on_error == "abstain" for item in items)
-    return Scores(total, functions, errors if counted else None)
-
-
-def population_rewards(
-    policy: Policy,
-    offsets: Offsets,
-    items: Sequence[Item],
-    key: jax.Array,
-    generation: GenerationConfig,
-    *,
-    num_samples: int,
-    buckets: Sequence[int],
-) -> np.ndarray:
-    """The reward fitness: every candidate answers all prompts, in one program.
-
-    Args:
-      policy: the policy.
-      offsets: those of ``C`` candidates, ``[C, ...]`` a site.
-      items: ``P`` prompts.
-      key: PRNG key; consumed. All candidates share the random numbers of a prompt.
-      generation: sampling settings, at ``generation.temperature``.
-      num_samples: completions of each prompt by each candidate.
-      buckets: lengths to which the prompts may be padded.
-
-    Returns:
-      float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained, or where
-      their logits are not finite.
-
-    Raises:
-      InputError: what `score` raises; logits of a single adapter that are not finite.
-    """
-    count = len(jax.tree.leaves(offsets)[0])
-    longest = max(len(item.tokens) for item in items)
-    # What lies beyond the model's context is never needed.
-    limit = min(buckets[-1], policy.model.context_length)
-    length = bucket_length(longest, buckets, max(longest, limit))
-    prompts = pad([item.tokens for item in items], length)
-    out = generate(
-        policy,
-        jax.tree.map(lambda x: jnp.repeat(x, len(items), axis=0), offsets),
-        Prompts(*(np.tile(x, (count, 1)) for x in prompts)),
-        jnp.tile(jax.random.split(key, len(items)), count),
-        generation,
-        num_samples=num_samples,
-        temperature=generation.temperature,
-        own_adapters=True,
-    )
-    # What a single adapter makes is meant to be judged; of many, some may be far out.
-    drawn = fetch(out) if count > 1 else fetch_finite(policy, out)
-    texts = decode(policy, drawn.tokens, drawn.mask)
-    scores = np.where(drawn.finite, score([*items] * count, texts).total, np.nan)
-    scores = scores.reshape(count, len(items), num_samples)
-    present = ~np.isnan(scores)
-    total = np.where(present, scores, 0.0).sum(-1)
-    return np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)
-
-
-def score_steps(
-    policy: Policy,
-    items: Sequence[Item],
-    texts: Sequence[Sequence[str]],
-    tokens: np.ndarray,
-    mask: np.ndarray,
-    outcomes: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of the steps of completions, for `grpo.process_advantages`.
-
-    A task without a process reward has one step a completion, worth its outcome.
-
-    Args:
-      policy: for its tokenizer.
-      items: ``P`` prompts.
-      texts: ``[P][G]`` decoded completions.
-      tokens: int32 ``[P, G, N]``.
-      mask: bool ``[P, G, N]``.
-      outcomes: float32 ``[P, G]`` from `score`.
-
-    Returns:
-      rewards float32 ``[P, G, N]`` at the last token of each step, and where those are, bool.
-      The last step of a completion ends with its end token.
-    """
-    rewards = np.zeros(mask.shape, np.float32)
-    ends = np.zeros(mask.shape, bool)
-    lengths = mask.sum(-1)
-    for rows in _by_task(items).values():
-        chosen, parts = [items[r] for r in rows], [texts[r] for r in rows]
-        function = chosen[0].task.process_reward
-        if function is None:
-            for row in rows:
-                for sample in np.flatnonzero(~np.isnan(outcomes[row])).tolist():
-                    last = int(lengths[row, sample]) - 1
-                    rewards[row, sample, last] = outcomes[row, sample]
-                    ends[row, sample, last] = True
-            continue
-        (found,) = scoring.call([_call(function, chosen, parts)])
-        samples = len(parts[0])
-        for number, row in enumerate(rows):
-            group = [()] * samples if found is None else found[number * samples :][:samples]
-            for sample, steps in enumerate(group):
-                ids = tokens[row, sample, : lengths[row, sample]]
-                for step, index in zip(
-                    steps, _step_tokens(policy, ids, [s.end for s in steps]), strict=True
-                ):
-                    rewards[row, sample, index] += step.reward
-                    ends[row, sample, index] = True
-    return rewards, ends
-
-
-def _step_tokens(policy: Policy, ids: np.ndarray, ends: Sequence[int]) -> list[int]:
-    """The index of the token that completes each of the first ``ends`` characters."""
-    if not ends:
-        return []
-    parts = policy.decode_completions([ids[: t + 1] for t in range(len(ids))])
-    reach = [len(part) for part in parts]
-    indices = [int(np.searchsorted(reach, end)) for end in ends]
-    return [*indices[:-1], len(ids) - 1]

@@ -1,8 +1,8 @@
 """Fitness: how good an adapter is, as ``(adapter, batch, key) -> float32 []``.
 
-Any traceable function of that form can be searched with (`grpocem_jax.searching`); `Likelihood` is
+Any traceable function of that form can be searched with (`grpocem_jax.search`); `Likelihood` is
 the report's.  Rewards of completions are no functions of arrays, they judge text on the host; see
-`grpocem_jax.rollouts.engine.population_rewards`.
+`grpocem_jax.rollouts.population_rewards`.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ class Likelihood:
     def scores(
         self, offsets: AdapterParams, batch: Texts, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-likelihood of each token, for `grpocem_jax.searching`.
+        """Log-likelihood of each token, for `grpocem_jax.search`.
 
         Args:
           offsets: offsets.

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Container, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from grpocem_jax import rollouts
 from grpocem_jax.config import Config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.tasks import Example, Loaded, load_examples
 from grpocem_jax.tasks.identity import identity

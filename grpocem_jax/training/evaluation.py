@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from grpocem_jax import rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.utils import memory
 
@@ -121,33 +121,23 @@ def evaluate(
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(items)))
     rewards = np.full(len(items), np.nan)
     texts: list[list[str]] = [[] for _ in items]
-    # Prompts of like length share a batch, so that short ones are padded to a small bucket.
-    order = sorted(range(len(items)), key=lambda i: len(items[i].tokens))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        chosen = [items[i] for i in rows]
-        length = rollouts.bucket_length(
-            max(len(item.tokens) for item in chosen),
-            config.generation.prompt_buckets,
-            config.data.max_prompt_tokens,
-        )
-        # A last batch that is not full repeats its first prompt: one compiled shape.
-        filled = np.array(rows + rows[:1] * (size - len(rows)))
+    for rows, filled in rollouts.batches([item.tokens for item in items], size):
         with memory.advise("the evaluation", advice):
-            out = rollouts.generate(
+            out = rollouts.complete(
                 policy,
                 jax.tree.map(lambda x, rows=filled: x[rows], offsets) if own_adapters else offsets,
-                rollouts.pad([items[i].tokens for i in filled], length),
+                [items[i].tokens for i in filled],
                 keys[filled],
                 config.generation,
                 num_samples=1 if greedy else config.train.eval_samples,
                 temperature=config.generation.temperature,
+                buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
                 greedy=greedy,
                 own_adapters=own_adapters,
+                require_finite=True,
             )
-            drawn = rollouts.fetch_finite(policy, out)
-        groups = rollouts.decode(policy, drawn.tokens, drawn.mask)[: len(rows)]
-        scores = rollouts.score(chosen, groups).total
+        groups = out.texts[: len(rows)]
+        scores = rollouts.score([items[i] for i in rows], groups).total
         for row, group, values in zip(rows, groups, scores, strict=True):
             texts[row] = group
             present = values[~np.isnan(values)]

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from grpocem_jax import grpo, report
+from grpocem_jax import grpo, report, rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.models import sampling
 from grpocem_jax.models.base import Model, Params
 from grpocem_jax.models.likelihood import completion_logps
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
 from grpocem_jax.training import evaluation, results, screens, step_metrics
@@ -496,45 +495,37 @@ class Run:
             config.generation.final_temperature,
             step / max(self.total_steps - 1, 1),
         )
-        length = rollouts.bucket_length(
-            max(len(item.tokens) for item in items),
-            config.generation.prompt_buckets,
-            config.data.max_prompt_tokens,
-        )
-        prompts = rollouts.pad([item.tokens for item in items], length)
         # The first keys of a step are those of its prompts.
         weights_key, draw_key = (
             jax.random.fold_in(jax.random.fold_in(self.key, step), len(items) + i) for i in (0, 1)
         )
         draw = self.policy.adapter.draw
         with memory.advise("a step's rollouts", self.rollouts_advice()):
-            out = rollouts.generate(
+            out = rollouts.complete(
                 self.policy,
                 state.offsets if draw is None else draw(draw_key, state.offsets),
-                prompts,
+                [item.tokens for item in items],
                 jax.random.split(jax.random.fold_in(self.key, step), len(items)),
                 config.generation,
                 num_samples=config.grpo.group_size,
                 temperature=temperature,
+                buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
             )
-            drawn = rollouts.fetch(out)
-        if not drawn.finite.any() and self.policy.dtype == "float16":
+        if not out.finite.any() and self.policy.dtype == "float16":
             fix = self.policy.nonfinite_logits("")
             raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
-        tokens, mask = drawn.tokens, drawn.mask
-        texts = rollouts.decode(self.policy, tokens, mask)
-        scores = rollouts.score(items, texts)
+        scores = rollouts.score(items, out.texts)
         rewards = scores.total
-        step_rewards = self.step_rewards(items, texts, tokens, mask, rewards)
-        found = self.algorithm.advantages(rewards, step_rewards, tokens, mask)
+        step_rewards = self.step_rewards(items, out, rewards)
+        found = self.algorithm.advantages(rewards, step_rewards, out.tokens, out.mask)
         advantages = jnp.asarray(found)
-        weights, positions = self.algorithm.weights(weights_key, out)
+        weights, positions = self.algorithm.weights(weights_key, out.rollouts)
         batch = grpo.Batch(
-            jnp.asarray(prompts.tokens),
-            jnp.asarray(prompts.mask),
-            out.tokens,
-            out.mask,
-            out.logps,
+            jnp.asarray(out.prompts.tokens),
+            jnp.asarray(out.prompts.mask),
+            out.rollouts.tokens,
+            out.rollouts.mask,
+            out.rollouts.logps,
             advantages,
             weights,
             positions,
@@ -560,21 +551,21 @@ class Run:
 
         before = state
         state, update = self.micro_batch.run(attempt)
-        self.step_tokens = int(mask.sum() + prompts.mask.sum() * config.grpo.group_size)
+        self.step_tokens = int(out.mask.sum() + out.prompts.mask.sum() * config.grpo.group_size)
         self.num_tokens += self.step_tokens
         record: dict[str, Any] = {
             "step": step + 1,
             "epoch": (step + 1) / self.steps_per_epoch,
             **{name: float(value) for name, value in jax.device_get(update).items()},
             **step_metrics.rewards(items, scores),
-            **step_metrics.lengths(mask.sum(-1), self._unended(tokens, mask)),
+            **step_metrics.lengths(out.mask.sum(-1), self._unended(out)),
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
-        self.trouble = self.find_trouble(record, drawn, before, batch, temperature)
+        self.trouble = self.find_trouble(record, out, before, batch, temperature)
         self.shown_before = self.completions.size
         if step % config.logging.interval == 0 or step + 1 == self.total_steps:
-            self.show(step + 1, items, texts, rewards, np.asarray(advantages))
+            self.show(step + 1, items, out.texts, rewards, np.asarray(advantages))
         return state, record
 
     def rollouts_advice(self) -> str:
@@ -606,7 +597,7 @@ class Run:
     def find_trouble(
         self,
         record: Mapping[str, float],
-        drawn: rollouts.Drawn,
+        out: rollouts.Completions,
         state: grpo.TrainState,
         batch: grpo.Batch,
         temperature: float,
@@ -618,7 +609,7 @@ class Run:
         rate, kl = self.config.train.learning_rate, record["kl"]
         lower = f"lower train.learning_rate={rate:g} to {rate / 4:g}"
         half = f"set model.dtype={self.policy.dtype!r} to 'bfloat16' or 'float32'"
-        if not drawn.finite.all():
+        if not out.finite.all():
             what = f"the logits are not finite in {self.policy.dtype}"
             return what, half if self.policy.dtype == "float16" else lower
         if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:
@@ -643,23 +634,23 @@ class Run:
     def step_rewards(
         self,
         items: Sequence[rollouts.Item],
-        texts: Sequence[Sequence[str]],
-        tokens: np.ndarray,
-        mask: np.ndarray,
+        out: rollouts.Completions,
         rewards: np.ndarray,
     ) -> np.ndarray:
         """Rewards at the last token of each step, float32 ``[P, G, N]``, NaN elsewhere."""
         if self.config.grpo.supervision == "process":
-            values, ends = rollouts.score_steps(self.policy, items, texts, tokens, mask, rewards)
+            values, ends = rollouts.score_steps(
+                self.policy, items, out.texts, out.tokens, out.mask, rewards
+            )
         else:  # one step a completion, worth its outcome
             values = rewards[..., None].astype(np.float32)
-            ends = np.arange(mask.shape[-1]) == mask.sum(-1, keepdims=True) - 1
+            ends = np.arange(out.mask.shape[-1]) == out.mask.sum(-1, keepdims=True) - 1
         return np.where(ends, values, np.float32(np.nan))
 
-    def _unended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def _unended(self, out: rollouts.Completions) -> np.ndarray:
         """Which completions were cut at the largest length; bool ``[P, G]``."""
-        ended = np.isin(tokens[..., -1], np.asarray(self.policy.end_ids))
-        return mask[..., -1] & ~ended
+        ended = np.isin(out.tokens[..., -1], np.asarray(self.policy.end_ids))
+        return out.mask[..., -1] & ~ended
 
     def show(
         self,

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from grpocem_jax import adapters
+from grpocem_jax import adapters, rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.runs import checkpoints, metrics
 from grpocem_jax.training import evaluation, screens

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from grpocem_jax import rollouts
 from grpocem_jax.config import Config
-from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.runs.screens import caveats, installed, reward_tables, scales, setting
 from grpocem_jax.training import evaluation

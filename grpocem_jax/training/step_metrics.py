@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax import grpo
-from grpocem_jax.rollouts import engine as rollouts
+from grpocem_jax import grpo, rollouts
 from grpocem_jax.runs import metrics
 
 

@@ -1,0 +1,241 @@
+"""Completions to rewards: of whole completions, of their steps, and of a population."""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpocem_jax.adapters.base import Offsets
+from grpocem_jax.config.schema import HUGEST, GenerationConfig
+from grpocem_jax.rollouts.engine import complete
+from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.rollouts.prompts import Item
+from grpocem_jax.tasks import scoring
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.terminal import say
+
+
+class Scores(NamedTuple):
+    """Rewards of completions.
+
+    Attributes:
+      total: weighted sum of the functions' rewards, float32 ``[P, G]``; NaN where all abstained.
+      functions: by name what each function gave, float32 ``[P, G]``; NaN where it abstained, or
+        does not judge the prompt's task.
+      errors: for how many completions a function abstained because it failed, summed over the
+        functions; None where no task asks for that (``data.reward_on_error="abstain"``).
+    """
+
+    total: np.ndarray
+    functions: dict[str, np.ndarray]
+    errors: int | None = None
+
+
+def _call(function: Any, items: Sequence[Item], texts: Sequence[Sequence[str]]) -> scoring.Call:
+    """The call of a reward function for all samples of some items of one task."""
+    examples = [item.example for item in items for _ in texts[0]]
+    return scoring.Call(function, items[0].task, examples, [x for group in texts for x in group])
+
+
+def _rewards(call: scoring.Call, values: Sequence[Any]) -> tuple[list[float], int]:
+    """The rewards that a call returned, and how many of its values are none."""
+    rewards, wrong = [], []
+    for value, example, completion in zip(values, call.examples, call.completions, strict=True):
+        try:
+            rewards.append(_reward(value, call.name, example.prompt, completion))
+        except InputError as error:
+            if call.task.reward_on_error == "stop":
+                raise
+            rewards.append(math.nan)
+            wrong.append(error)
+    if wrong:
+        say(f"{len(wrong)} of {len(values)} completions abstain: {wrong[0]}", sys.stderr)
+    return rewards, len(wrong)
+
+
+def _reward(value: Any, name: str, prompt: str, completion: str) -> float:
+    """A reward as a number, NaN where the function abstained."""
+    if value is None:
+        return math.nan
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except Exception:  # whatever the value's own code may raise
+        number = math.nan
+    # Larger ones are infinite in float32.
+    if not abs(number) <= HUGEST:
+        try:
+            shown = repr(value)
+        except Exception:  # Python prints no integer of thousands of digits
+            shown = f"a value of type {type(value).__name__}"
+        raise InputError(
+            f"The reward function {name} returned {shown} for the completion {completion!r} of "
+            f"the prompt {prompt!r}; rewards are finite numbers, or None."
+        )
+    return number
+
+
+def _by_task(items: Sequence[Item]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, item in enumerate(items):
+        rows.setdefault(item.task.name, []).append(row)
+    return rows
+
+
+def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
+    """Outcome rewards of ``P`` prompts' ``G`` completions.
+
+    Raises:
+      InputError: a reward function raised, exited or took too long, returned something else than a
+        number that is finite in float32 or None, or another number of values; it names the
+        function, and where one can be found the prompt and the completion.  A weighted sum that
+        is not finite in float32.
+    """
+    shape = (len(items), len(texts[0]))
+    total = np.full(shape, np.nan, np.float32)
+    functions: dict[str, np.ndarray] = {}
+    judged = [
+        (reward, rows)
+        for rows in _by_task(items).values()
+        for reward in items[rows[0]].task.rewards
+    ]
+    calls = [
+        _call(reward.function, [items[r] for r in rows], [texts[r] for r in rows])
+        for reward, rows in judged
+    ]
+    errors = 0
+    for (reward, rows), call, found in zip(judged, calls, scoring.call(calls), strict=True):
+        values = functions.setdefault(reward.name, np.full(shape, np.nan, np.float32))
+        if found is None:
+            errors += len(call.completions)
+        else:
+            numbers, wrong = _rewards(call, found)
+            errors += wrong
+            values[rows] = np.reshape(numbers, (len(rows), -1))
+        before = total[rows]
+        with np.errstate(over="ignore"):
+            own = reward.weight * values[rows]
+            # The sum of those that did not abstain.
+            sums = np.where(np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own))
+        if np.isinf(sums).any():
+            raise InputError(
+                f"The rewards of the task {call.task.name} with the weight {reward.weight:g} of "
+                f"{reward.name} add up to more than float32 holds; lower the rewards, or their "
+                "weights."
+            )
+        total[rows] = sums
+    counted = any(item.task.reward_on_error == "abstain" for item in items)
+    return Scores(total, functions, errors if counted else None)
+
+
+def score_steps(
+    policy: Policy,
+    items: Sequence[Item],
+    texts: Sequence[Sequence[str]],
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    outcomes: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of the steps of completions, for `grpo.process_advantages`.
+
+    A task without a process reward has one step a completion, worth its outcome.
+
+    Args:
+      policy: for its tokenizer.
+      items: ``P`` prompts.
+      texts: ``[P][G]`` decoded completions.
+      tokens: int32 ``[P, G, N]``.
+      mask: bool ``[P, G, N]``.
+      outcomes: float32 ``[P, G]`` from `score`.
+
+    Returns:
+      rewards float32 ``[P, G, N]`` at the last token of each step, and where those are, bool.
+      The last step of a completion ends with its end token.
+    """
+    rewards = np.zeros(mask.shape, np.float32)
+    ends = np.zeros(mask.shape, bool)
+    lengths = mask.sum(-1)
+    for rows in _by_task(items).values():
+        chosen, parts = [items[r] for r in rows], [texts[r] for r in rows]
+        function = chosen[0].task.process_reward
+        if function is None:
+            for row in rows:
+                for sample in np.flatnonzero(~np.isnan(outcomes[row])).tolist():
+                    last = int(lengths[row, sample]) - 1
+                    rewards[row, sample, last] = outcomes[row, sample]
+                    ends[row, sample, last] = True
+            continue
+        (found,) = scoring.call([_call(function, chosen, parts)])
+        samples = len(parts[0])
+        for number, row in enumerate(rows):
+            group = [()] * samples if found is None else found[number * samples :][:samples]
+            for sample, steps in enumerate(group):
+                ids = tokens[row, sample, : lengths[row, sample]]
+                for step, index in zip(
+                    steps, _step_tokens(policy, ids, [s.end for s in steps]), strict=True
+                ):
+                    rewards[row, sample, index] += step.reward
+                    ends[row, sample, index] = True
+    return rewards, ends
+
+
+def _step_tokens(policy: Policy, ids: np.ndarray, ends: Sequence[int]) -> list[int]:
+    """The index of the token that completes each of the first ``ends`` characters."""
+    if not ends:
+        return []
+    parts = policy.decode_completions([ids[: t + 1] for t in range(len(ids))])
+    reach = [len(part) for part in parts]
+    indices = [int(np.searchsorted(reach, end)) for end in ends]
+    return [*indices[:-1], len(ids) - 1]
+
+
+def population_rewards(
+    policy: Policy,
+    offsets: Offsets,
+    items: Sequence[Item],
+    key: jax.Array,
+    generation: GenerationConfig,
+    *,
+    num_samples: int,
+    buckets: Sequence[int],
+) -> np.ndarray:
+    """The reward fitness: every candidate answers all prompts, in one program.
+
+    Args:
+      policy: the policy.
+      offsets: those of ``C`` candidates, ``[C, ...]`` a site.
+      items: ``P`` prompts.
+      key: PRNG key; consumed. All candidates share the random numbers of a prompt.
+      generation: sampling settings, at ``generation.temperature``.
+      num_samples: completions of each prompt by each candidate.
+      buckets: lengths to which the prompts may be padded.
+
+    Returns:
+      float64 ``[C, P]``, mean reward over a prompt's samples; NaN where all abstained, or where
+      their logits are not finite.
+
+    Raises:
+      InputError: what `score` raises; logits of a single adapter that are not finite.
+    """
+    count = len(jax.tree.leaves(offsets)[0])
+    out = complete(
+        policy,
+        jax.tree.map(lambda x: jnp.repeat(x, len(items), axis=0), offsets),
+        [item.tokens for item in items] * count,
+        jnp.tile(jax.random.split(key, len(items)), count),
+        generation,
+        num_samples=num_samples,
+        temperature=generation.temperature,
+        buckets=buckets,
+        own_adapters=True,
+        # What a single adapter makes is meant to be judged; of many, some may be far out.
+        require_finite=count == 1,
+    )
+    scores = np.where(out.finite, score([*items] * count, out.texts).total, np.nan)
+    scores = scores.reshape(count, len(items), num_samples)
+    present = ~np.isnan(scores)
+    total = np.where(present, scores, 0.0).sum(-1)
+    return np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)
