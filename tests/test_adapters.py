@@ -17,8 +17,8 @@ from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import SITES
 from tests.parity import weights
+from tests.tiny import SITES
 
 TEXT = weights.tokens(weights.SHAPES["small"], 12)
 MASK = np.ones(12, bool)

@@ -24,14 +24,9 @@ from grpocem_jax.training import loop as training
 from grpocem_jax.utils.errors import InputError
 from studies.fuzz import parse_command
 from tests.command_line import TINY, assert_sentence
-from tests.conftest import ROOT
-from tests.test_adaptation import PROMPT, cheap_programs, tiny_policy
+from tests.runs import PROMPT, ROOT, tiny_policy
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 # Flags

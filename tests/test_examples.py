@@ -19,8 +19,7 @@ from examples import variants
 from examples.own_task import rewards
 from examples.stories import rewards as stories
 from grpocem_jax import adaptation
-from tests.conftest import ROOT
-from tests.test_adaptation import get_config, tiny_policy, write_run
+from tests.runs import ROOT, get_config, tiny_policy, write_run
 
 
 def short(settings, tasks=None):

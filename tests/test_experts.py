@@ -19,8 +19,9 @@ from grpocem_jax.runs import checkpoints, rundir
 from grpocem_jax.search import spaces
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import ROOT
-from tests.test_adaptation import cheap_programs, get_config, random_offsets, tiny_policy
+from tests.runs import ROOT, get_config, random_offsets, tiny_policy
+
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
 SMALL = {
@@ -34,12 +35,6 @@ SMALL = {
     "train.eval_samples": 2,
     "generation.max_new_tokens": 4,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
 
 
 @pytest.fixture(scope="module")

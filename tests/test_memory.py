@@ -9,7 +9,7 @@ import pytest
 
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY, ROOT
+from tests.runs import OUT_OF_MEMORY, ROOT
 
 
 def fits(limit, tried):

@@ -14,8 +14,8 @@ import pytest
 
 from grpocem_jax.models import base, hub
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import make_tiny
 from tests.parity import weights
+from tests.tiny import make_tiny
 
 FIELDS = weights.SHAPES["small"]
 TEXT = weights.tokens(FIELDS, 19)

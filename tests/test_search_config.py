@@ -11,14 +11,10 @@ from grpocem_jax.adaptation import screens
 from grpocem_jax.config.schema import parse_config
 from grpocem_jax.search import CEM, Evosax
 from grpocem_jax.utils.errors import InputError
-from tests.test_adaptation import PROMPT, cheap_programs, get_config, write_run
-from tests.test_search_methods import Climber, needs_evosax
+from tests.methods import Climber, needs_evosax
+from tests.runs import PROMPT, get_config, write_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 @pytest.fixture(scope="module")
