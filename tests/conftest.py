@@ -23,6 +23,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs evosax where there is none."""
+    if item.get_closest_marker("evosax") and importlib.util.find_spec("evosax") is None:
+        pytest.skip("evosax is not installed; use make parity")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiles quickly, but as users do in modules marked ``optimized``."""
@@ -47,7 +53,13 @@ def one_policy() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    """A GPT-2."""
+    """A GPT-2 of one layer."""
+    return make_tiny(weights.SHAPES["small"] | {"n_layer": 1}, "attn.c_proj")
+
+
+@pytest.fixture(scope="session")
+def deep() -> Tiny:
+    """A GPT-2 of two layers, for what a mistake in the order of layers would show."""
     return make_tiny(weights.SHAPES["small"], "attn.c_proj")
 
 

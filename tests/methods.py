@@ -1,16 +1,10 @@
-"""A search method as a newcomer writes one, and the mark of tests that need evosax."""
+"""A search method as a newcomer writes one."""
 
 import dataclasses
-import importlib.util
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pytest
-
-needs_evosax = pytest.mark.skipif(
-    importlib.util.find_spec("evosax") is None, reason="evosax is not installed"
-)
 
 
 class ClimberState(NamedTuple):

@@ -60,6 +60,11 @@ def stub_svd(kernel):
     return u, np.ones(n, np.float32), vt
 
 
+@pytest.fixture(scope="module")
+def tiny(deep):
+    return deep
+
+
 def adapt(tiny, method, patterns=("attn.c_proj",)):
     """The tiny model with another adapter: model functions, parameters, zero offsets, sites."""
     model = gpt2.build(tiny.config, method.apply)

@@ -690,7 +690,7 @@ def test_another_adapter_made_with_other_settings_is_refused(workdir, tmp_path):
     """Its arrays have the same names and shapes, but it means another model."""
     other = write_trained(tmp_path / "other", tail="drop") / "adapter"
     assert_refused(
-        workdir, tmp_path / "model", "tail='drop', but config.adapter has 'keep'", offsets=other
+        workdir, tmp_path / "model", "tail='drop', but config.adapter has 'keep'", adapter=other
     )
 
 

@@ -27,7 +27,7 @@ from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
-from tests.runs import OUT_OF_MEMORY, ROOT, TRAINING, read_lines, training_config
+from tests.runs import OUT_OF_MEMORY, ROOT, TRAINING, read_lines, thin_model, training_config
 
 STEPS = TRAINING["train.max_steps"]
 pytestmark = pytest.mark.usefixtures("one_policy")
@@ -196,7 +196,7 @@ def test_a_run_that_is_complete_is_left_alone(whole, capsys):
             {"train.max_steps": 7, "grpo.beta": 0.5},
             ["grpo.beta is 0.01 there and 0.5 here", "train.max_steps is 6 there and 7 here"],
         ),
-        ({"data.tasks": ("qa",)}, ["data.tasks is ['sentiment'] there and ['qa'] here"]),
+        ({"data.tasks": ("qa",)}, ["data.tasks is ['general'] there and ['qa'] here"]),
     ],
 )
 def test_other_settings_are_refused_with_the_list_of_differences(whole, changes, fragments):
@@ -408,8 +408,9 @@ def test_prompts_are_trained_on_held_out_or_for_validation_and_never_two_of_them
 
 def test_too_few_rows_to_compare_checkpoints_are_an_error(tmp_path):
     # The held-out split has 120 rows.
+    changes = JUDGED | {"data.tasks": ("sentiment",), "data.heldout_samples": 120}
     with pytest.raises(InputError, match=r"data.heldout_samples=120: .* sentiment has no other"):
-        training.train(training_config(**JUDGED, **{"data.heldout_samples": 120}), tmp_path / "run")
+        training.train(training_config(**changes), tmp_path / "run")
 
 
 def test_a_held_out_split_without_an_interval_is_refused_before_training(tmp_path):
@@ -417,6 +418,7 @@ def test_a_held_out_split_without_an_interval_is_refused_before_training(tmp_pat
         rows = [{"text": f"The {split} soup was good {i}", "label": i % 2} for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {
+        "data.tasks": ("sentiment",),
         "data.sentiment.source": str(tmp_path),
         "data.sentiment.label_names": ("negative", "positive"),
     }
@@ -503,6 +505,7 @@ def test_a_signal_is_heard_where_what_it_prints_is_not():
 COMMAND = [
     *(sys.executable, "train.py", "--config", "tiny"),
     *(f"--config.{name}={value}" for name, value in TRAINING.items()),
+    f"--config.model.source={thin_model()}",
     "--workdir",
 ]
 

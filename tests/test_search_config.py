@@ -11,7 +11,7 @@ from grpocem_jax.adaptation import screens
 from grpocem_jax.config.schema import parse_config
 from grpocem_jax.search import CEM, Evosax
 from grpocem_jax.utils.errors import InputError
-from tests.methods import Climber, needs_evosax
+from tests.methods import Climber
 from tests.runs import PROMPT, get_config, write_run
 
 pytestmark = pytest.mark.usefixtures("one_policy")
@@ -51,7 +51,7 @@ def test_a_method_of_the_users_own_adapts_with_its_options(workdir):
     assert found.fitness_after >= found.fitness_before
 
 
-@needs_evosax
+@pytest.mark.evosax
 def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
     settings = get_config(**{"cem.method": "evosax:Sep_CMA_ES", "cem.gate": False})
     run = adaptation.load_run(workdir, settings)
@@ -64,7 +64,7 @@ def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
     assert found.fitness_after != found.fitness_before
 
 
-@needs_evosax
+@pytest.mark.evosax
 def test_a_strategy_that_evosax_lacks_is_named_with_the_field():
     with pytest.raises(InputError, match=r"^config\.cem\.method='evosax:Sep_CMA': .*Sep_CMA_ES"):
         parse_config(get_config(**{"cem.method": "evosax:Sep_CMA"}))

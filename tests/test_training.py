@@ -22,6 +22,8 @@ from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils.errors import InputError
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parent.parent
 TASKS = ["qa", "sentiment", "summarization", "classification", "general"]
 SMALL = {

@@ -14,7 +14,7 @@ SITES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 class Tiny(NamedTuple):
-    """A random model of 2 layers and width 40 or less that carries a zero SVF adapter.
+    """A random model of width 40 or less that carries a zero SVF adapter.
 
     Attributes:
       architecture: its module.
