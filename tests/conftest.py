@@ -1,5 +1,6 @@
 """Fixtures of all tests, strict arrays, and how programs are compiled."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
