@@ -31,13 +31,13 @@ def judged(offsets) -> float:
 
 # %% CEM, behind a gate that keeps the base model unless held-back examples gain.
 cem = gj.adapt(run, support)
-print(f"CEM       {cem.returned:<6} {judged(run.adapter):.3f} -> {judged(cem.adapter):.3f}")
+print(f"CEM       {cem.returned:<6} {judged(run.offsets):.3f} -> {judged(cem.offsets):.3f}")
 
 # %% The same with a gradient, which a likelihood has.
 settings.cem.method = "gradient"
 gradient = gj.adapt(run, support, settings=gj.parse_config(settings).cem)
 print(
-    f"gradient  {gradient.returned:<6} {judged(run.adapter):.3f} -> {judged(gradient.adapter):.3f}"
+    f"gradient  {gradient.returned:<6} {judged(run.offsets):.3f} -> {judged(gradient.offsets):.3f}"
 )
 
 # %% What the adapted policy writes.

@@ -1,6 +1,7 @@
 """Fixtures of all tests, strict arrays, and how programs are compiled."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from tests.tiny import Tiny, make_tiny
 pytest_plugins = ("tests.command_line",)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests of whole runs compile the same programs over and over.
-jax.config.update("jax_compilation_cache_dir", str(runs.ROOT / ".pytest_cache" / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# Tests of whole runs compile the same programs over and over, those of commands too.
+for name, value in {
+    "jax_compilation_cache_dir": str(runs.ROOT / ".pytest_cache" / "xla"),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 # GPUs would otherwise round the operands of float32 products to 10 bits.
 jax.config.update("jax_default_matmul_precision", "highest")
 

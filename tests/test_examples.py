@@ -64,6 +64,7 @@ def own_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("own") / "run"
     with contextlib.chdir(ROOT):
         settings = short(gj.load_config("examples/own_task/config.py"))
+        settings.model.source = thin_model()
         settings.cem.generations, settings.cem.population_size = 2, 10
         return workdir, gj.train(settings, workdir)
 
