@@ -12,7 +12,7 @@ train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Lint, types and the tests of the algorithms alone, at once.
 check: $(VENV)/.installed

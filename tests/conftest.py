@@ -17,6 +17,11 @@ from tests.tiny import Tiny, make_tiny
 
 pytest_plugins = ("tests.command_line",)
 
+LONGEST = {
+    f"test_{name}"
+    for name in "examples resume training devices benchmarks studies experts inference".split()
+}
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests of whole runs compile the same programs over and over, those of commands too.
 for name, value in {
@@ -27,6 +32,11 @@ for name, value in {
     os.environ[name.upper()] = str(value)
 # GPUs would otherwise round the operands of float32 products to 10 bits.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest modules first, so that no worker ends with one while others are idle."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
