@@ -15,7 +15,7 @@ import jax
 from safetensors.numpy import load_file, save_file
 
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import Config, parse_config
+from grpocem_jax.config import Config, parse_config
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.tasks import TASKS, SourceConfig, load_examples
@@ -26,17 +26,17 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"
 PROMPT = "Review: The soup was cold.\nSentiment:"
 OTHER = "Review: The soup was cold and bad.\nSentiment:"
 SMALL = {
-    "cem.generations": 2,
+    "search.generations": 2,
     "cem.population_size": 4,
     "cem.elite_ratio": 0.5,
     "generation.max_new_tokens": 4,
 }
 # With these and four prompts, the reward's programs are those of 8, 6, 4 and 2 prompts.
 REWARD = {
-    "cem.fitness": "reward",
-    "cem.task": "qa",
-    "cem.samples": 2,
-    "cem.held_back": 0.5,
+    "search.fitness": "reward",
+    "search.task": "qa",
+    "search.samples": 2,
+    "search.held_back": 0.5,
 }
 TRAINING = {
     "data.tasks": ("general",),  # whose reward tells even poor completions apart

@@ -12,7 +12,7 @@ import pytest
 
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Text, workflow
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.search import loop
@@ -50,11 +50,11 @@ def questions(run):
 
 
 def cem(run, **changes):
-    return dataclasses.replace(run.config.cem, **changes)
+    return dataclasses.replace(run.config.search, **changes)
 
 
 def reward_settings(run, **changes):
-    return cem(run, **{name.removeprefix("cem."): x for name, x in REWARD.items()} | changes)
+    return cem(run, **{name.removeprefix("search."): x for name, x in REWARD.items()} | changes)
 
 
 def stacked(*adapters):
@@ -90,8 +90,8 @@ def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(workdir):
 
 
 def test_other_settings_may_be_given_than_the_runs_own(workdir):
-    run = adaptation.load_run(workdir, get_config(**{"cem.generations": 7}))
-    assert run.config.cem.generations == 7
+    run = adaptation.load_run(workdir, get_config(**{"search.generations": 7}))
+    assert run.config.search.generations == 7
 
 
 @pytest.mark.parametrize("method", ["cem", "gradient"])
@@ -180,7 +180,7 @@ def test_a_search_in_a_space_of_experts_ends_in_that_space(run, changes, dimensi
 
 
 def test_a_space_of_experts_says_when_there_are_too_few_directions(run):
-    with pytest.raises(InputError, match=r"cem\.rank=400"):
+    with pytest.raises(InputError, match=r"search\.rank=400"):
         adaptation.make_space(run.policy, run.offsets, cem(run, space="subspace", rank=400))
 
 
@@ -191,8 +191,8 @@ def test_the_smallest_budget_is_one_generation(run):
 
 
 def test_a_second_prompt_of_another_length_in_the_bucket_compiles_nothing(run):
-    lengths = [len(adaptation.encode(run.policy, p, run.config.cem)[0]) for p in (PROMPT, OTHER)]
-    assert lengths[0] < lengths[1] <= run.config.cem.buckets[0]
+    lengths = [len(adaptation.encode(run.policy, p, run.config.search)[0]) for p in (PROMPT, OTHER)]
+    assert lengths[0] < lengths[1] <= run.config.search.buckets[0]
     adaptation.adapt(run, PROMPT)
     clock = CompileClock.start()
     adaptation.adapt(run, OTHER)
@@ -285,9 +285,9 @@ def test_a_text_that_cannot_be_adapted_to_is_refused(run, text, fragment):
 
 
 def test_only_a_completion_counts_where_there_is_one(run):
-    tokens, scored = adaptation.encode(run.policy, Text(PROMPT, " negative"), run.config.cem)
+    tokens, scored = adaptation.encode(run.policy, Text(PROMPT, " negative"), run.config.search)
     np.testing.assert_array_equal(scored, [False] * (len(tokens) - 1) + [True])
-    tokens, scored = adaptation.encode(run.policy, PROMPT, run.config.cem)
+    tokens, scored = adaptation.encode(run.policy, PROMPT, run.config.search)
     np.testing.assert_array_equal(scored, [False] + [True] * (len(tokens) - 1))
 
 
@@ -308,7 +308,7 @@ def test_likelihoods_under_own_adapters_are_those_of_one_call_for_each_text(run)
 
 def test_a_completion_is_the_most_probable_token_after_the_other_each_time_the_same(run):
     model, params = run.policy.model, run.policy.params
-    prompt, _ = adaptation.encode(run.policy, PROMPT, run.config.cem)
+    prompt, _ = adaptation.encode(run.policy, PROMPT, run.config.search)
     end_ids = np.array(run.policy.end_ids).tolist()
 
     @jax.jit
@@ -335,7 +335,7 @@ def test_a_completion_is_the_most_probable_token_after_the_other_each_time_the_s
 
 def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused(run):
     long = run.policy.tokenizer.decode(
-        adaptation.encode(run.policy, PROMPT, run.config.cem)[0].tolist() * 12 + [5] * 6
+        adaptation.encode(run.policy, PROMPT, run.config.search)[0].tolist() * 12 + [5] * 6
     )
     with pytest.raises(InputError, match="=4 of a context of 128 allow 124"):
         adaptation.complete(run, run.offsets, [long])
@@ -381,7 +381,7 @@ def test_nothing_is_padded_beyond_the_context(run, questions, monkeypatch):
     capped = run._replace(config=dataclasses.replace(run.config, cem=cem(run, buckets=(context,))))
     for function in (
         lambda run: adaptation.log_likelihoods(run, run.offsets, [adaptation.Text(long)])[0],
-        lambda run: adaptation.adapt(run, long, settings=run.config.cem).fitness_before,
+        lambda run: adaptation.adapt(run, long, settings=run.config.search).fitness_before,
     ):
         assert function(wide) == function(capped)
 
@@ -391,7 +391,7 @@ def test_nothing_is_padded_beyond_the_context(run, questions, monkeypatch):
 
 def rewards_of(run, adapters, items, key=None, **options):
     key = jax.random.key(5) if key is None else key
-    options = {"num_samples": 2, "buckets": run.config.cem.buckets, **options}
+    options = {"num_samples": 2, "buckets": run.config.search.buckets, **options}
     return rollouts.population_rewards(
         run.policy, adapters, items, key, run.config.generation, **options
     )
@@ -508,7 +508,7 @@ def test_where_memory_runs_out_fewer_candidates_answer_at_a_time(
     monkeypatch.setattr(rollouts, "population_rewards", short)
     if not asked:
         with pytest.raises(
-            InputError, match=r"memory in the search: .* config\.cem\.population_chunk=2,"
+            InputError, match=r"memory in the search: .* config\.search\.population_chunk=2,"
         ):
             search(settings=settings)
         return
@@ -539,7 +539,7 @@ def test_rewards_that_all_abstain_are_named_before_the_search(run, questions, ga
     items = [item._replace(task=task) for item in questions]
     with pytest.raises(InputError) as error:
         adaptation.adapt(run, items, settings=reward_settings(run, gate=gate))
-    for part in ("config.cem.fitness='reward' is nan", "to start from", "abstained each time"):
+    for part in ("config.search.fitness='reward' is nan", "to start from", "abstained each time"):
         assert part in str(error.value)
 
 
@@ -617,9 +617,9 @@ def test_the_gate_needs_three_prompts(run, questions, count):
 
 
 def test_texts_have_no_reward_and_prompts_of_a_task_no_likelihood(run, questions):
-    with pytest.raises(InputError, match=r"cem\.fitness='reward': a text has no reward"):
+    with pytest.raises(InputError, match=r"search\.fitness='reward': a text has no reward"):
         adaptation.adapt(run, PROMPT, settings=reward_settings(run))
-    with pytest.raises(InputError, match=r"cem\.fitness='likelihood': .* give texts"):
+    with pytest.raises(InputError, match=r"search\.fitness='likelihood': .* give texts"):
         adaptation.adapt(run, questions)
 
 
@@ -638,7 +638,7 @@ def test_a_fitness_that_is_not_finite_at_the_start_is_named_before_the_search(
     settings = cem(run, fitness="mine:constant", gate=gate)
     with pytest.raises(InputError) as error:
         adaptation.adapt(run, PROMPT, settings=settings)
-    assert f"config.cem.fitness='mine:constant' is {value} for the adapter to start" in str(
+    assert f"config.search.fitness='mine:constant' is {value} for the adapter to start" in str(
         error.value
     )
 
@@ -651,7 +651,7 @@ def test_a_fitness_that_is_not_finite_for_the_result_is_named(run, monkeypatch):
     monkeypatch.setattr(workflow.user_code, "load_function", lambda *args, **kwargs: off_the_start)
     found = types.SimpleNamespace(offsets=jax.tree.map(lambda x: x + 1, run.offsets))
     monkeypatch.setattr(loop, "maximize", lambda *args, **kwargs: found)
-    with pytest.raises(InputError, match=r"is nan for the adapter found.*cem.gate=True"):
+    with pytest.raises(InputError, match=r"is nan for the adapter found.*search.gate=True"):
         adaptation.adapt(run, PROMPT, settings=cem(run, fitness="mine:f", gate=False))
 
 

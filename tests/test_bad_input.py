@@ -74,7 +74,7 @@ FLAGS = [
     ("train", [TINY, f"--config.train.epochs={'9' * 5000}"], "--config.train.epochs"),
     ("train", [TINY, "--config.train.learning_rate=fast"], "a number"),
     ("train", [TINY, "--config.train.learning_rate=nan"], "finite"),
-    ("train", [TINY, "--config.cem.gate=maybe"], "True or False"),
+    ("train", [TINY, "--config.search.gate=maybe"], "True or False"),
     ("train", [TINY, "--config.data.tasks=(("], "config.data.tasks"),
     ("train", [TINY, "--config.data.tasks=('qa\x1b[31m',)"], "\\x1b[31m"),
     ("train", [TINY, "--config.adapter.sites=('mlp',)"], "'mlp' is no linear map"),
@@ -238,7 +238,7 @@ def test_a_file_of_texts_that_cannot_be_used_is_named(
 ):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    given = ("adapt", TINY, f"--workdir={workdir}", "--config.cem.gate=False")
+    given = ("adapt", TINY, f"--workdir={workdir}", "--config.search.gate=False")
     assert fragment in refused(*given, f"--prompts={tmp_path / name}")
     for flag in ("examples", "heldout"):
         assert fragment in refused(*given, f"--{flag}={tmp_path / name}", f"--prompt={PROMPT}")
@@ -254,7 +254,7 @@ def test_a_file_of_texts_that_cannot_be_used_is_named(
 def test_any_text_is_adapted_to_or_refused(text):
     run = _loaded()
     try:
-        tokens, scored = adaptation.encode(run.policy, text, run.config.cem)
+        tokens, scored = adaptation.encode(run.policy, text, run.config.search)
     except InputError as error:
         assert_sentence(str(error))
     else:
@@ -272,9 +272,9 @@ def _loaded():
 def test_prompts_of_every_length_that_fits_are_taken(length):
     run = _loaded()
     text = " the" * length
-    assert len(adaptation.encode(run.policy, text, run.config.cem)[0]) == length
+    assert len(adaptation.encode(run.policy, text, run.config.search)[0]) == length
     with pytest.raises(InputError, match="longer than the limit of 127"):
-        adaptation.encode(run.policy, " the" * 1024, run.config.cem)
+        adaptation.encode(run.policy, " the" * 1024, run.config.search)
 
 
 @hypothesis.settings(
@@ -285,7 +285,7 @@ def test_prompts_of_every_length_that_fits_are_taken(length):
 )
 @hypothesis.given(
     field=st.sampled_from(
-        ["seed", "train.learning_rate", "data.tasks", "model.source", "cem.gate"]
+        ["seed", "train.learning_rate", "data.tasks", "model.source", "search.gate"]
     ),
     value=st.text(st.characters(exclude_characters="\0"), max_size=20),
 )

@@ -110,7 +110,7 @@ SETTINGS = [
     (setting("adapter", "rank_ratio", 0.5), "has shape (102,) there and (64,) here"),
     (setting("adapter", "type", "nowhere:f"), "nowhere cannot be imported"),
     (setting("adapter", "options", {"x": 1}), "config.adapter.options"),
-    (setting("cem", "buckets", [0]), "config.cem.buckets"),
+    (setting("cem", "buckets", [0]), "config.search.buckets"),
     (setting("cem", "elite_ratio", 1e-9), "leaves no elite"),
 ]
 ADAPTERS = [

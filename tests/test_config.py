@@ -15,7 +15,7 @@ import pytest
 
 from grpocem_jax.config import commands
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import Config, lay_defaults, parse_config, with_defaults
+from grpocem_jax.config import Config, lay_defaults, parse_config, with_defaults
 from grpocem_jax.utils.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -199,7 +199,7 @@ def test_every_field_of_a_type_refuses_other_types_and_what_is_out_of_its_range(
     assert own
     for name, allowed in own:
         for value in WRONG[kind]:
-            if (name, value) == ("cem.budget_s", None) or (
+            if (name, value) == ("search.budget_s", None) or (
                 name.endswith("options") and value == {}
             ):
                 continue
@@ -246,7 +246,7 @@ def get_config():
     config.data.tasks = ("mine", "qa")
     config.data.mine = {"source": "somewhere", "rewards": ["rewards_of_mine:good"]}
     config.train.learning_rate = 1
-    config.cem.budget_s = None
+    config.search.budget_s = None
     return config.lock()
 """
 MINIMAL = """
@@ -341,7 +341,7 @@ def test_flags_of_one_field_each_give_a_config_that_parses(by_flags):
         "--config.data.mine.columns.prompt=question",
         "--config.data.qa.label_names=('x','y')",
         "--config.data.qa.columns={'context': 'passage'}",
-        "--noconfig.cem.gate",
+        "--noconfig.search.gate",
     )  # fmt: skip
     parsed = parse_config(config)
     mine, qa = parsed.data.sources["mine"], parsed.data.sources["qa"]
@@ -349,7 +349,7 @@ def test_flags_of_one_field_each_give_a_config_that_parses(by_flags):
     assert dict(mine.columns) == {"prompt": "question"}
     assert qa.label_names == ("x", "y")
     assert dict(qa.columns) == {"context": "passage"}
-    assert not parsed.cem.gate
+    assert not parsed.search.gate
 
 
 @pytest.mark.parametrize(

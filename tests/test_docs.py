@@ -11,7 +11,7 @@ import pytest
 
 from docs import generate
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import Config, parse_config
+from grpocem_jax.config import Config, parse_config
 from grpocem_jax.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.training import evaluation

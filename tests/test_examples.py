@@ -65,7 +65,7 @@ def own_run(tmp_path_factory):
     with contextlib.chdir(ROOT):
         settings = short(gj.load_config("examples/own_task/config.py"))
         settings.model.source = thin_model()
-        settings.cem.generations, settings.cem.population_size = 2, 10
+        settings.search.generations, settings.cem.population_size = 2, 10
         return workdir, gj.train(settings, workdir)
 
 
@@ -115,7 +115,7 @@ def test_an_adapter_object_reaches_adapt_and_complete():
     assert jax.tree.map(jnp.shape, policy.zero["h.0.attn.c_proj"]) == {"a": (128, 1), "b": (1, 128)}
     run = gj.TrainedRun(config, policy, policy.zero)
     prompt = "Review: The soup was cold.\nSentiment:"
-    settings = dataclasses.replace(config.cem, method="gradient", generations=5, gate=False)
+    settings = dataclasses.replace(config.search, method="gradient", generations=5, gate=False)
     found = gj.adapt(run, prompt, settings=settings)
     assert found.fitness_after > found.fitness_before
     assert isinstance(gj.complete(run, found.offsets, [prompt])[0], str)
@@ -128,9 +128,9 @@ def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
     settings = short(gj.load_config("tiny"), tasks=("general",))
     settings.model.source = thin_model()
     settings.adapter.type = "examples.custom_adapter:scale_and_shift"
-    settings.cem.fitness = "examples.custom_fitness:worst_token"
-    settings.cem.generations, settings.cem.population_size = 2, 10
-    settings.cem.gate = False
+    settings.search.fitness = "examples.custom_fitness:worst_token"
+    settings.search.generations, settings.cem.population_size = 2, 10
+    settings.search.gate = False
     summary = gj.train(settings, tmp_path / "run")
     assert summary["trainable_parameters"] == 2 * 128
     run = gj.load_run(tmp_path / "run")
@@ -200,7 +200,7 @@ def test_the_notebook_script_runs(monkeypatch, capsys):
 
     def small(name):
         settings = load(name)
-        settings.cem.generations, settings.cem.population_size = 2, 10
+        settings.search.generations, settings.cem.population_size = 2, 10
         settings.generation.max_new_tokens = 4
         return settings
 
@@ -259,7 +259,7 @@ def test_the_recipes_of_the_readme_help_with_other_recipes(tmp_path):
     """On the model as published, with a fifth of the steps of the README."""
     loaded, _ = tiny_policy()
     folder = write_run(tmp_path, offsets=loaded.zero)
-    settings = get_config(**{"cem.method": "gradient", "cem.generations": 10})
+    settings = get_config(**{"search.method": "gradient", "search.generations": 10})
     run = adaptation.load_run(folder, settings)
     texts, others = (
         (ROOT / "examples" / "adapt" / f"{name}.txt").read_text(encoding="utf-8").splitlines()

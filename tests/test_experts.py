@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from grpocem_jax import tasks
 from grpocem_jax.adaptation import LIBRARY
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.experts import mixtures, train_experts
 from grpocem_jax.runs import checkpoints, rundir
 from grpocem_jax.search import spaces

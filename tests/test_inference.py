@@ -16,7 +16,7 @@ import pytest
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import LIBRARY, Text, tables
 from grpocem_jax.adaptation import command as inference
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.search import loop
 from grpocem_jax.tasks import SourceConfig, Task, example_of
@@ -138,7 +138,7 @@ def test_every_line_with_a_number_of_the_search_names_its_unit(adapt, tmp_path, 
     rows = [example.columns for example in question_examples()]
     texts = EXAMPLES if fitness == "likelihood" else rows
     file = write_rows(tmp_path / "rows.jsonl", texts)
-    changes = REWARD if fitness == "reward" else {"cem.gate": False}
+    changes = REWARD if fitness == "reward" else {"search.gate": False}
     result, out, err = adapt(changes, examples=file, heldout=file)
     unit = {"likelihood": "nats/token", "reward": "reward"}[fitness]
     assert result["fitness_unit"] == unit
@@ -159,7 +159,7 @@ def test_every_line_with_a_number_of_the_search_names_its_unit(adapt, tmp_path, 
 def test_held_out_rows_of_a_task_are_judged_by_its_reward_and_texts_by_likelihood(adapt, tmp_path):
     rows = [example.columns for example in question_examples()]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    changes = {**REWARD, "cem.gate": False, "train.eval_samples": 2}
+    changes = {**REWARD, "search.gate": False, "train.eval_samples": 2}
     result, _, _ = adapt(changes, examples=file, heldout=file)
     low, high = result["heldout_reward_gain_ci95"]
     gain = result["heldout_reward_after"] - result["heldout_reward_before"]
@@ -184,7 +184,7 @@ def test_a_completion_that_stays_the_same_is_called_unchanged(adapt, monkeypatch
 
 def test_several_prompts_end_with_what_came_of_them_together(adapt, tmp_path):
     file = write_rows(tmp_path / "prompts.jsonl", [{"text": PROMPT}, {"text": OTHER}])
-    result, out, _ = adapt({"cem.gate": False}, prompts=file)
+    result, out, _ = adapt({"search.gate": False}, prompts=file)
     results, summary = result["results"], result["summary"]
     assert (summary["prompts"], summary["adapted"]) == (2, 2)
     gains = [one["fitness_after"] - one["fitness_before"] for one in results]
@@ -201,7 +201,7 @@ def test_several_prompts_end_with_what_came_of_them_together(adapt, tmp_path):
 def test_one_search_for_many_prompts_is_described_once(adapt, tmp_path):
     examples = write_rows(tmp_path / "examples.jsonl", EXAMPLES)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": PROMPT}, {"text": OTHER}])
-    changes = {"cem.method": "gradient", "cem.gate": False}
+    changes = {"search.method": "gradient", "search.gate": False}
     _, out, _ = adapt(changes, examples=examples, prompts=prompts)
     lines = out.splitlines()
     assert sum(line.startswith("search ") for line in lines) == 1
@@ -209,7 +209,7 @@ def test_one_search_for_many_prompts_is_described_once(adapt, tmp_path):
 
 
 def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
-    settings = parse_config(get_config(**{"cem.generations": 20})).cem
+    settings = parse_config(get_config(**{"search.generations": 20})).cem
     monkeypatch.setattr(inference._LiveView, "interval_s", (0.01, 0.01))
     with inference._LiveView("examples", settings):
         time.sleep(0.1)
@@ -315,7 +315,7 @@ def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_pat
     judged = [{"text": OTHER}, {"prompt": PROMPT, "completion": " positive"}]
     heldout = write_rows(tmp_path / "heldout.jsonl", judged)
     saved = tmp_path / "saved" / "adapter"
-    changes = {"cem.method": "gradient", "cem.gate": False}
+    changes = {"search.method": "gradient", "search.gate": False}
     result, out, err = adapt(
         changes, examples=examples, heldout=heldout, prompt=PROMPT, save=str(saved)
     )
@@ -342,7 +342,7 @@ def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_pat
 
 def test_examples_alone_need_no_prompt(adapt, tmp_path):
     examples = write_rows(tmp_path / "examples.jsonl", EXAMPLES)
-    changes = {"cem.method": "gradient", "cem.gate": False}
+    changes = {"search.method": "gradient", "search.gate": False}
     result, out, _ = adapt(changes, examples=examples)
     assert result["text_before"] is None
     assert result["text_after"] is None
@@ -363,8 +363,8 @@ def test_examples_with_the_columns_of_a_task_are_adapted_to_for_its_reward(adapt
 @pytest.mark.parametrize("support", [0, 2])
 def test_evaluate_gives_the_tables_of_the_report(adapt, workdir, support):
     changes = {
-        "cem.support": support,
-        "cem.buckets": (64,),
+        "search.support": support,
+        "search.buckets": (64,),
         "data.tasks": ("sentiment", "general"),
         "data.heldout_samples": 2,
         "data.max_samples": 4,
@@ -419,7 +419,7 @@ def refused(adapt, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "flags", "fragment"),
     [
-        ({"cem.buckets": (8,)}, {"prompt": PROMPT}, "longer than the limit of 8"),
+        ({"search.buckets": (8,)}, {"prompt": PROMPT}, "longer than the limit of 8"),
         ({"cem.population_size": 1}, {"prompt": PROMPT}, "cem.population_size=1"),
         (
             {"cem.population_size": 2, "cem.elite_ratio": 0.3},
@@ -427,16 +427,16 @@ def refused(adapt, monkeypatch):
             "leaves no elite",
         ),
         ({"cem.noise_std": -0.1}, {"prompt": PROMPT}, "cem.noise_std=-0.1"),
-        ({"cem.budget_s": 0.0}, {"prompt": PROMPT}, "cem.budget_s=0.0"),
-        ({"cem.held_back": 0.0}, {"prompt": PROMPT}, "cem.held_back=0.0"),
-        ({"cem.space": "experts", "cem.experts": ""}, {"prompt": PROMPT}, "cem.experts"),
-        ({"cem.space": "experts", "cem.experts": "/no"}, {"prompt": PROMPT}, "cem.experts='/no'"),
-        ({"cem.space": "subspace", "cem.rank": 400}, {"prompt": PROMPT}, "cem.rank=400"),
-        ({"cem.fitness": "reward"}, {"examples": __file__}, "config.cem.task=''"),
-        ({**REWARD, "cem.task": "qu"}, {"prompt": PROMPT}, "did you mean 'qa'"),
-        ({**REWARD, "cem.method": "gradient"}, {"prompt": PROMPT}, "a reward has no gradient"),
+        ({"search.budget_s": 0.0}, {"prompt": PROMPT}, "search.budget_s=0.0"),
+        ({"search.held_back": 0.0}, {"prompt": PROMPT}, "search.held_back=0.0"),
+        ({"search.space": "experts", "search.experts": ""}, {"prompt": PROMPT}, "search.experts"),
+        ({"search.space": "experts", "search.experts": "/no"}, {"prompt": PROMPT}, "search.experts='/no'"),
+        ({"search.space": "subspace", "search.rank": 400}, {"prompt": PROMPT}, "search.rank=400"),
+        ({"search.fitness": "reward"}, {"examples": __file__}, "config.search.task=''"),
+        ({**REWARD, "search.task": "qu"}, {"prompt": PROMPT}, "did you mean 'qa'"),
+        ({**REWARD, "search.method": "gradient"}, {"prompt": PROMPT}, "a reward has no gradient"),
         (REWARD, {"prompt": PROMPT}, "needs --examples"),
-        (REWARD, {"evaluate": True}, "config.cem.support=0"),
+        (REWARD, {"evaluate": True}, "config.search.support=0"),
         ({}, {"prompt": PROMPT, "prompts": "a.txt"}, "--prompt and --prompts"),
         ({}, {"prompt": PROMPT, "evaluate": True}, "leave out --prompt"),
         ({}, {"prompts": "a.txt", "evaluate": True}, "leave out --prompts"),
@@ -484,7 +484,7 @@ def test_an_adapter_of_another_shape_is_refused(refused, workdir, tmp_path):
 def test_a_library_of_nine_experts_is_refused(refused, tmp_path):
     for number in range(9):
         shutil.copytree(LIBRARY / "qa", tmp_path / f"expert{number}")
-    changes = {"cem.space": "experts", "cem.experts": str(tmp_path)}
+    changes = {"search.space": "experts", "search.experts": str(tmp_path)}
     assert "holds 9 experts; at most 8" in refused(changes, prompt=PROMPT)
 
 
@@ -494,7 +494,7 @@ def test_a_library_of_nine_experts_is_refused(refused, tmp_path):
 @pytest.mark.parametrize("prompt", ["", "  ", PROMPT * 20])
 def test_a_prompt_beside_examples_is_refused_before_the_search(refused, tmp_path, prompt):
     examples = write_rows(tmp_path / "examples.jsonl", EXAMPLES)
-    assert refused({"cem.gate": False}, examples=examples, prompt=prompt)
+    assert refused({"search.gate": False}, examples=examples, prompt=prompt)
 
 
 def test_a_prompt_that_leaves_no_room_is_adapted_to_and_not_completed(adapt):

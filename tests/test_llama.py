@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from grpocem_jax import adaptation, adapters
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.export import model as export
 from grpocem_jax.models import base, hub, llama, rope
 from grpocem_jax.models.tokenizer import load_tokenizer
@@ -550,7 +550,7 @@ def test_the_start_token_of_a_tokenizer_stands_before_every_text(
     (item,) = rollouts.encode(policy, task, [Example(words, {})])
     np.testing.assert_array_equal(item.tokens, expected)
     # Given the start token, the first word has a likelihood too.
-    tokens, scored = adaptation.encode(policy, words, settings.cem)
+    tokens, scored = adaptation.encode(policy, words, settings.search)
     np.testing.assert_array_equal(tokens, expected)
     assert scored.sum() == 2 + count
 
@@ -579,7 +579,7 @@ def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path,
         "train.warmup_steps": 0,
         "train.eval_samples": 1,
         "generation.max_new_tokens": 4,
-        "cem.generations": 2,
+        "search.generations": 2,
         "cem.population_size": 4,
         "cem.elite_ratio": 0.5,
     }

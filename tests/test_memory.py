@@ -132,7 +132,7 @@ run = gj.TrainedRun(config, policy, policy.zero)
 
 def adapt(chunk):
     settings = dataclasses.replace(
-        config.cem, generations=1, population_size=256, population_chunk=chunk, fit_memory=True,
+        config.search, generations=1, population_size=256, population_chunk=chunk, fit_memory=True,
         gate=False,
     )
     text = "the film was good . " * 12

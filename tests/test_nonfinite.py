@@ -10,7 +10,7 @@ import pytest
 
 from grpocem_jax import adaptation, grpo
 from grpocem_jax.adaptation import TrainedRun
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.models.sampling import Rollouts
 from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts import policy

@@ -97,7 +97,7 @@ def test_what_was_saved_at_home_is_seen(home, workdir, call):
     options = (TINY, f"--workdir={workdir}", "--prompt=Review: a", "--save=~/adapted")
     status, _, err = call("adapt", *options)
     assert (status, "holds adapter_model.safetensors already" in err) == (2, True), err
-    space = ("--config.cem.space=experts", "--config.cem.experts=~/library")
+    space = ("--config.search.space=experts", "--config.search.experts=~/library")
     status, _, err = call("adapt", TINY, f"--workdir={workdir}", "--prompt=Review: a", *space)
     assert (status, f"{home}/library" in err) == (2, True), err
 

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from grpocem_jax import adaptation, grpo
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts import policy
 from grpocem_jax.runs import checkpoints, metrics, rundir
 from grpocem_jax.training import loop as training
@@ -207,7 +207,7 @@ def test_other_settings_are_refused_with_the_list_of_differences(whole, changes,
 
 
 @pytest.mark.parametrize(
-    "changes", [{"cem.generations": 7}, {"logging.interval": 1}, {"train.keep_checkpoints": 1}]
+    "changes", [{"search.generations": 7}, {"logging.interval": 1}, {"train.keep_checkpoints": 1}]
 )
 def test_settings_that_do_not_alter_training_may_change(whole, changes):
     assert rundir.check_settings(whole, training_config(**changes).to_dict())

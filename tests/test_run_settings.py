@@ -15,7 +15,7 @@ import grpocem_jax as gj
 from grpocem_jax import adaptation
 from grpocem_jax.config import commands
 from grpocem_jax.config import files as config_files
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.runs import checkpoints, rundir
 from grpocem_jax.runs import screens as run_screens
 from grpocem_jax.training import screens
@@ -57,16 +57,16 @@ def test_without_config_the_settings_are_those_of_the_run(parse, run):
 @pytest.mark.parametrize("first", [True, False])
 def test_flags_change_the_settings_of_the_run(parse, run, first):
     changes = [
-        "--config.cem.generations=7",
-        "--config.cem.budget_s=2.5",  # None in the run
-        "--config.cem.buckets=(16,32)",
-        "--noconfig.cem.gate",
+        "--config.search.generations=7",
+        "--config.search.budget_s=2.5",  # None in the run
+        "--config.search.buckets=(16,32)",
+        "--noconfig.search.gate",
         "--config.data.qa.source=/elsewhere",
     ]
     where = [f"--workdir={run}"]
     found = parse_config(parse(*(where + changes if first else changes + where)))
     cem = found.cem
-    assert (cem.generations, cem.budget_s, cem.buckets, cem.gate) == (7, 2.5, (16, 32), False)
+    assert (search.generations, search.budget_s, search.buckets, search.gate) == (7, 2.5, (16, 32), False)
     assert found.data.sources["qa"].source == "/elsewhere"
     assert found.data.tasks == get_config().data.tasks
 
@@ -99,7 +99,7 @@ def test_a_run_finds_the_modules_beside_the_config_it_was_made_with(tmp_path, mo
     (code / "fitness_beside_a_config.py").write_text("def mine(m, p, a, t, k): return t\n")
     (code / "own.py").write_text(
         "import grpocem_jax as gj\n\n\ndef get_config():\n    config = gj.load_config('tiny')\n"
-        "    config.cem.fitness = 'fitness_beside_a_config:mine'\n    return config\n"
+        "    config.search.fitness = 'fitness_beside_a_config:mine'\n    return config\n"
     )
     path, known = list(sys.path), list(config_files._code_folders)
     monkeypatch.setattr(sys, "path", path)
@@ -112,7 +112,7 @@ def test_a_run_finds_the_modules_beside_the_config_it_was_made_with(tmp_path, mo
     monkeypatch.setattr(config_files, "_code_folders", [])
     monkeypatch.delitem(sys.modules, "fitness_beside_a_config", raising=False)
     loaded = gj.load_config(str(tmp_path / "run" / "config.json"))
-    assert parse_config(loaded).cem.fitness == "fitness_beside_a_config:mine"
+    assert parse_config(loaded).search.fitness == "fitness_beside_a_config:mine"
     # A folder that has gone is passed over.
     moved = code.rename(tmp_path / "moved")
     monkeypatch.setattr(sys, "path", list(path))
@@ -137,7 +137,7 @@ def test_what_the_closing_lines_print_can_be_pasted(parse, run):
         name, *arguments = shlex.split(line)
         assert Path(name).name in ("grpocem-adapt", "grpocem-export")
         assert arguments[:2] == ["--workdir", str(run)]
-    settings = parse(*shlex.split(printed[1])[1:3], "--config.cem.support=8")
+    settings = parse(*shlex.split(printed[1])[1:3], "--config.search.support=8")
     assert isinstance(settings, ml_collections.ConfigDict)
     assert not any("CONFIG" in line or "TEXT" in line for line in printed)
 

@@ -8,7 +8,7 @@ import pytest
 
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import screens
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.search import CEM, Evosax
 from grpocem_jax.utils.errors import InputError
 from tests.methods import Climber
@@ -36,14 +36,14 @@ class Spoiled(Climber):
 
 
 def own(name, **changes):
-    return get_config(**{"cem.method": f"tests.test_search_config:{name}", **changes})
+    return get_config(**{"search.method": f"tests.test_search_config:{name}", **changes})
 
 
 def test_a_method_of_the_users_own_adapts_with_its_options(workdir):
-    settings = own("climber", **{"cem.gate": False})
-    settings.cem.options.population_size = 9
+    settings = own("climber", **{"search.gate": False})
+    settings.search.options.population_size = 9
     run = adaptation.load_run(workdir, settings)
-    assert run.config.cem.search_method is run.config.cem.search_method
+    assert run.config.search.search_method is run.config.search.search_method
     line = screens.adapting(run, str(workdir)).splitlines()[-1]
     assert "Climber, 2 generations of 9 candidates" in line
     found = adaptation.adapt(run, PROMPT)
@@ -53,9 +53,9 @@ def test_a_method_of_the_users_own_adapts_with_its_options(workdir):
 
 @pytest.mark.evosax
 def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
-    settings = get_config(**{"cem.method": "evosax:Sep_CMA_ES", "cem.gate": False})
+    settings = get_config(**{"search.method": "evosax:Sep_CMA_ES", "search.gate": False})
     run = adaptation.load_run(workdir, settings)
-    assert run.config.cem.search_method == Evosax(
+    assert run.config.search.search_method == Evosax(
         name="Sep_CMA_ES", population_size=4, noise_std=0.1
     )
     assert "evosax:Sep_CMA_ES, 2 generations of 4" in screens.adapting(run, "runs/x")
@@ -66,34 +66,34 @@ def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
 
 @pytest.mark.evosax
 def test_a_strategy_that_evosax_lacks_is_named_with_the_field():
-    with pytest.raises(InputError, match=r"^config\.cem\.method='evosax:Sep_CMA': .*Sep_CMA_ES"):
-        parse_config(get_config(**{"cem.method": "evosax:Sep_CMA"}))
+    with pytest.raises(InputError, match=r"^config\.search\.method='evosax:Sep_CMA': .*Sep_CMA_ES"):
+        parse_config(get_config(**{"search.method": "evosax:Sep_CMA"}))
 
 
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ("no.such:thing", r"^config\.cem\.method='no\.such:thing': the module no\.such cannot"),
-        ("tests.test_search_config:absent", r"^config\.cem\.method=.* has no function absent"),
-        ("sep_cma", r"^config\.cem\.method='sep_cma': must be one of"),
+        ("no.such:thing", r"^config\.search\.method='no\.such:thing': the module no\.such cannot"),
+        ("tests.test_search_config:absent", r"^config\.search\.method=.* has no function absent"),
+        ("sep_cma", r"^config\.search\.method='sep_cma': must be one of"),
     ],
 )
 def test_a_method_that_cannot_be_imported_is_refused_by_field(method, reason):
     with pytest.raises(InputError, match=reason):
-        parse_config(get_config(**{"cem.method": method}))
+        parse_config(get_config(**{"search.method": method}))
 
 
 def test_wrong_options_and_wrong_means_are_refused_by_field(workdir):
     settings = own("climber")
-    settings.cem.options.size = 9
-    with pytest.raises(InputError, match=r"^config\.cem\.method=.* raised TypeError .*size"):
+    settings.search.options.size = 9
+    with pytest.raises(InputError, match=r"^config\.search\.method=.* raised TypeError .*size"):
         parse_config(settings)
     run = adaptation.load_run(workdir, own("nan_mean"))
-    with pytest.raises(InputError, match=r"^config\.cem\.method=.*: its tell returned mean .*not"):
+    with pytest.raises(InputError, match=r"^config\.search\.method=.*: its tell returned mean .*not"):
         adaptation.adapt(run, PROMPT)
     settings = get_config()
-    settings.cem.options.size = 9
-    with pytest.raises(InputError, match=r"^config\.cem\.options are settings of an evosax"):
+    settings.search.options.size = 9
+    with pytest.raises(InputError, match=r"^config\.search\.options are settings of an evosax"):
         parse_config(settings)
 
 
@@ -118,7 +118,7 @@ def test_a_run_with_settings_that_were_removed_still_loads_and_using_one_is_refu
     del stored["cem"]["options"]
     stored["cem"].update({old: value for old, (value, _) in REMOVED.items()})
     (workdir / "config.json").write_text(json.dumps(stored))
-    cem = adaptation.load_run(workdir).config.cem
+    cem = adaptation.load_run(workdir).config.search
     assert isinstance(cem.search_method, CEM)
     assert not {field.name for field in dataclasses.fields(cem)} & set(REMOVED)
     stored["cem"][name] = used

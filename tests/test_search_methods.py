@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.config.schema import section
+from grpocem_jax.config import section
 from grpocem_jax.search import CEM, Evosax, GradientAscent, HostFitness, Problem, loop
 from grpocem_jax.search.base import check_method, needs
 from grpocem_jax.search.spaces import full_space
@@ -317,8 +317,8 @@ def test_a_method_that_does_not_keep_to_the_protocol_is_refused_in_one_sentence(
         loop.maximize(method, never, full_space(START), GOAL, KEY)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"^config\.cem\.method='mine:it': "):
-        check_method(method, START, name="config.cem.method='mine:it'")
+    with pytest.raises(InputError, match=r"^config\.search\.method='mine:it': "):
+        check_method(method, START, name="config.search.method='mine:it'")
 
 
 def never(point, goal, key):
@@ -394,10 +394,10 @@ def test_the_section_is_added_to_the_names_of_arguments():
         options: int = 0
 
     def refused(text):
-        with pytest.raises(InputError) as error, section("cem", Record):
+        with pytest.raises(InputError) as error, section("search", Record):
             raise InputError(text)
         return str(error.value)
 
-    assert refused("rank=0: set rank=1.") == "config.cem.rank=0: set config.cem.rank=1."
-    assert refused("options.x=1: no.") == "config.cem.options.x=1: no."
+    assert refused("rank=0: set rank=1.") == "config.search.rank=0: set config.search.rank=1."
+    assert refused("options.x=1: no.") == "config.search.options.x=1: no."
     assert refused("my_rank=0, 'rank=2', /rank=1.") == "my_rank=0, 'rank=2', /rank=1."

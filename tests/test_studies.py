@@ -108,7 +108,7 @@ def test_a_short_soak_compiles_nothing_in_its_second_half(tmp_path, monkeypatch,
     monkeypatch.setattr(training.report, "write", lambda workdir: workdir)
     overrides = {
         "model.source": thin_model(),
-        "cem.buckets": (64, 127),
+        "search.buckets": (64, 127),
         "cem.population_size": 4,
         "data.heldout_samples": 2,
         "data.tasks": ("general",),

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Text
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.models import hub
 from grpocem_jax.models import llama as llama_model
 from grpocem_jax.models.tokenizer import _BYTES, continuing, decode, load_tokenizer, stop_table

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from grpocem_jax.config.schema import LoggingConfig
+from grpocem_jax.config import LoggingConfig
 from grpocem_jax.runs import trackers
 from grpocem_jax.utils.errors import InputError
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from grpocem_jax import adaptation, grpo
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.models import sampling
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.runs import checkpoints, rundir

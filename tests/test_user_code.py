@@ -10,7 +10,7 @@ import pytest
 from grpocem_jax import adapters, grpo
 from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.export import model as export
 from grpocem_jax.grpo import checks
 from grpocem_jax.models import hub
@@ -209,8 +209,8 @@ def test_a_task_of_ones_own_that_lacks_something_is_refused(section, name, fragm
     [
         ({"adapter.type": "lora"}, ["adapter.type='lora'", "'svf'", "package.module:function"]),
         ({"adapter.type": "mine_for_tests:gone"}, ["config.adapter.type", "no function gone"]),
-        ({"cem.fitness": "likelyhood"}, ["cem.fitness='likelyhood'"]),
-        ({"cem.fitness": "mine_for_tests:gone"}, ["config.cem.fitness", "no function gone"]),
+        ({"search.fitness": "likelyhood"}, ["search.fitness='likelyhood'"]),
+        ({"search.fitness": "mine_for_tests:gone"}, ["config.search.fitness", "no function gone"]),
         ({"grpo.objective": "dapo"}, ["config.grpo.objective='dapo'", "package.module:function"]),
         (
             {"grpo.advantages": "mine_for_tests:gone"},

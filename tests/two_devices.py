@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from grpocem_jax import adaptation, grpo
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts import engine as rollouts
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.search import CEM, GradientAscent, fitness, loop
@@ -128,12 +128,12 @@ def compare_update(micro_batches: int) -> dict[str, float]:
 
 def search(policy: Any, method: Any, chunk: int) -> loop.SearchResult:
     """A short search on the likelihood of a text."""
-    encoded = [adaptation.encode(policy, PROMPT, config.cem)]
+    encoded = [adaptation.encode(policy, PROMPT, config.search)]
     return loop.maximize(
         method,
         fitness.Likelihood(policy.params, policy.model),
         full_space(policy.zero),
-        adaptation.batch(encoded, config.cem),
+        adaptation.batch(encoded, config.search),
         jax.random.key(0),
         generations=3,
         population_chunk=chunk,
@@ -149,7 +149,7 @@ def compare_search(method: Any, chunk: int) -> dict[str, float]:
 
 def work_of_a_generation() -> float:
     """The share of a generation that a device does, of what one does alone."""
-    batch = adaptation.batch([adaptation.encode(one, PROMPT, config.cem)], config.cem)
+    batch = adaptation.batch([adaptation.encode(one, PROMPT, config.search)], config.search)
     method = CEM(population_size=10)
 
     space = full_space(one.zero)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, pre_tokenizers, processors
 
 from grpocem_jax.config.files import load_config
-from grpocem_jax.config.schema import parse_config
+from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.runs import checkpoints
 from tests.parity import weights
