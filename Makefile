@@ -6,13 +6,23 @@ TRANSFORMERS_4_VENV ?= .venv-transformers-4
 PEERS_VENV ?= .venv-peers
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: train test lint parity bench gpu model experts study docs clean
+.PHONY: train test check algorithms lint parity bench gpu model experts study docs clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Lint, types and the tests of the algorithms alone, at once.
+check: $(VENV)/.installed
+	$(MAKE) --jobs=2 --output-sync=target lint algorithms
+
+ALGORITHMS = adapters lora conformance grpo objectives cem searching search_methods spaces fitness \
+    sampling models
+algorithms: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' \
+	    $(ALGORITHMS:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -20,11 +30,11 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 # Compares with PyTorch, transformers and PEFT live, in an environment with PyTorch's CPU build, and
-# loads exports in transformers 4, which needs one of its own.
+# loads exports in transformers 4, which needs one of its own; and the strategies of evosax.
 parity: $(PARITY_VENV)/.installed $(TRANSFORMERS_4_VENV)/.installed
 	TRANSFORMERS_4=$(TRANSFORMERS_4_VENV)/bin/python \
-	    $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
-	$(PARITY_VENV)/bin/python -m pytest tests/test_search_methods.py -k Sep_CMA_ES $(ARGS)
+	    $(PARITY_VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'parity or evosax' \
+	    tests/parity tests/test_search_methods.py tests/test_search_config.py $(ARGS)
 
 # Makes the figures of docs/benchmarks.md again, against PyTorch, transformers and TRL.
 bench: $(PEERS_VENV)/.installed

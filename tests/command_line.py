@@ -18,8 +18,7 @@ from grpocem_jax.config import commands
 from grpocem_jax.export import __main__ as export_main
 from grpocem_jax.search import loop
 from grpocem_jax.training import loop as training
-from tests.conftest import ROOT
-from tests.test_adaptation import no_search, write_run
+from tests.runs import ROOT, no_search, write_run
 
 TINY = "--config=tiny"
 

@@ -1,130 +1,36 @@
-"""Adaptation: what is fitted and held back, searches in every space, rewards of populations.
+"""Adaptation: what is fitted and held back, searches in every space, rewards of populations."""
 
-Also what the tests of ``adapt.py`` and of the expert library share: small configs, an adapter
-folder that looks like a trained run, and one policy for all of them.
-"""
-
-import contextlib
 import dataclasses
 import functools
 import json
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation, experts, rollouts
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text, workflow
-from grpocem_jax.config import load_config, parse_config
-from grpocem_jax.runs import checkpoints, trained
+from grpocem_jax.config import parse_config
+from grpocem_jax.runs import checkpoints
 from grpocem_jax.search import GradientAscent, loop
-from grpocem_jax.tasks import TASKS, Example, Reward, SourceConfig, load_examples
-from grpocem_jax.training import loop as training
+from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY, sharing_policies
+from tests.runs import (
+    OTHER,
+    OUT_OF_MEMORY,
+    PROMPT,
+    REWARD,
+    get_config,
+    no_search,
+    question_examples,
+    random_offsets,
+    write_run,
+)
 
-ROOT = Path(__file__).parent.parent
-SMALL = {
-    "search.generations": 2,
-    "cem.population_size": 4,
-    "cem.elite_ratio": 0.5,
-    "generation.max_new_tokens": 4,
-}
-# With these and four prompts, the reward's programs are those of 8, 6, 4 and 2 prompts.
-REWARD = {
-    "search.fitness": "reward",
-    "search.task": "qa",
-    "search.samples": 2,
-    "search.held_back": 0.5,
-}
-PROMPT = "Review: The soup was cold.\nSentiment:"
-OTHER = "Review: The soup was cold and bad.\nSentiment:"
-
-
-def get_config(**changes):
-    config = load_config("tiny")
-    config.update_from_flattened_dict({**SMALL, **changes})
-    return config
-
-
-one_policy = sharing_policies()
-
-
-@contextlib.contextmanager
-def cheap_programs():
-    """One policy for equal settings, so that programs are shared, and a quick compiler."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (trained, training, experts):
-            patch.setattr(module, "load_policy", one_policy)
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-def tiny_policy():
-    config = parse_config(get_config())
-    return one_policy(config), config
-
-
-def random_offsets(zero, seed=1, scale=0.05):
-    keys = jax.random.split(jax.random.key(seed), len(zero))
-    return {
-        name: scale * jax.random.normal(key, zero[name].shape)
-        for key, name in zip(keys, zero, strict=True)
-    }
-
-
-def write_run(folder, *, offsets=None, **adapter_config):
-    """A run directory with an adapter nobody trained."""
-    loaded, config = tiny_policy()
-    checkpoints.save_adapter(
-        folder / "adapter",
-        random_offsets(loaded.zero) if offsets is None else offsets,
-        {
-            "base_model": loaded.pretrained.source,
-            "base_sha256": loaded.pretrained.sha256,
-            "type": "svf",
-            **dataclasses.asdict(config.adapter),
-            **adapter_config,
-        },
-        "An adapter for tests.",
-    )
-    (folder / "config.json").write_text(json.dumps(get_config().to_dict()))
-    return folder
-
-
-@functools.cache
-def question_examples(count=4):
-    """Built-in questions of one length in tokens, so that they make prompts of one shape."""
-    loaded, config = tiny_policy()
-
-    def length(text):
-        return len(loaded.tokenizer.encode(text, add_special_tokens=False))
-
-    drawn = load_examples(
-        TASKS["qa"],
-        SourceConfig(),
-        split="train",
-        count_tokens=length,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_samples=100,
-        seed=0,
-    )
-    by_length = {}
-    for example in drawn.examples:
-        by_length.setdefault(length(example.prompt), []).append(example)
-    return next(tuple(group[:count]) for group in by_length.values() if len(group) >= count)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 @pytest.fixture(scope="module")
@@ -715,10 +621,6 @@ def test_texts_have_no_reward_and_prompts_of_a_task_no_likelihood(run, questions
         adaptation.adapt(run, PROMPT, settings=reward_settings(run))
     with pytest.raises(InputError, match=r"search\.fitness='likelihood': .* give texts"):
         adaptation.adapt(run, questions)
-
-
-def no_search(*args, **kwargs):
-    raise AssertionError("searched")
 
 
 def constant(value, model, params, offsets, texts, key):

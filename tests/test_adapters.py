@@ -17,8 +17,8 @@ from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import SITES
 from tests.parity import weights
+from tests.tiny import SITES
 
 TEXT = weights.tokens(weights.SHAPES["small"], 12)
 MASK = np.ones(12, bool)
@@ -58,6 +58,11 @@ def stub_svd(kernel):
     n = min(kernel.shape)
     u, vt = (np.zeros(shape, np.float32) for shape in ((len(kernel), n), (n, kernel.shape[1])))
     return u, np.ones(n, np.float32), vt
+
+
+@pytest.fixture(scope="module")
+def tiny(deep):
+    return deep
 
 
 def adapt(tiny, method, patterns=("attn.c_proj",)):

@@ -13,13 +13,9 @@ import grpocem_jax as gj
 from grpocem_jax.models import hub
 from grpocem_jax.utils.errors import InputError
 from tests.command_line import TINY
-from tests.test_adaptation import PROMPT, SMALL, cheap_programs
+from tests.runs import PROMPT, SMALL
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 # Run directories

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from benchmarks import grpo as grpo_benchmark
 from grpocem_jax import grpo
 from grpocem_jax.config import load_config
 from grpocem_jax.grpo import step as grpo_step
+from tests.runs import ROOT, thin_model
 
-ROOT = Path(__file__).parent.parent
 SMALL = (
     "--config=configs/tiny.py",
     "--config.cem.population_size=10",
@@ -148,33 +147,17 @@ def test_a_stage_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(
     importlib.util.find_spec("torch") is not None, reason="the peers are installed here"
 )
-def test_peers_that_are_not_installed_are_named():
-    result = run("decode", "--tokens=2", "--prompt_tokens=2", "--peers")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: --peers: ")
-    assert "is not installed" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "flag", "said"),
-    [
-        ("cem", "--tokens=100000", "--tokens=100000: the model's context is"),
-        ("grpo", "--prompt_tokens=100000", "lower one of them"),
-        ("cem", "--config.cem.population_size=1", "population_size"),
-    ],
-)
-def test_settings_that_cannot_be_measured_are_named(name, flag, said):
-    result = run(name, flag)
-    assert result.returncode != 0
-    assert said in result.stderr
-    assert "Traceback" not in result.stderr
+def test_peers_that_are_not_installed_are_named(refused):
+    said = refused("decode", "--config=tiny", "--tokens=2", "--prompt_tokens=2", "--peers")
+    assert said.startswith("error: --peers: ")
+    assert "is not installed" in said
 
 
 @pytest.fixture(scope="module")
 def subject():
     before = jax.config.jax_enable_compilation_cache
     settings = load_config("tiny")
+    settings.model.source = thin_model()
     settings.train.batch_size = 16
     settings.train.accumulation_steps = 2
     yield common.load(settings)

@@ -22,7 +22,7 @@ from grpocem_jax.builtin import (
 from grpocem_jax.models import gpt2, hub
 from grpocem_jax.models.tokenizer import load_tokenizer
 from grpocem_jax.tasks import TASKS
-from tests.conftest import ROOT
+from tests.runs import ROOT
 
 COLUMNS = {
     "qa": {"context", "question", "answers"},

@@ -9,8 +9,8 @@ import pytest
 from grpocem_jax.compare import compare
 from grpocem_jax.report import comparison
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import ROOT
-from tests.test_report import HOSTILE, Page, config, gain, metric_lines, summary, write_run
+from tests.pages import HOSTILE, Page, config, gain, metric_lines, summary, write_run
+from tests.runs import ROOT
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.runs import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def found():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**os.environ, "XLA_FLAGS": flags},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -101,22 +101,20 @@ def settings_named(text):
     return sorted({(s, field) for _, s, field in found if s in sections and field not in others})
 
 
-@pytest.mark.parametrize(("section", "field"), settings_named(EXTENDING + FAQ + README))
-def test_a_setting_that_is_named_for_users_is_there(section, field):
-    fields = Config.__annotations__[section].__annotations__
-    own_task = section == "data" and field in (*TASKS, "reviews")
-    assert field in fields or own_task
+def test_settings_that_are_named_for_users_are_there():
+    for section, field in settings_named(EXTENDING + FAQ + README):
+        fields = Config.__annotations__[section].__annotations__
+        own_task = section == "data" and field in (*TASKS, "reviews")
+        assert field in fields or own_task, (section, field)
 
 
-@pytest.mark.parametrize("name", sorted(named(METHOD)[0]))
-def test_a_function_that_the_method_names_is_there(name):
-    assert resolve(name) is not None
-
-
-@pytest.mark.parametrize("name", sorted(named(METHOD)[1]))
-def test_a_setting_that_the_method_names_is_there(name):
-    section, field = name.removeprefix("config.").split(".")
-    assert field in Config.__annotations__[section].__annotations__
+def test_functions_and_settings_that_the_method_names_are_there():
+    functions, settings = named(METHOD)
+    for name in functions:
+        assert resolve(name) is not None, name
+    for name in settings:
+        section, field = name.removeprefix("config.").split(".")
+        assert field in Config.__annotations__[section].__annotations__, name
 
 
 def test_functions_and_equations_of_the_report_name_each_other():
@@ -148,17 +146,12 @@ def test_the_list_of_dependencies_is_that_of_the_package():
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_to_files_lead_somewhere(path):
+def test_links_to_files_and_headings_lead_to_one(path):
     text = path.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
     links += re.findall(r'(?:src|href|srcset)="([^"#]+)"', text)
     for link in links:
         assert "://" in link or (path.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_to_headings_lead_to_one(path):
-    text = path.read_text(encoding="utf-8")
     for link, heading in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", text):
         target = (path.parent / link) if link else path
         lines = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)

@@ -12,7 +12,7 @@ import pytest
 from grpocem_jax import adaptation, rollouts
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.utils.errors import InputError
-from tests.test_adaptation import cheap_programs, random_offsets, tiny_policy
+from tests.runs import random_offsets, tiny_policy
 
 # Of four lengths, so that padding differs from row to row.
 TEXTS = (
@@ -23,10 +23,7 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 @pytest.fixture(scope="module")

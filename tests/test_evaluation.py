@@ -14,8 +14,9 @@ from grpocem_jax.config.files import load_config
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.training import evaluation
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY
-from tests.test_adaptation import cheap_programs, random_offsets, tiny_policy
+from tests.runs import OUT_OF_MEMORY, random_offsets, tiny_policy
+
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 def test_gains_are_paired_and_overall_weighs_tasks_alike():
@@ -101,12 +102,6 @@ PROMPTS = (
     "Review: The soup was cold and the waiter was rude.\nSentiment:",
 )
 KEY = jax.random.key(5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
 
 
 def by_words(prompts, completions, **columns):

@@ -19,15 +19,17 @@ from examples import variants
 from examples.own_task import rewards
 from examples.stories import rewards as stories
 from grpocem_jax import adaptation
-from tests.conftest import ROOT
-from tests.test_adaptation import get_config, tiny_policy, write_run
+from grpocem_jax.training import loop as training
+from tests.runs import ROOT, get_config, thin_model, tiny_policy, write_run
+
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 def short(settings, tasks=None):
     """The settings of a run of one step."""
     settings.train.max_steps = 1
     settings.train.batch_size = 16
-    settings.data.heldout_samples = 4
+    settings.data.heldout_samples = 2
     settings.train.eval_samples = 1
     settings.generation.max_new_tokens = 4
     if tasks:
@@ -37,7 +39,9 @@ def short(settings, tasks=None):
 
 @pytest.fixture
 def in_root(monkeypatch):
+    """Runs from the root of the repository, without a report page."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(training.report, "write", lambda workdir: workdir / "report")
 
 
 def test_rewards_of_the_own_task():
@@ -60,6 +64,7 @@ def own_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("own") / "run"
     with contextlib.chdir(ROOT):
         settings = short(gj.load_config("examples/own_task/config.py"))
+        settings.model.source = thin_model()
         settings.search.generations, settings.cem.population_size = 2, 10
         return workdir, gj.train(settings, workdir)
 
@@ -67,7 +72,7 @@ def own_run(tmp_path_factory):
 def test_the_own_task_trains(own_run):
     workdir, summary = own_run
     assert set(summary["heldout"]) == {"reviews", "overall"}
-    assert summary["data"]["reviews"]["heldout"] == 4
+    assert summary["data"]["reviews"]["heldout"] == 2
     (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
     record = json.loads(line)
     total = record["rewards/right/mean"] + 0.5 * record["rewards/brief/mean"]
@@ -100,7 +105,10 @@ def test_the_stories_train_on_a_real_model(shared, in_root, tmp_path):
 
 
 def test_an_adapter_object_reaches_adapt_and_complete():
-    config = gj.parse_config(gj.load_config("tiny"))
+    settings = gj.load_config("tiny")
+    settings.model.source = thin_model()
+    settings.generation.max_new_tokens = 4
+    config = gj.parse_config(settings)
     method = gj.lora(rank=1)
     policy = gj.load_policy(config, adapter=method)
     assert policy.adapter is method
@@ -117,13 +125,14 @@ def test_an_adapter_object_reaches_adapt_and_complete():
 
 
 def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
-    settings = short(gj.load_config("tiny"), tasks=("sentiment",))
+    settings = short(gj.load_config("tiny"), tasks=("general",))
+    settings.model.source = thin_model()
     settings.adapter.type = "examples.custom_adapter:scale_and_shift"
     settings.search.fitness = "examples.custom_fitness:worst_token"
     settings.search.generations, settings.cem.population_size = 2, 10
     settings.search.gate = False
     summary = gj.train(settings, tmp_path / "run")
-    assert summary["trainable_parameters"] == 4 * 2 * 128
+    assert summary["trainable_parameters"] == 2 * 128
     run = gj.load_run(tmp_path / "run")
     text = gj.Text("Review: The soup was cold.")
     found = gj.adapt(run, text)
@@ -144,7 +153,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_grpo_train_by_config_alone(name, in_root, tmp_path):
-    settings = short(gj.load_config("tiny"), tasks=("sentiment",))
+    settings = short(gj.load_config("tiny"), tasks=("general",))
+    settings.model.source = thin_model()
     settings.update_from_flattened_dict(VARIANTS[name])
     settings.train.warmup_steps = 0
     settings.train.accumulation_steps = 2

@@ -13,17 +13,20 @@ from safetensors.numpy import load_file, save_file
 
 from grpocem_jax import tasks
 from grpocem_jax.adaptation import LIBRARY
+from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
 from grpocem_jax.experts import mixtures, train_experts
 from grpocem_jax.runs import checkpoints, rundir
 from grpocem_jax.search import spaces
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import ROOT
-from tests.test_adaptation import cheap_programs, get_config, random_offsets, tiny_policy
+from tests.runs import ROOT, get_config, one_policy, random_offsets, thin_model, tiny_policy
+
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
 SMALL = {
+    "model.source": thin_model(),
     "data.tasks": ("qa", "sentiment"),
     "data.heldout_samples": 2,
     "data.max_samples": 16,
@@ -34,12 +37,6 @@ SMALL = {
     "train.eval_samples": 2,
     "generation.max_new_tokens": 4,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +221,9 @@ def test_training_writes_a_library_and_ordinary_runs(trained):
         assert tuple(config["data"]["tasks"]) == mixtures(tasks_of(("qa", "sentiment")))[name]
 
 
-def test_a_trained_library_can_be_read_and_ends_where_its_trainings_ended(policy, trained):
+def test_a_trained_library_can_be_read_and_ends_where_its_trainings_ended(trained):
     _, library = trained
+    policy = one_policy(parse_config(get_config(**SMALL)))
     experts, vectors = checkpoints.load_library(
         library, policy.zero, base_sha256=policy.pretrained.sha256
     )

@@ -28,47 +28,21 @@ from grpocem_jax.runs import checkpoints
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
 from tests.parity import bases, weights
-from tests.test_adaptation import (
+from tests.runs import (
     PROMPT,
     ROOT,
-    cheap_programs,
-    get_config,
+    SUMMARY,
     random_offsets,
     tiny_policy,
-    write_run,
+    write_trained,
 )
 
-GAIN = {"before": 0.125, "after": 0.375, "gain": 0.25, "gain_ci95": [0.125, 0.5], "n": 7}
-SUMMARY = {
-    "heldout": {"qa": GAIN, "overall": {**GAIN, "after": 0.5}},
-    "heldout_greedy": {"qa": {**GAIN, "after": 0.875}},
-    "steps": 11,
-    "trainable_parameters": 408,
-    "model": "builtin",
-    "builtin_model": True,
-    "random_weights": False,
-    "builtin_data": {"qa": True, "general": False},
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
-
-
-def make_run(folder, summary=SUMMARY, changes=(), **options):
-    """A run directory with an adapter nobody trained and a summary nobody measured."""
-    write_run(folder, **options)
-    settings = get_config(**{"generation.stop": (",",), **dict(changes)})
-    (folder / "config.json").write_text(json.dumps(settings.to_dict()))
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
+    return write_trained(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +136,7 @@ def test_tokenizer_and_stop_tokens_are_those_of_the_run(exported, run):
 
 def test_a_run_in_bfloat16_is_exported_in_float32(exported, tmp_path):
     """From rounded factors the kernels would differ by about 2**-8 of their size."""
-    workdir = make_run(tmp_path / "run", changes={"model.dtype": "bfloat16"})
+    workdir = write_trained(tmp_path / "run", changes={"model.dtype": "bfloat16"})
     again = export.export_model(workdir, tmp_path / "model")
     found, expected = (load_file(x.folder / "model.safetensors") for x in (again, exported))
     for name, array in expected.items():
@@ -170,7 +144,7 @@ def test_a_run_in_bfloat16_is_exported_in_float32(exported, tmp_path):
 
 
 def test_another_adapter_of_the_same_model_is_merged_instead(workdir, exported, run, tmp_path):
-    other = make_run(tmp_path / "other", offsets=random_offsets(run.policy.zero, seed=2))
+    other = write_trained(tmp_path / "other", offsets=random_offsets(run.policy.zero, seed=2))
     found = export.export_model(workdir, tmp_path / "a" / "model", adapter=other / "adapter")
     expected = logits(run.policy.params, load_run(other).offsets, run.policy.model)
     assert np.abs(logits_of(found.folder) - expected).max() < 1e-4
@@ -693,12 +667,12 @@ def test_a_merge_that_changes_the_logits_is_not_kept(workdir, tmp_path, monkeypa
 
 def test_an_adapter_that_is_not_finite_is_not_kept(tmp_path):
     offsets = jax.tree.map(lambda x: x.at[0].set(jnp.nan), tiny_policy()[0].zero)
-    workdir = make_run(tmp_path / "run", offsets=offsets)
+    workdir = write_trained(tmp_path / "run", offsets=offsets)
     assert_refused(workdir, tmp_path / "model", "h.0.attn.c_proj", "not finite")
 
 
 def test_an_adapter_of_other_weights_is_refused(tmp_path):
-    workdir = make_run(tmp_path / "run", base_sha256="0" * 64)
+    workdir = write_trained(tmp_path / "run", base_sha256="0" * 64)
     assert_refused(workdir, tmp_path / "model", "whose weights are not those of this model")
 
 
@@ -708,15 +682,15 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path):
     ids=["rank", "sites"],
 )
 def test_an_adapter_of_other_ranks_or_sites_is_refused(changes, tmp_path):
-    workdir = make_run(tmp_path / "run", changes=changes)
+    workdir = write_trained(tmp_path / "run", changes=changes)
     assert_refused(workdir, tmp_path / "model", "does not fit this model")
 
 
 def test_another_adapter_made_with_other_settings_is_refused(workdir, tmp_path):
     """Its arrays have the same names and shapes, but it means another model."""
-    other = make_run(tmp_path / "other", tail="drop") / "adapter"
+    other = write_trained(tmp_path / "other", tail="drop") / "adapter"
     assert_refused(
-        workdir, tmp_path / "model", "tail='drop', but config.adapter has 'keep'", offsets=other
+        workdir, tmp_path / "model", "tail='drop', but config.adapter has 'keep'", adapter=other
     )
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from grpocem_jax.models import base, gpt2
-from tests.conftest import SITES
 from tests.parity import weights
+from tests.tiny import SITES
 
 TEXT = weights.tokens(weights.SHAPES["small"], 19)
 

@@ -23,19 +23,20 @@ from grpocem_jax.tasks import SourceConfig, Task, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
-from tests.test_adaptation import (
+from tests.runs import (
     OTHER,
     PROMPT,
     REWARD,
     ROOT,
     SMALL,
-    cheap_programs,
     get_config,
     no_search,
     question_examples,
     random_offsets,
     write_run,
 )
+
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 RESULT_KEYS = {
     "fitness_before", "fitness_after", "generations", "candidates", "converged", "adapted",
@@ -46,12 +47,6 @@ EXAMPLES = [
     {"prompt": OTHER, "completion": " negative and bad"},
     {"prompt": "Review: The tea was warm.\nSentiment:", "completion": " positive"},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks.base import Example, Task
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import make_tiny
+from tests.folders import assert_refused, edit_config, edit_state, shard
 from tests.parity import weights
-from tests.test_hub import assert_refused, edit_config, edit_state, shard
-from tests.test_parity import REFERENCE
+from tests.parity.layers import REFERENCE
+from tests.tiny import make_tiny
 
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 SITES = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -33,14 +33,6 @@ BIASED, QWEN2 = weights.LLAMAS["llama-biases"], weights.LLAMAS["qwen2"]
 TEXT = weights.tokens(BIASED, 12)
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiler():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # The network

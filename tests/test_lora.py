@@ -9,7 +9,7 @@ import pytest
 from examples.custom_adapter import scale_and_shift
 from grpocem_jax import adapters, grpo
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import SITES
+from tests.tiny import SITES
 
 KEY = jax.random.key(0)
 TOKENS, MASK = jnp.arange(1, 9), jnp.ones(8, bool)

@@ -9,7 +9,9 @@ import pytest
 
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY, ROOT
+from tests.runs import OUT_OF_MEMORY, ROOT
+
+pytestmark = pytest.mark.optimized
 
 
 def fits(limit, tried):

@@ -14,8 +14,10 @@ import pytest
 
 from grpocem_jax.models import base, hub
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import make_tiny
 from tests.parity import weights
+from tests.tiny import make_tiny
+
+pytestmark = pytest.mark.optimized
 
 FIELDS = weights.SHAPES["small"]
 TEXT = weights.tokens(FIELDS, 19)
@@ -23,9 +25,9 @@ LENGTH, PROMPT = 19, 11
 
 
 @pytest.fixture(scope="module", params=["gpt2", "qwen2"], name="tiny")
-def _tiny(request, tiny):
+def _tiny(request, deep):
     if request.param == "gpt2":
-        return tiny
+        return deep
     return make_tiny(weights.LLAMAS["qwen2-untied"], "self_attn.o_proj")
 
 

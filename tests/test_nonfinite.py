@@ -16,7 +16,7 @@ from grpocem_jax.rollouts import policy
 from grpocem_jax.tasks import Example
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils.errors import InputError
-from tests.test_resume import lines, settings
+from tests.runs import read_lines, training_config
 
 FIX = "set config.model.dtype to 'bfloat16', or to 'float32'"
 
@@ -24,7 +24,7 @@ FIX = "set config.model.dtype to 'bfloat16', or to 'float32'"
 @functools.cache
 def overflowing(dtype):
     """The built-in model with matrices so large that the activations are beyond 65504."""
-    config = parse_config(settings(**{"model.dtype": dtype}))
+    config = parse_config(training_config(**{"model.dtype": dtype}))
     found = policy.load_policy(config)
     large = jax.tree.map(lambda x: x * 3e3 if x.dtype == jnp.float16 else x, found.params)
     return TrainedRun(config, dataclasses.replace(found, params=large), found.zero)
@@ -43,7 +43,7 @@ def test_float16_that_overflows_is_named_where_a_text_is_completed_or_adapted_to
 def test_float16_that_overflows_ends_a_training_at_its_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "load_policy", lambda *args, **options: overflowing("float16")[1])
     with pytest.raises(InputError) as error:
-        training.train(settings(**{"model.dtype": "float16"}), tmp_path / "run")
+        training.train(training_config(**{"model.dtype": "float16"}), tmp_path / "run")
     assert "step 1: in all completions the logits are not finite in float16" in str(error.value)
     assert FIX in str(error.value)
     assert "learning_rate" not in str(error.value)
@@ -122,14 +122,14 @@ def test_a_kl_term_that_is_very_large_is_named_with_its_log_ratio(tmp_path, monk
     changes = {"train.max_steps": 1, "train.max_skipped_updates": 0}
     said = "the KL term is 3e+09, as a token is 119 nats more probable under the base model"
     skipped = 0.0
-    training.train(settings(**changes), tmp_path / "one")
+    training.train(training_config(**changes), tmp_path / "one")
     assert f"step 1: {said}" in capsys.readouterr().err
     skipped = 1.0
     with pytest.raises(InputError) as error:
-        training.train(settings(**changes), tmp_path / "other")
+        training.train(training_config(**changes), tmp_path / "other")
     for part in (said, "lower train.learning_rate=0.02 to 0.005", "raise grpo.beta=0.01 to 0.04"):
         assert part in str(error.value)
-    assert lines(tmp_path / "other" / "nonfinite.jsonl")
+    assert read_lines(tmp_path / "other" / "nonfinite.jsonl")
 
 
 def test_the_largest_log_ratio_is_that_of_a_token_in_use():

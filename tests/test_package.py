@@ -218,3 +218,16 @@ def test_a_file_that_is_not_python_is_no_config(tmp_path):
 
 def test_the_folder_of_the_configs_is_in_the_checkout_or_in_the_package():
     assert (config_files.config_folder() / "tiny.py").is_file()
+
+
+def test_no_test_module_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [
+                    alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")
+                ]
+            for name in names:
+                assert not re.match(r"tests\.(\w+\.)*(test_|conftest)", name), (path.name, name)

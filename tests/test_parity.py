@@ -3,45 +3,16 @@
 Replays numbers that tests/parity/record.py recorded; tests/parity/test_live.py compares live.
 """
 
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.models import gpt2, hub, likelihood, llama
+from grpocem_jax.models import gpt2, hub
 from tests.parity import stories, weights
+from tests.parity.layers import REFERENCE, TOLERANCE, run, story_losses
 
-REFERENCE = Path(__file__).parent / "parity" / "reference"
-TOLERANCE = 2e-4
-
-
-def run(config: Any, params: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Every block's output ``blocks [L, T, D]``, ``hidden [T, D]`` and ``logits [T, V]``."""
-    length = len(tokens)
-    if isinstance(config, gpt2.Config):
-        network, module, prefix = gpt2.GPT2(config), gpt2, "h"
-    else:
-        network, module, prefix = llama.Llama(config), llama, "layers"
-    (hidden, _), state = network.apply(
-        {"params": params},
-        tokens,
-        jnp.arange(length),
-        jnp.tril(jnp.ones((length, length), bool)),
-        {},
-        None,
-        None,
-        None,
-        capture_intermediates=lambda part, _: isinstance(part, module.Block),
-    )
-    parts = [state["intermediates"][f"{prefix}_{i}"] for i in range(config.num_layers)]
-    outputs = [part["__call__"][0] for part in parts]
-    logits = module.build(config).logits(params, hidden)
-    return jax.device_get(
-        {"blocks": jnp.stack([x for x, *_ in outputs]), "hidden": hidden, "logits": logits}
-    )
+pytestmark = pytest.mark.optimized
 
 
 def compare(found: dict[str, np.ndarray], reference: Any) -> None:
@@ -83,23 +54,6 @@ def test_the_builtin_model_equals_transformers():
     tokens = pretrained.tokenizer.encode(str(reference["text"]))
     np.testing.assert_array_equal(tokens, reference["tokens"])
     compare(run(pretrained.config, pretrained.params, reference["tokens"]), reference)
-
-
-def story_losses(pretrained: hub.Pretrained, texts: list[list[int]]) -> np.ndarray:
-    """Cross-entropy of each text of up to 200 tokens, summed over them but the first, nats."""
-    model = pretrained.build()
-    tokens, mask = np.zeros((len(texts), 200), np.int32), np.zeros((len(texts), 200), bool)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)], mask[row, : len(text)] = text, True
-
-    @jax.jit
-    @jax.vmap
-    def loss(tokens, mask):
-        hidden = model.forward(pretrained.params, {}, tokens[:-1], mask[:-1])
-        logps, _ = likelihood.token_logps(model, pretrained.params, hidden, tokens[1:], 1.0)
-        return -jnp.sum(jnp.where(mask[1:], logps, 0.0))
-
-    return np.asarray(loss(tokens, mask))
 
 
 def test_a_real_model_equals_transformers_and_is_as_good_on_its_stories(shared):

@@ -17,7 +17,7 @@ from grpocem_jax.tasks import TASKS, SourceConfig, load_examples
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import ROOT
+from tests.runs import ROOT
 
 pytest_plugins = ["tests.command_line"]
 

@@ -20,40 +20,17 @@ from safetensors.numpy import load_file
 
 from grpocem_jax import adaptation, grpo
 from grpocem_jax.config import parse_config
-from grpocem_jax.config.files import load_config
 from grpocem_jax.rollouts import policy
-from grpocem_jax.runs import checkpoints, metrics, rundir, trained
+from grpocem_jax.runs import checkpoints, metrics, rundir
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY, ROOT, sharing_policies
+from tests.runs import OUT_OF_MEMORY, ROOT, TRAINING, read_lines, thin_model, training_config
 
-STEPS = 6
-SMALL = {
-    "data.tasks": ("sentiment",),
-    "data.max_samples": 32,
-    "data.heldout_samples": 2,
-    "generation.max_new_tokens": 4,
-    "grpo.group_size": 4,
-    "logging.interval": 2,
-    "train.batch_size": 16,
-    "train.checkpoint_every_steps": 2,
-    "train.eval_samples": 1,
-    "train.max_steps": STEPS,
-    "train.warmup_steps": 1,
-}
-
-
-def settings(**changes):
-    config = load_config("tiny")
-    config.update_from_flattened_dict({**SMALL, **changes})
-    return config
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+STEPS = TRAINING["train.max_steps"]
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 def same_runs(one, other):
@@ -62,7 +39,7 @@ def same_runs(one, other):
     assert adapters[0].keys() == adapters[1].keys()
     for name, values in adapters[0].items():
         np.testing.assert_array_equal(values, adapters[1][name])
-    records = [lines(x / "metrics.jsonl") for x in (one, other)]
+    records = [read_lines(x / "metrics.jsonl") for x in (one, other)]
     for record in (*records[0], *records[1]):
         del record["step_time"]
     assert records[0] == records[1]
@@ -72,12 +49,8 @@ def same_runs(one, other):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_policy():
-    """One model for all runs of this process, so that programs are shared, and no pictures."""
+def _no_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        load = sharing_policies()
-        for module in (trained, training):
-            patch.setattr(module, "load_policy", load)
         patch.setattr(training.report, "write", lambda workdir: workdir / "report")
         yield
 
@@ -86,7 +59,7 @@ def _one_policy():
 def whole(tmp_path_factory):
     """A run that nothing interrupts."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    training.train(settings(), workdir)
+    training.train(training_config(), workdir)
     return workdir
 
 
@@ -107,7 +80,7 @@ def cut_off(workdir, monkeypatch, after, **changes):
         patch.setattr(training.Run, "step", die)
         patch.setattr(training.Run, "rescue", lambda *args: None)
         with pytest.raises(Killed):
-            training.train(settings(**changes), workdir)
+            training.train(training_config(**changes), workdir)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
 
@@ -115,7 +88,7 @@ def cut_off(workdir, monkeypatch, after, **changes):
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     cut_off(workdir, monkeypatch, after=3)
-    summary = training.train(settings(), workdir)
+    summary = training.train(training_config(), workdir)
     same_runs(whole, workdir)
     assert summary["resumed_after_step"] == 2
     assert "resumed   after step 2" in capsys.readouterr().out
@@ -130,7 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     for file in (folder / "train").rglob("*"):
         if file.is_file():
             os.truncate(file, file.stat().st_size // 2)
-    summary = training.train(settings(), workdir)
+    summary = training.train(training_config(), workdir)
     assert f"passed over: {folder}" in capsys.readouterr().err
     assert (workdir / "checkpoints" / "damaged-4").is_dir()
     assert summary["resumed_after_step"] == 2
@@ -205,7 +178,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_restore(stored, tmp_path
 
 def test_a_run_that_is_complete_is_left_alone(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-    summary = training.train(settings(), whole)
+    summary = training.train(training_config(), whole)
     assert summary == json.loads((whole / "summary.json").read_text())
     assert "is complete" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
@@ -223,12 +196,12 @@ def test_a_run_that_is_complete_is_left_alone(whole, capsys):
             {"train.max_steps": 7, "grpo.beta": 0.5},
             ["grpo.beta is 0.01 there and 0.5 here", "train.max_steps is 6 there and 7 here"],
         ),
-        ({"data.tasks": ("qa",)}, ["data.tasks is ['sentiment'] there and ['qa'] here"]),
+        ({"data.tasks": ("qa",)}, ["data.tasks is ['general'] there and ['qa'] here"]),
     ],
 )
 def test_other_settings_are_refused_with_the_list_of_differences(whole, changes, fragments):
     with pytest.raises(InputError) as error:
-        training.train(settings(**changes), whole)
+        training.train(training_config(**changes), whole)
     for fragment in [f"--workdir={whole}", "another folder", *fragments]:
         assert fragment in str(error.value)
 
@@ -237,14 +210,14 @@ def test_other_settings_are_refused_with_the_list_of_differences(whole, changes,
     "changes", [{"search.generations": 7}, {"logging.interval": 1}, {"train.keep_checkpoints": 1}]
 )
 def test_settings_that_do_not_alter_training_may_change(whole, changes):
-    assert rundir.check_settings(whole, settings(**changes).to_dict())
+    assert rundir.check_settings(whole, training_config(**changes).to_dict())
 
 
 @pytest.mark.parametrize("what", ["model", "data"])
 def test_another_model_or_other_data_under_the_same_name_are_refused(whole, what):
     stored = json.loads((whole / "run.json").read_text())
     identity = {"model": stored["model"], "data": stored["data"], what: "another hash"}
-    claim = rundir.claim(whole, settings().to_dict(), identity)
+    claim = rundir.claim(whole, training_config().to_dict(), identity)
     with pytest.raises(InputError, match=f"started on another {what}"), claim:
         pass
 
@@ -254,10 +227,10 @@ def test_a_complete_run_is_refused_on_other_data_and_without_its_identity(whole,
     stored = json.loads((workdir / "run.json").read_text())
     (workdir / "run.json").write_text(json.dumps({**stored, "data": "another hash"}))
     with pytest.raises(InputError, match="started on another data"):
-        training.train(settings(), workdir)
+        training.train(training_config(), workdir)
     (workdir / "run.json").unlink()
     with pytest.raises(InputError, match=r"run\.json: cannot be read"):
-        training.train(settings(), workdir)
+        training.train(training_config(), workdir)
 
 
 def test_the_page_of_a_complete_run_that_lacks_it_is_drawn(whole, tmp_path, monkeypatch, capsys):
@@ -273,7 +246,7 @@ def test_the_page_of_a_complete_run_that_lacks_it_is_drawn(whole, tmp_path, monk
 
     monkeypatch.setattr(training.report, "write", draw)
     for _ in range(2):
-        training.train(settings(), workdir)
+        training.train(training_config(), workdir)
         assert f"its page is {page}" in capsys.readouterr().out
     assert drawn == [workdir]
 
@@ -281,7 +254,7 @@ def test_the_page_of_a_complete_run_that_lacks_it_is_drawn(whole, tmp_path, monk
 def test_a_run_whose_adapter_is_gone_is_finished_again(whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(workdir / "adapter")
-    assert training.train(settings(), workdir)["resumed_after_step"] == STEPS
+    assert training.train(training_config(), workdir)["resumed_after_step"] == STEPS
     same_runs(whole, workdir)
 
 
@@ -292,7 +265,7 @@ def test_files_of_a_run_without_its_settings_are_not_written_over(name, whole, t
     copy = shutil.copytree if (whole / name).is_dir() else shutil.copyfile
     copy(whole / name, workdir / name)
     with pytest.raises(InputError, match=rf"holds {name} but no config\.json"):
-        training.train(settings(), workdir)
+        training.train(training_config(), workdir)
     assert [path.name for path in workdir.iterdir()] == [name]
 
 
@@ -303,7 +276,7 @@ def test_checkpoints_of_other_settings_than_config_json_are_refused(tmp_path, mo
     stored["train"]["learning_rate"] = 0.5
     (workdir / "config.json").write_text(json.dumps(stored))
     with pytest.raises(InputError, match="checkpoints are of other settings"):
-        training.train(settings(**{"train.learning_rate": 0.5}), workdir)
+        training.train(training_config(**{"train.learning_rate": 0.5}), workdir)
 
 
 def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
@@ -313,11 +286,11 @@ def test_a_second_process_in_the_run_directory_is_refused(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with (
             pytest.raises(InputError, match="another process is running there"),
-            rundir.claim(workdir, settings().to_dict(), {}),
+            rundir.claim(workdir, training_config().to_dict(), {}),
         ):
             pass
     assert not (workdir / "config.json").exists()
-    with rundir.claim(workdir, settings().to_dict(), {}):
+    with rundir.claim(workdir, training_config().to_dict(), {}):
         assert (workdir / "config.json").exists()
 
 
@@ -364,7 +337,7 @@ def test_checkpoints_come_every_few_epochs_and_at_the_last_step(tmp_path):
         "train.keep_checkpoints": 0,
         "train.save_interval": 2,
     }
-    training.train(settings(**changes), tmp_path / "run")
+    training.train(training_config(**changes), tmp_path / "run")
     found = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert found == {4, 6}  # 2 as well, if every epoch had one
 
@@ -381,8 +354,8 @@ JUDGED = {
 
 def test_comparing_checkpoints_changes_nothing_that_is_trained(whole, tmp_path):
     workdir = tmp_path / "run"
-    summary = training.train(settings(**JUDGED), workdir)
-    records = lines(workdir / "metrics.jsonl")
+    summary = training.train(training_config(**JUDGED), workdir)
+    records = read_lines(workdir / "metrics.jsonl")
     found = {record["step"]: record.pop("eval_reward", None) for record in records}
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
     same_runs(whole, workdir)
@@ -402,9 +375,9 @@ def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_aga
     rewards, workdir = iter([0.25, 0.75, 0.5]), tmp_path / "run"
     monkeypatch.setattr(training.evaluation, "mean_reward", lambda *args: next(rewards))
     cut_off(workdir, monkeypatch, after=5, **JUDGED)
-    summary = training.train(settings(**JUDGED), workdir)
+    summary = training.train(training_config(**JUDGED), workdir)
     assert next(rewards, None) is None
-    judged = [record.get("eval_reward") for record in lines(workdir / "metrics.jsonl")]
+    judged = [record.get("eval_reward") for record in read_lines(workdir / "metrics.jsonl")]
     assert judged == [None, 0.25, None, 0.75, None, 0.5]
     assert summary["best_adapter"] == {"step": 4, "eval_reward": 0.75}
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"4", "6"}
@@ -420,7 +393,7 @@ def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_aga
 
 
 def test_prompts_are_trained_on_held_out_or_for_validation_and_never_two_of_them():
-    config = parse_config(settings(**JUDGED))
+    config = parse_config(training_config(**JUDGED))
     loaded = policy.load_policy(config)
     data = load_data(config, loaded)
     parts = [
@@ -428,15 +401,16 @@ def test_prompts_are_trained_on_held_out_or_for_validation_and_never_two_of_them
     ]
     assert [len(part) for part in parts] == [32, 2, 2]
     assert len(set.union(*parts)) == 36
-    without = load_data(parse_config(settings()), loaded)
+    without = load_data(parse_config(training_config()), loaded)
     assert [x.example for x in without.heldout] == [x.example for x in data.heldout]
     assert without.validation == []
 
 
 def test_too_few_rows_to_compare_checkpoints_are_an_error(tmp_path):
     # The held-out split has 120 rows.
+    changes = JUDGED | {"data.tasks": ("sentiment",), "data.heldout_samples": 120}
     with pytest.raises(InputError, match=r"data.heldout_samples=120: .* sentiment has no other"):
-        training.train(settings(**JUDGED, **{"data.heldout_samples": 120}), tmp_path / "run")
+        training.train(training_config(**changes), tmp_path / "run")
 
 
 def test_a_held_out_split_without_an_interval_is_refused_before_training(tmp_path):
@@ -444,11 +418,12 @@ def test_a_held_out_split_without_an_interval_is_refused_before_training(tmp_pat
         rows = [{"text": f"The {split} soup was good {i}", "label": i % 2} for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {
+        "data.tasks": ("sentiment",),
         "data.sentiment.source": str(tmp_path),
         "data.sentiment.label_names": ("negative", "positive"),
     }
     with pytest.raises(InputError, match=r"data.sentiment: .* gives 1 prompt, .* at least 2"):
-        training.train(settings(**changes), tmp_path / "run")
+        training.train(training_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -479,10 +454,10 @@ def break_advantages(monkeypatch):
 def test_a_run_of_updates_that_are_not_finite_stops_with_the_prompts(tmp_path, monkeypatch):
     break_advantages(monkeypatch)
     with pytest.raises(InputError, match=r"not finite 3 times in a row, at last in step 3"):
-        training.train(settings(**{"train.max_skipped_updates": 2}), tmp_path / "run")
-    prompts = lines(tmp_path / "run" / "nonfinite.jsonl")
+        training.train(training_config(**{"train.max_skipped_updates": 2}), tmp_path / "run")
+    prompts = read_lines(tmp_path / "run" / "nonfinite.jsonl")
     assert {line["step"] for line in prompts} == {1, 2, 3}
-    records = lines(tmp_path / "run" / "metrics.jsonl")
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["loss"] for record in records] == [None] * 3
     assert [record["skipped"] for record in records] == [1.0] * 3
 
@@ -491,8 +466,8 @@ def test_prompts_of_skipped_updates_are_not_repeated(tmp_path, monkeypatch):
     break_advantages(monkeypatch)
     changes = {"train.max_skipped_updates": 9}
     cut_off(tmp_path / "run", monkeypatch, after=3, **changes)
-    training.train(settings(**changes), tmp_path / "run")
-    prompts = lines(tmp_path / "run" / "nonfinite.jsonl")
+    training.train(training_config(**changes), tmp_path / "run")
+    prompts = read_lines(tmp_path / "run" / "nonfinite.jsonl")
     assert [line["step"] for line in prompts] == [step for step in range(1, 7) for _ in range(4)]
 
 
@@ -512,7 +487,7 @@ def unread(monkeypatch):
 
 @pytest.mark.usefixtures("unread")
 def test_a_run_goes_on_unseen(whole, tmp_path):
-    training.train(settings(), tmp_path / "run")
+    training.train(training_config(), tmp_path / "run")
     same_runs(whole, tmp_path / "run")
 
 
@@ -529,7 +504,8 @@ def test_a_signal_is_heard_where_what_it_prints_is_not():
 
 COMMAND = [
     *(sys.executable, "train.py", "--config", "tiny"),
-    *(f"--config.{name}={value}" for name, value in SMALL.items()),
+    *(f"--config.{name}={value}" for name, value in TRAINING.items()),
+    f"--config.model.source={thin_model()}",
     "--workdir",
 ]
 
@@ -550,7 +526,7 @@ def test_a_killed_process_continues_to_the_same_bits(whole, tmp_path):
     finished = (workdir / "summary.json").exists()
     # A child that fails ends with another status.
     assert process.returncode in ((0, -signal.SIGKILL) if finished else (-signal.SIGKILL,))
-    resumed = training.train(settings(), workdir)["resumed_after_step"]
+    resumed = training.train(training_config(), workdir)["resumed_after_step"]
     assert resumed == (0 if finished else last)
     same_runs(whole, workdir)
 
@@ -569,14 +545,14 @@ def test_a_signal_ends_a_run_after_its_step_and_a_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "step", interrupted)
         with pytest.raises(rundir.Interrupted) as error:
-            training.train(settings(), workdir)
+            training.train(training_config(), workdir)
     assert error.value.code == 128 + number
     err = capsys.readouterr().err
     assert f"{number.name}: the step under way and a checkpoint are finished first" in err
     assert "stopped after step 3 of 6; the same command continues the run" in err
     assert not (workdir / "summary.json").exists()
     # Step 3 has a checkpoint, though `checkpoint_every_steps` is 2.
-    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+    assert training.train(training_config(), workdir)["resumed_after_step"] == 3
     same_runs(whole, workdir)
 
 
@@ -612,9 +588,9 @@ def test_a_second_signal_during_a_reward_saves_the_steps_before(
     with monkeypatch.context() as patch:
         patch.setattr(training.rollouts, "score", waits)
         with pytest.raises(rundir.Interrupted):
-            training.train(settings(), workdir)
+            training.train(training_config(), workdir)
     assert "a second signal leaves that step out" in capsys.readouterr().err
-    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+    assert training.train(training_config(), workdir)["resumed_after_step"] == 3
     same_runs(whole, workdir)
 
 
@@ -646,11 +622,11 @@ def test_whatever_ends_a_run_its_last_step_is_saved_first(
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fails)
         with pytest.raises(type(error)) as raised:
-            training.train(settings(), workdir)
+            training.train(training_config(), workdir)
     assert raised.value is error
     # Steps 1 to 3 are done; `checkpoint_every_steps` has saved the second only.
     assert "saved after step 3 of 6; the same command continues" in capsys.readouterr().err
-    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+    assert training.train(training_config(), workdir)["resumed_after_step"] == 3
     same_runs(whole, workdir)
 
 
@@ -665,8 +641,8 @@ def test_a_log_on_a_full_disk_costs_the_step_under_way_only(whole, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(metrics.JsonLines, "write", full)
         with pytest.raises(InputError, match=r"No space left on device.*same command continues"):
-            training.train(settings(), workdir)
-    assert training.train(settings(), workdir)["resumed_after_step"] == 3
+            training.train(training_config(), workdir)
+    assert training.train(training_config(), workdir)["resumed_after_step"] == 3
     same_runs(whole, workdir)
 
 
@@ -682,7 +658,7 @@ def test_a_checkpoint_that_fails_too_does_not_hide_what_ended_the_run(
     )
     monkeypatch.setattr(training.checkpoints.Checkpoints, "save", full_disk)
     with pytest.raises(InputError, match="judge raised ConnectionError"):
-        training.train(settings(), tmp_path / "run")
+        training.train(training_config(), tmp_path / "run")
     assert "step 1 could not be saved (OSError" in capsys.readouterr().err
 
 
@@ -694,36 +670,36 @@ def test_a_finished_run_goes_on_to_the_bits_of_one_that_had_all_steps_at_once(
     length, whole, tmp_path, capsys
 ):
     workdir, before = tmp_path / "run", length["train.max_steps"]
-    training.train(settings(**length), workdir)
+    training.train(training_config(**length), workdir)
     assert "is complete" not in capsys.readouterr().out
-    summary = training.train(settings(), workdir)
+    summary = training.train(training_config(), workdir)
     assert (summary["resumed_after_step"], summary["steps"]) == (before, STEPS)
     assert summary["continued"] == []
     same_runs(whole, workdir)
     assert json.loads((workdir / "config.json").read_text())["train"]["max_steps"] == STEPS
     capsys.readouterr()
-    training.train(settings(), workdir)
+    training.train(training_config(), workdir)
     assert "is complete" in capsys.readouterr().out
 
 
 def test_more_epochs_go_on_too_and_fewer_steps_than_were_done_are_refused(tmp_path):
     # 32 prompts in steps of 4 are 8 steps an epoch.
     workdir, length = tmp_path / "run", {"train.max_steps": 0, "data.max_samples": 8}
-    training.train(settings(**length), workdir)
-    summary = training.train(settings(**length, **{"train.epochs": 2}), workdir)
+    training.train(training_config(**length), workdir)
+    summary = training.train(training_config(**length, **{"train.epochs": 2}), workdir)
     assert (summary["resumed_after_step"], summary["steps"]) == (2, 4)
     stored = (workdir / "config.json").read_bytes()
     with pytest.raises(InputError, match=r"has done 4 steps, but train.max_steps=0 .* give 2"):
-        training.train(settings(**length), workdir)
+        training.train(training_config(**length), workdir)
     assert (workdir / "config.json").read_bytes() == stored
 
 
 def test_what_differs_in_a_run_that_goes_on_is_said(tmp_path, capsys):
     changes = {"generation.final_temperature": 0.5, "train.evaluate_every_steps": 2}
     workdir = tmp_path / "run"
-    training.train(settings(**changes, **{"train.max_steps": 1}), workdir)
+    training.train(training_config(**changes, **{"train.max_steps": 1}), workdir)
     capsys.readouterr()
-    summary = training.train(settings(**changes, **{"train.max_steps": 3}), workdir)
+    summary = training.train(training_config(**changes, **{"train.max_steps": 3}), workdir)
     first, second = summary["continued"]
     assert "temperatures of steps 1 to 1 were those of a run of 1 steps, not of 3" in first
     assert "step 1 was judged" in second
@@ -732,11 +708,11 @@ def test_what_differs_in_a_run_that_goes_on_is_said(tmp_path, capsys):
 
 def test_a_finished_run_without_its_checkpoints_is_not_started_over(tmp_path):
     workdir = tmp_path / "run"
-    training.train(settings(**{"train.max_steps": 1}), workdir)
+    training.train(training_config(**{"train.max_steps": 1}), workdir)
     offsets = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(InputError, match=r"ended after 1 steps, but its checkpoint .* not there"):
-        training.train(settings(), workdir)
+        training.train(training_config(), workdir)
     assert (workdir / "adapter" / "adapter_model.safetensors").read_bytes() == offsets
 
 
@@ -765,7 +741,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(
     workdir = tmp_path / "run"
     with (
         pytest.raises(InputError, match=f"--workdir={workdir}: cannot be written.*give another"),
-        rundir.claim(workdir, settings().to_dict(), {}),
+        rundir.claim(workdir, training_config().to_dict(), {}),
     ):
         pass
 
@@ -773,7 +749,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(
 def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot be written \(Not a directory\)"):
-        training.train(settings(), tmp_path / "file" / "run")
+        training.train(training_config(), tmp_path / "file" / "run")
 
 
 def full_disk(*args, **kwargs):
@@ -795,14 +771,14 @@ def test_a_disk_that_is_full_is_said_and_the_run_continues_after(
         else:
             patch.setattr(files, "save_file", full_disk)
         with pytest.raises(InputError) as error:
-            training.train(settings(), workdir)
+            training.train(training_config(), workdir)
     for part in (f"--workdir={workdir}", "No space left on device", "same command continues"):
         assert part in str(error.value)
     assert not (workdir / "summary.json").exists()
     assert not list(workdir.rglob("*.partial"))
     if what == "log":
         (workdir / "metrics.jsonl").unlink()
-    training.train(settings(), workdir)
+    training.train(training_config(), workdir)
     same_runs(whole, workdir)
 
 
@@ -829,7 +805,7 @@ def no_memory(*args):
     ],
 )
 def test_what_to_lower_is_said_where_an_update_runs_out_of_memory(changes, advice):
-    config = parse_config(settings(**changes))
+    config = parse_config(training_config(**changes))
     with pytest.raises(InputError) as error:
         training.micro_batch(config, config.train.batch_size).run(no_memory)
     assert "out of device memory in a step's update: " in str(error.value)
@@ -851,7 +827,7 @@ def test_what_to_lower_is_said_where_rollouts_run_out_of_memory(
 
     monkeypatch.setattr(training.rollouts, "complete", complete)
     with pytest.raises(InputError, match=f"out of device memory in a step's rollouts: {advice}"):
-        training.train(settings(**changes), tmp_path / "run")
+        training.train(training_config(**changes), tmp_path / "run")
 
 
 def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_rounding(
@@ -867,12 +843,12 @@ def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_roun
 
     monkeypatch.setattr(training, "update_program", short)
     with pytest.raises(InputError, match=r"continue with train.fit_memory=True"):
-        training.train(settings(), workdir)
+        training.train(training_config(), workdir)
     asked = {"train.fit_memory": True}
     cut_off(workdir, monkeypatch, after=3, **asked)
     assert sizes == [16, 16, 8, 8, 8]
     assert "is lowered from 16 to 8" in capsys.readouterr().err
-    summary = training.train(settings(**asked), workdir)
+    summary = training.train(training_config(**asked), workdir)
     # The checkpoint says which size fits.
     assert sizes[5:] == [8] * 4
     assert summary["micro_batch"] == 8

@@ -19,7 +19,7 @@ from grpocem_jax.runs import checkpoints, rundir
 from grpocem_jax.runs import screens as run_screens
 from grpocem_jax.training import screens
 from grpocem_jax.utils.errors import InputError
-from tests.test_adaptation import get_config, random_offsets, tiny_policy, write_run
+from tests.runs import get_config, random_offsets, tiny_policy, write_run
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from grpocem_jax.training import evaluation
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils import terminal
 from grpocem_jax.utils.terminal import one_line, visible
-from tests.conftest import ROOT
-from tests.test_adaptation import PROMPT, cheap_programs, get_config
+from tests.runs import PROMPT, ROOT, get_config
+
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 PACKAGES = ("grpocem_jax", "configs", "benchmarks", "studies")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "code"}
@@ -107,12 +108,6 @@ def test_shown_text_has_no_control_and_says_what_was_there(text):
     assert text.isprintable() == (shown == text)
     assert visible(text).split("\n") == [one_line(line) for line in text.split("\n")]
     shown.encode()  # no half of a surrogate pair, so that every stream takes it
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])

@@ -84,7 +84,7 @@ def test_a_prompts_result_does_not_depend_on_neighbours_or_padding(tiny, prompts
     tokens, mask = prompts
     keys = jax.random.split(jax.random.key(5), PROMPTS)
     together = draw(tiny, offsets, prompts, keys=keys, top_p=0.8, repetition_penalty=1.3)
-    for p in range(PROMPTS):
+    for p in (0, 2):  # the one without padding, and the one with most
         alone = (tokens[p][mask[p]][None], jnp.ones((1, int(mask[p].sum())), bool))
         single = draw(tiny, offsets, alone, keys=keys[p : p + 1], top_p=0.8, repetition_penalty=1.3)
         np.testing.assert_array_equal(together.tokens[p], single.tokens[0])

@@ -11,14 +11,10 @@ from grpocem_jax.adaptation import screens
 from grpocem_jax.config import make_method, parse_config
 from grpocem_jax.search import Evosax
 from grpocem_jax.utils.errors import InputError
-from tests.test_adaptation import PROMPT, cheap_programs, get_config, write_run
-from tests.test_search_methods import Climber, needs_evosax
+from tests.methods import Climber
+from tests.runs import PROMPT, get_config, write_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs():
-    with cheap_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def test_a_method_of_the_users_own_adapts_with_its_options(workdir):
     assert found.fitness_after >= found.fitness_before
 
 
-@needs_evosax
+@pytest.mark.evosax
 def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
     settings = get_config(**{"search.method": "evosax:Sep_CMA_ES", "search.gate": False})
     run = adaptation.load_run(workdir, settings)
@@ -66,7 +62,7 @@ def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
     assert found.fitness_after != found.fitness_before
 
 
-@needs_evosax
+@pytest.mark.evosax
 def test_a_strategy_that_evosax_lacks_is_named_with_the_field():
     with pytest.raises(InputError, match=r"^config\.search\.method='evosax:Sep_CMA': .*Sep_CMA_ES"):
         parse_config(get_config(**{"search.method": "evosax:Sep_CMA"}))
@@ -120,8 +116,8 @@ def test_a_run_with_settings_that_were_removed_still_loads_and_using_one_is_refu
     stored["cem"].update({old: value for old, (value, _) in REMOVED.items()})
     (workdir / "config.json").write_text(json.dumps(stored))
     config = adaptation.load_run(workdir).config
-    assert make_method(config) == config.search
-    assert not {field.name for field in dataclasses.fields(config.search)} & set(REMOVED)
+    assert make_method(config) == config.cem
+    assert not {field.name for field in dataclasses.fields(config.cem)} & set(REMOVED)
     stored["cem"][name] = used
     (workdir / "config.json").write_text(json.dumps(stored))
     with pytest.raises(InputError, match=rf"^config\.cem\.{name}={used}: .* was removed"):

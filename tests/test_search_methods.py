@@ -1,8 +1,6 @@
 """What every search method must do, ours, evosax's and a newcomer's; and how others are refused."""
 
 import dataclasses
-import importlib.util
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,47 +12,11 @@ from grpocem_jax.search import CEM, Evosax, GradientAscent, HostFitness, Problem
 from grpocem_jax.search.base import check_method, needs
 from grpocem_jax.search.spaces import full_space
 from grpocem_jax.utils.errors import InputError
+from tests.methods import Climber, ClimberState
 
 KEY = jax.random.key(0)
 START = {"a": jnp.array([0.5, -0.5, 0.25]), "b": jnp.float16(1.0)}
 GOAL = {"a": jnp.array([1.0, -1.0, 0.5]), "b": jnp.float32(0.5)}
-needs_evosax = pytest.mark.skipif(
-    importlib.util.find_spec("evosax") is None, reason="evosax is not installed"
-)
-
-
-class ClimberState(NamedTuple):
-    mean: dict
-    size: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Climber:
-    """A newcomer's method: the best of some steps, and smaller steps where none was better."""
-
-    population_size: int = 12
-
-    def init(self, start):
-        return ClimberState(start, jnp.float32(0.5))
-
-    def ask(self, key, state):
-        leaves, structure = jax.tree.flatten(state.mean)
-        drawn = [
-            (x[None] + state.size * jax.random.normal(k, (self.population_size, *x.shape))).astype(
-                x.dtype
-            )
-            for k, x in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
-        ]
-        drawn = [x.at[0].set(old) for x, old in zip(drawn, leaves, strict=True)]
-        return jax.tree.unflatten(structure, drawn)
-
-    def tell(self, state, candidates, fitness):
-        best = jnp.argmax(fitness)
-        size = jnp.where(best == 0, 0.8 * state.size, state.size)
-        return ClimberState(jax.tree.map(lambda x: x[best], candidates), size)
-
-    def converged(self, state):
-        return state.size < 1e-4
 
 
 METHODS = [
@@ -67,12 +29,14 @@ METHODS = [
         pytest.param(
             lambda name=name: Evosax(name=name, population_size=20, noise_std=0.5),
             id=name,
-            marks=needs_evosax,
+            marks=pytest.mark.evosax,
         )
         for name in ("Sep_CMA_ES", "CR_FM_NES", "DifferentialEvolution")
     ),
 ]
 every_method = pytest.mark.parametrize("make", METHODS)
+# The strategies of evosax go through one adapter of theirs, so that one stands for all.
+ours_and_one = pytest.mark.parametrize("make", METHODS[:4])
 
 
 def quadratic(point, goal, key):
@@ -167,7 +131,7 @@ def test_equal_fitness_does_not_spoil_it(make):
     assert finite(state.mean)
 
 
-@every_method
+@ours_and_one
 def test_shapes_and_dtypes_are_those_of_the_start_under_jit_scan_and_vmap(make):
     method = make()
     first = method.init(START)
@@ -196,7 +160,7 @@ def test_shapes_and_dtypes_are_those_of_the_start_under_jit_scan_and_vmap(make):
     jax.tree.map(close, jax.tree.map(lambda x: x[1], together.mean), one.mean)
 
 
-@every_method
+@ours_and_one
 def test_it_depends_on_the_key_alone(make):
     method = make()
     first = method.init(START)
@@ -213,7 +177,7 @@ def test_it_depends_on_the_key_alone(make):
         assert bool(jnp.any(runs[0].offsets["a"] != runs[2].offsets["a"]))
 
 
-@every_method
+@ours_and_one
 def test_searches_of_several_problems_advance_in_one_program(make):
     method = make()
     keys = jax.random.split(KEY, 5)
@@ -237,7 +201,7 @@ def test_searches_of_several_problems_advance_in_one_program(make):
         np.testing.assert_allclose(together.history.best[row], alone.history.best, 2e-3, 2e-3)
 
 
-@every_method
+@ours_and_one
 def test_a_fitness_in_python_is_for_methods_that_need_no_gradient(make):
     method = make()
 
@@ -374,7 +338,7 @@ def test_a_method_that_is_not_hashable_is_refused():
 # evosax by name.
 
 
-@needs_evosax
+@pytest.mark.evosax
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -392,7 +356,7 @@ def test_a_strategy_or_option_that_evosax_lacks_is_refused(options, reason):
         Evosax(**options)
 
 
-@needs_evosax
+@pytest.mark.evosax
 def test_options_reach_the_strategy():
     half, whole = (
         Evosax(name="DifferentialEvolution", options={"crossover_rate": rate})
@@ -408,7 +372,7 @@ def test_options_reach_the_strategy():
     assert moved == [1, 50]
 
 
-@needs_evosax
+@pytest.mark.evosax
 def test_the_noise_is_the_deviation_of_the_first_candidates():
     for name in ("Sep_CMA_ES", "Open_ES"):
         method = Evosax(name=name, population_size=400, noise_std=0.05)

@@ -12,7 +12,7 @@ import pytest
 
 from grpocem_jax.search import CEM, GradientAscent, fitness, gate, loop, spaces
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY
+from tests.runs import OUT_OF_MEMORY
 
 KEY = jax.random.key(0)
 SITE = "h.0.attn.c_proj"

@@ -10,8 +10,7 @@ import pytest
 
 from grpocem_jax.training import loop as training
 from studies import adaptation, common, pretrained, soak, stories
-
-ROOT = Path(__file__).parent.parent
+from tests.runs import ROOT, thin_model
 
 
 @pytest.mark.parametrize(
@@ -112,10 +111,11 @@ def test_a_short_soak_compiles_nothing_in_its_second_half(tmp_path, monkeypatch,
     monkeypatch.setattr(soak, "BOUND", 1.0)
     monkeypatch.setattr(training.report, "write", lambda workdir: workdir)
     overrides = {
+        "model.source": thin_model(),
         "search.buckets": (64, 127),
         "cem.population_size": 4,
         "data.heldout_samples": 2,
-        "data.tasks": ("sentiment",),
+        "data.tasks": ("general",),
         "data.validation_samples": 2,
         "generation.max_new_tokens": 4,
         "grpo.group_size": 4,

@@ -20,7 +20,7 @@ from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.utils import user_code
 from grpocem_jax.utils.errors import InputError
-from tests.conftest import OUT_OF_MEMORY
+from tests.runs import OUT_OF_MEMORY
 
 MODULE = """
 class Rewards:

@@ -24,6 +24,7 @@ from grpocem_jax.training import loop as training
 from grpocem_jax.training import screens
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils import devices
+from tests.runs import thin_model
 
 PROMPT = "Review: The soup was cold, but the waiter was kind."
 MESH = devices.make_mesh(jax.devices())
@@ -33,7 +34,8 @@ def settings() -> Any:
     """A small run of two micro-batches a step."""
     config = load_config("tiny")
     small = {
-        "data.tasks": ("sentiment",),
+        "model.source": thin_model(),
+        "data.tasks": ("general",),
         "data.max_samples": 16,
         "data.heldout_samples": 2,
         "generation.max_new_tokens": 4,

@@ -314,7 +314,7 @@ def _evaluate(run: TrainedRun) -> dict[str, Any]:
             progress=view.count,
         )
     config = run.config
-    records = (config.search, config.search, config.gradient)
+    records = (config.search, config.cem, config.gradient)
     settings = {name: value for record in records for name, value in vars(record).items()}
     return {**result, "cem": settings | {"options": dict(config.search.options)}}
 

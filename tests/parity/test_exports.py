@@ -38,14 +38,6 @@ PYTHONS = {"5": sys.executable, "4": os.environ.get("TRANSFORMERS_4")}
 SCRIPT = Path(__file__).with_name("elsewhere.py")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiler():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Base models, exports of an adapter of zeros and of another, and the other as LoRAs."""

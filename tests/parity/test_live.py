@@ -13,9 +13,8 @@ from grpocem_jax import adaptation
 from grpocem_jax.export import model as export
 from grpocem_jax.models import base, hub, rope, sampling
 from tests.parity import stories, weights
-from tests.test_adaptation import PROMPT
-from tests.test_export import make_run
-from tests.test_parity import REFERENCE, TOLERANCE, run, story_losses
+from tests.parity.layers import REFERENCE, TOLERANCE, run, story_losses
+from tests.runs import PROMPT, write_trained
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; use make parity")
 
@@ -28,7 +27,7 @@ from transformers import (  # noqa: E402 (after the skip)
 
 from tests.parity import record  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.optimized]
 
 RECORDED = {**weights.SHAPES, **weights.LLAMAS}
 SHAPES = {
@@ -143,7 +142,7 @@ def test_transformers_loads_what_we_save(case, tmp_path, tokenizer, capsys):
 def test_transformers_computes_and_writes_what_we_do_from_an_export(tmp_path, capsys):
     """Logits of base model and adapter, and greedy completions that end at the run's stop token."""
     changes = {"generation.stop": (",",), "generation.max_new_tokens": 24}
-    run = adaptation.load_run(make_run(tmp_path / "run", changes=changes))
+    run = adaptation.load_run(write_trained(tmp_path / "run", changes=changes))
     exported = export.export_model(tmp_path / "run", tmp_path / "model")
     model, report = AutoModelForCausalLM.from_pretrained(exported.folder, output_loading_info=True)
     assert not any(report.values())
