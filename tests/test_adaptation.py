@@ -5,6 +5,7 @@ import functools
 import json
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ def distance(a, b):
 
 
 def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 # Runs

@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,7 +171,7 @@ def test_no_sites_at_all_is_an_error(tiny):
 def test_factoring_leaves_its_input_alone(tiny):
     before = jax.tree.map(np.array, tiny.params)
     factored = adapters.factor_params(tiny.adapter, tiny.params, tiny.sites)
-    jax.tree.map(np.testing.assert_array_equal, tiny.params, before)
+    chex.assert_trees_all_equal(tiny.params, before)
     assert isinstance(factored["h_0"]["attn_c_proj"]["kernel"], adapters.SVFFactors)
     assert factored["h_0"]["mlp_c_fc"] is tiny.params["h_0"]["mlp_c_fc"]
     assert factored["wte"] is tiny.params["wte"]

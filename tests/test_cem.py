@@ -4,6 +4,7 @@ import doctest
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,7 @@ def close(x, y, tolerance=1e-6):
 
 
 def same(x, y):
-    jax.tree.map(np.testing.assert_array_equal, x, y)
+    chex.assert_trees_all_equal(x, y)
 
 
 def sphere(point, key):

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def test_a_file_gives_the_parameters_of_the_checkpoint_it_was_made_from(case, tm
     module = hub.ARCHITECTURES[fields["model_type"]]
     config = module.config_from_hf(fields, case)
     expected = module.params_from_state(weights.state(fields), config, case)
-    jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+    chex.assert_trees_all_equal(found.params, expected)
     # The file has floats of 32 bits.
     for name in ("rms_norm_epsilon", "rope_theta", "layer_norm_epsilon"):
         if hasattr(config, name):

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -444,7 +445,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_number_of_steps(
     after, metrics = updated(tiny, broken, state)
     assert float(metrics["skipped"]) == 1.0
     assert int(after.step) == int(state.step) + 1 == 2
-    jax.tree.map(np.testing.assert_array_equal, after._replace(step=0), state._replace(step=0))
+    chex.assert_trees_all_equal(after._replace(step=0), state._replace(step=0))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -301,7 +302,7 @@ def test_top_k_and_min_p_that_are_off_draw_the_same_tokens_and_record_the_same(
 ):
     plain = draw(tiny, offsets, prompts, top_p=0.8)
     off = draw(tiny, offsets, prompts, top_p=0.8, top_k=0, min_p=0.0)
-    jax.tree.map(np.testing.assert_array_equal, off, plain)
+    chex.assert_trees_all_equal(off, plain)
     one = draw(tiny, offsets, prompts, top_k=1)
     np.testing.assert_array_equal(one.tokens, draw(tiny, offsets, prompts, min_p=1.0).tokens)
     np.testing.assert_array_equal(one.tokens, draw(tiny, offsets, prompts, greedy=True).tokens)

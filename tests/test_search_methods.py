@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +61,7 @@ def described(tree):
 
 
 def same(x, y):
-    jax.tree.map(np.testing.assert_array_equal, x, y)
+    chex.assert_trees_all_equal(x, y)
 
 
 def finite(tree):

@@ -5,6 +5,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +78,7 @@ def run_on_host(evaluate=None, scores=None, key=KEY, method=METHOD, space=SPACE,
 
 
 def same(x, y):
-    jax.tree.map(np.testing.assert_array_equal, x, y)
+    chex.assert_trees_all_equal(x, y)
 
 
 def close(x, y, tolerance=1e-5):

@@ -1,5 +1,6 @@
 """Search spaces: what a point decodes to, written out, and the principal directions."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ each = pytest.mark.parametrize("name", SPACES)
 def test_the_origin_is_the_start_exactly(name):
     space = SPACES[name]
     assert all(not np.any(x) for x in jax.tree.leaves(space.origin))
-    jax.tree.map(np.testing.assert_array_equal, spaces.decode(space, space.origin), START)
+    chex.assert_trees_all_equal(spaces.decode(space, space.origin), START)
 
 
 @each
