@@ -18,8 +18,7 @@ test: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(MAKE) --jobs=2 --output-sync=target lint algorithms
 
-ALGORITHMS = adapters lora conformance grpo objectives cem searching search_methods spaces fitness \
-    sampling models
+ALGORITHMS = adapters lora conformance grpo objectives cem searching search_methods spaces fitness sampling
 algorithms: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' \
 	    $(ALGORITHMS:%=tests/test_%.py) $(ARGS)

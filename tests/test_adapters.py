@@ -102,6 +102,7 @@ def test_the_report_s_adapter_of_gpt2_124m_has_7368_parameters():
     assert adapters.num_params(offsets) == 7368
 
 
+@pytest.mark.slow
 def test_no_singular_value_of_a_full_size_kernel_is_below_the_report_s_minimum():
     weight = 0.02 * rng().standard_normal((768, 768), np.float32)
     factors = adapters.svf().factor(KEY, weight)
@@ -200,6 +201,7 @@ def test_vmap_over_candidates_shares_the_factors(tiny):
     assert products == [[(12, 40), (40, 40)], [(5, 12, 40), (40, 40)]]
 
 
+@pytest.mark.slow
 def test_a_custom_adapter_needs_four_functions_and_no_change_of_the_model(tiny):
     """A trained scale of each output (Liu et al. 2022, arXiv 2205.05638)."""
     scale = adapters.Adapter(
@@ -292,6 +294,7 @@ def test_the_gradient_of_an_offset_is_its_share_of_the_output(tail):
     close(found, (s * np.sum((x @ u) * (c @ vt.T), axis=0))[:3])
 
 
+@pytest.mark.slow
 def test_the_gradient_through_the_model_equals_finite_differences(tiny):
     @jax.jit
     def loss(offsets):

@@ -203,6 +203,7 @@ def generations(settings, state, start, stop):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [method(8, 3, noise_std=0.2), GradientAscent()])
 def test_a_search_continued_from_a_file_is_the_search_in_one_piece_bit_for_bit(settings, tmp_path):
     start = settings.init({"a": jnp.ones(3), "b": [jnp.zeros((2, 2))]})
@@ -391,6 +392,7 @@ def test_a_start_that_is_not_of_floats_is_refused(made, kind):
         made.init({})
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docstring_runs():
     results = doctest.testmod(cem)
     assert results.attempted >= 6

@@ -139,6 +139,7 @@ def test_unknown_aggregation_is_named():
         grpo.aggregate("median")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_logits", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
 def test_parts_of_the_vocabulary_make_up_its_log_probabilities_and_gradients(
@@ -175,6 +176,7 @@ def test_logits_are_kept_up_to_a_quarter_of_a_gigabyte(tiny):
     assert not grpo.keep_logits(largest + 1, tiny.model)
 
 
+@pytest.mark.slow
 def test_kept_logits_change_no_update(tiny, batch, monkeypatch):
     hp = settings(micro_batch=GROUP, entropy=0.1, beta=0.1)
     results = []
@@ -300,6 +302,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny, batch, offsets):
         np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, offsets):
     hp = settings(learning_rate=0.01, warmup_steps=0)
     step = functools.partial(grpo.update, model=tiny.model, **hp)
@@ -323,6 +326,7 @@ def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, of
     assert float(moved.max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_at_the_base_model_kl_and_its_gradient_are_exactly_zero(tiny, batch):
     flat = batch._replace(advantages=jnp.zeros_like(batch.advantages))
     hp = settings(beta=1.0, entropy=0.0)
@@ -332,6 +336,7 @@ def test_at_the_base_model_kl_and_its_gradient_are_exactly_zero(tiny, batch):
     assert max(float(jnp.abs(g).max()) for g in gradient.values()) == 0.0
 
 
+@pytest.mark.slow
 def test_without_beta_the_reference_is_not_computed(tiny, batch, offsets):
     def operations(beta):
         hp = settings(beta=beta)
@@ -342,6 +347,7 @@ def test_without_beta_the_reference_is_not_computed(tiny, batch, offsets):
     assert operations(0.0) < 0.6 * operations(0.1)
 
 
+@pytest.mark.slow
 def test_first_adamw_step_moves_against_the_gradients_sign_and_decays(tiny, batch, offsets):
     hp = settings(learning_rate=0.01, warmup_steps=4, weight_decay=0.5)
     state = grpo.init_state(offsets, hp["optimizer"])
@@ -461,6 +467,7 @@ def test_the_learning_rate_is_scaled_and_its_scale_follows_the_kl(tiny, sampled,
     assert int(after.opt_state[-1].step) == 1
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_by_their_global_norm(tiny, batch, offsets):
     # Adam's own direction hides the scale, so look at its first moment: (1 - 0.9) * clipped g.
     hp = settings(max_grad_norm=1e-3)
@@ -552,6 +559,7 @@ def test_micro_batches_hold_whole_groups(tiny, batch, offsets):
             grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
 
 
+@pytest.mark.slow
 def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
     """A bandit: of one-token completions, those with an even id are rewarded."""
     model, params = tiny.model, tiny.factored
@@ -585,6 +593,7 @@ def test_grpo_raises_the_probability_of_what_is_rewarded(tiny):
     assert even_mass(state.offsets) > before + 0.1
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_gradient_of_many_tokens(tiny):
     # The published spread of initial weights, 0.02, makes small gradients.
     params = gpt2.init_params(jax.random.key(0), tiny.config)

@@ -172,6 +172,7 @@ def same(first, second, atol=1e-6):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.slow
 def test_context_is_attended_to_and_not_trained(tiny, batch):
     trained = batch.mask.at[:, :, 1].set(False)  # as the output of a tool
     weights = grpo.token_weights(trained)
@@ -214,6 +215,7 @@ def test_log_probabilities_at_positions_are_those_of_all_tokens(tiny, batch):
         np.testing.assert_allclose(part, jnp.take_along_axis(whole, positions, -1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_head_of_tokens_that_are_not_selected_is_not_computed(tiny, batch):
     def operations(positions):
         some = batch._replace(positions=positions)
@@ -268,6 +270,7 @@ class Counted:
         return self.scale * logps * batch.advantages, {"own": jnp.sum(batch.weights * logps)}
 
 
+@pytest.mark.slow
 def test_equal_settings_are_not_compiled_again(tiny, batch):
     assert {grpo.clipped(0.2, 0.3)} == {grpo.clipped(low=0.2, high=0.3)}
     assert grpo.clipped(0.2, 0.3) != grpo.clipped(0.2, 0.3, ratio="sequence")
@@ -287,6 +290,7 @@ def test_equal_settings_are_not_compiled_again(tiny, batch):
     assert float(metrics["own"]) == pytest.approx(float(jnp.sum(batch.weights * logps)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_any_optax_optimizer_updates_and_its_learning_rate_is_reported_where_it_is_known(
     tiny, batch
 ):

@@ -81,6 +81,7 @@ def test_the_same_keys_give_the_same_tokens_and_others_do_not(tiny, prompts, off
     assert len(samples) > PROMPTS * GROUP / 2
 
 
+@pytest.mark.slow
 def test_a_prompts_result_does_not_depend_on_neighbours_or_padding(tiny, prompts, offsets):
     tokens, mask = prompts
     keys = jax.random.split(jax.random.key(5), PROMPTS)
@@ -110,6 +111,7 @@ def test_completions_end_with_the_first_end_token(tiny, prompts, offsets):
     assert ended_early >= 2
 
 
+@pytest.mark.slow
 def test_the_loop_stops_when_all_have_ended(tiny, prompts, offsets):
     every_token = jnp.arange(tiny.model.vocab_size)
     out = draw(tiny, offsets, prompts, end_ids=every_token, max_new_tokens=100)
@@ -125,6 +127,7 @@ def test_end_ids_and_temperature_are_arguments_of_one_program(tiny, prompts, off
     assert sampling._sample._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_most_probable_token_of_the_full_forward(tiny, prompts, offsets):
     out = draw(tiny, offsets, prompts, greedy=True, num_samples=1)
     forward = jax.jit(tiny.model.forward)
@@ -140,6 +143,7 @@ def test_greedy_takes_the_most_probable_token_of_the_full_forward(tiny, prompts,
             mask = mask.at[start + t].set(True)
 
 
+@pytest.mark.slow
 def test_repetition_penalty_by_hand_and_over_prompt_and_completion(tiny, prompts, offsets):
     logits = jnp.array([2.0, -2.0, 3.0, 0.0])
     seen = jnp.array([True, True, False, True])
@@ -167,6 +171,7 @@ def nucleus(probs, top_p):
     return jax.vmap(lambda token: sampling.in_nucleus(probs, token, top_p))(jnp.arange(len(probs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.85, 0.99])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
 def test_the_nucleus_equals_the_sort(top_p, scale):
@@ -210,6 +215,7 @@ def test_the_inverse_cdf_never_finds_a_weight_of_zero(uniform):
     assert np.all(rows[np.arange(200), np.asarray(found)] > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [50, 225, 1003])
 def test_no_uniform_finds_a_weight_of_zero_in_a_compiled_program(size):
     rng = np.random.default_rng(size)
@@ -261,6 +267,7 @@ def kept(logits, top_k, top_p, min_p):
     return probs / probs.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
     [
@@ -297,6 +304,7 @@ def test_tokens_that_tie_with_the_last_of_top_k_are_kept():
     assert set(np.asarray(drawn).tolist()) == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_top_k_and_min_p_that_are_off_draw_the_same_tokens_and_record_the_same(
     tiny, prompts, offsets
 ):
@@ -308,12 +316,14 @@ def test_top_k_and_min_p_that_are_off_draw_the_same_tokens_and_record_the_same(
     np.testing.assert_array_equal(one.tokens, draw(tiny, offsets, prompts, greedy=True).tokens)
 
 
+@pytest.mark.slow
 def test_one_new_token_is_the_first_of_several(tiny, prompts, offsets):
     several, one = (draw(tiny, offsets, prompts, max_new_tokens=n) for n in (LENGTH, 1))
     for longer, single in zip(several, one, strict=True):
         np.testing.assert_array_equal(single, longer[..., :1])
 
 
+@pytest.mark.slow
 def test_a_stop_table_ends_completions_and_changes_nothing_before(tiny, prompts, offsets):
     """A pair of tokens that one sample has: state 1 after the first, the end after both."""
     plain = draw(tiny, offsets, prompts)
@@ -338,6 +348,7 @@ def test_a_draw_from_what_is_not_a_number_comes_to_an_end():
     assert 0 <= int(sampling.draw(jax.random.key(0), broken, 0.5)) < 50
 
 
+@pytest.mark.slow
 def test_samples_follow_the_truncated_distribution(tiny, offsets):
     prompt = (jnp.array([[4, 9, 2]]), jnp.ones((1, 3), bool))
     out = draw(
@@ -389,6 +400,7 @@ def test_a_setting_out_of_range_is_refused_by_name(tiny, prompts, offsets, name,
             jax.jit(lambda x: draw(tiny, x, prompts, **{name: value}))(offsets)
 
 
+@pytest.mark.slow
 def test_an_array_of_temperature_0_is_refused_and_a_traced_temperature_is_not_looked_at(
     tiny, prompts, offsets
 ):

@@ -87,6 +87,7 @@ def test_it_climbs_a_quadratic(make):
     assert found.candidates == found.generations * make().population_size
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("bad", ["one", "all"])
 def test_fitness_that_is_no_number_does_not_spoil_it(make, bad):
@@ -132,6 +133,7 @@ def test_equal_fitness_does_not_spoil_it(make):
     assert finite(state.mean)
 
 
+@pytest.mark.slow
 @ours_and_one
 def test_shapes_and_dtypes_are_those_of_the_start_under_jit_scan_and_vmap(make):
     method = make()
@@ -161,6 +163,7 @@ def test_shapes_and_dtypes_are_those_of_the_start_under_jit_scan_and_vmap(make):
     jax.tree.map(close, jax.tree.map(lambda x: x[1], together.mean), one.mean)
 
 
+@pytest.mark.slow
 @ours_and_one
 def test_it_depends_on_the_key_alone(make):
     method = make()
@@ -178,6 +181,7 @@ def test_it_depends_on_the_key_alone(make):
         assert bool(jnp.any(runs[0].offsets["a"] != runs[2].offsets["a"]))
 
 
+@pytest.mark.slow
 @ours_and_one
 def test_searches_of_several_problems_advance_in_one_program(make):
     method = make()
@@ -202,6 +206,7 @@ def test_searches_of_several_problems_advance_in_one_program(make):
         np.testing.assert_allclose(together.history.best[row], alone.history.best, 2e-3, 2e-3)
 
 
+@pytest.mark.slow
 @ours_and_one
 def test_a_fitness_in_python_is_for_methods_that_need_no_gradient(make):
     method = make()

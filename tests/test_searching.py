@@ -133,6 +133,7 @@ def test_the_same_key_gives_the_same_search_and_another_does_not():
     assert bool(jnp.all(first.offsets[SITE] != other.offsets[SITE]))
 
 
+@pytest.mark.slow
 def test_weights_of_experts_are_searched():
     experts = [{SITE: jnp.array(x)} for x in ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0])]
     found = run(space=spaces.expert_space(START, experts, per_site=True))
@@ -241,6 +242,7 @@ def short_of_memory(monkeypatch, limit):
     monkeypatch.setattr(loop, "_advance", attempt)
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_smaller_chunks_give_the_result_of_such_chunks(monkeypatch, capsys):
     expected = run(noisy, population_chunk=10)
     short_of_memory(monkeypatch, 15)
@@ -256,6 +258,7 @@ def test_where_memory_runs_out_unasked_the_search_says_what_to_set(monkeypatch):
         run(noisy)
 
 
+@pytest.mark.slow
 def test_a_search_that_lives_to_its_budget_is_the_search_without_one_bit_for_bit():
     whole, timed = run(noisy), run(noisy, budget_s=600.0)
     same((timed.offsets, timed.history), (whole.offsets, whole.history))
@@ -285,6 +288,7 @@ def search_text(tiny, likelihood, seed, **options):
     )
 
 
+@pytest.mark.slow
 def test_another_text_of_the_same_shape_compiles_nothing(tiny, likelihood):
     first = search_text(tiny, likelihood, 1)
     events = []
@@ -306,6 +310,7 @@ def test_another_text_of_the_same_shape_compiles_nothing(tiny, likelihood):
     assert not np.array_equal(first.history.best, second.history.best)
 
 
+@pytest.mark.slow
 def test_nothing_moves_between_host_and_device_during_the_generations(tiny, likelihood):
     space = spaces.full_space(tiny.zero)
     problem = loop.Problem(likelihood, space, text(1), KEY, text(2), jnp.float32(1.0))
@@ -325,6 +330,7 @@ def test_nothing_moves_between_host_and_device_during_the_generations(tiny, like
     assert "infeed" not in program
 
 
+@pytest.mark.slow
 def test_gradient_ascent_makes_a_text_more_likely(tiny, likelihood):
     method = GradientAscent(learning_rate=0.05)
     space = spaces.full_space(tiny.zero)
@@ -648,8 +654,10 @@ def test_compilation_does_not_count_where_the_fitness_is_in_python():
 # Many problems in one program.
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("method", [METHOD, GradientAscent(learning_rate=0.1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "gated"), [(METHOD, True), (GradientAscent(learning_rate=0.1), False)]
+)
 def test_two_hundred_searches_in_one_call_are_two_hundred_single_ones(method, gated):
     count, generations = 200, 12
     rng = np.random.default_rng(0)
