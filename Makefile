@@ -18,7 +18,8 @@ test: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(MAKE) --jobs=2 --output-sync=target lint algorithms
 
-ALGORITHMS = adapters lora conformance grpo objectives cem searching search_methods spaces fitness sampling
+ALGORITHMS = adapters lora conformance grpo objectives cem searching search_methods spaces fitness \
+    sampling
 algorithms: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' \
 	    $(ALGORITHMS:%=tests/test_%.py) $(ARGS)

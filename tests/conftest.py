@@ -67,6 +67,14 @@ def one_policy() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Trainings leave out their report page, which takes seconds to draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.report, "write", lambda workdir: workdir / "report")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     """A GPT-2 of one layer."""

@@ -30,7 +30,7 @@ from grpocem_jax.utils.errors import InputError
 from tests.runs import OUT_OF_MEMORY, ROOT, TRAINING, read_lines, thin_model, training_config
 
 STEPS = TRAINING["train.max_steps"]
-pytestmark = pytest.mark.usefixtures("one_policy")
+pytestmark = pytest.mark.usefixtures("one_policy", "no_pictures")
 
 
 def same_runs(one, other):
@@ -46,13 +46,6 @@ def same_runs(one, other):
     assert [record["step"] for record in records[0]] == list(range(1, STEPS + 1))
     completions = [(x / "completions.jsonl").read_bytes() for x in (one, other)]
     assert completions[0] == completions[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.report, "write", lambda workdir: workdir / "report")
-        yield
 
 
 @pytest.fixture(scope="module")
