@@ -82,6 +82,7 @@ def logits(model, params, offsets):
 # The interface.
 
 
+@pytest.mark.slow
 def test_the_report_s_adapter_of_gpt2_124m_has_7368_parameters():
     settings = load_config("gpt2").adapter
     method = adapters.svf(
@@ -178,6 +179,7 @@ def test_factoring_leaves_its_input_alone(tiny):
     assert factored["wte"] is tiny.params["wte"]
 
 
+@pytest.mark.slow
 def test_vmap_over_candidates_equals_a_loop(tiny):
     candidates = [tiny.adapted(seed) for seed in range(4)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *candidates)

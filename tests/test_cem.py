@@ -83,6 +83,7 @@ def test_deviation_has_a_momentum_of_its_own():
     close(state.std, [0.9 * 0.5 + 0.1 * 1])
 
 
+@pytest.mark.slow
 def test_with_momentum_1_the_distribution_never_moves():
     settings = method(population=50, elites=10, momentum=1.0)
     state = settings.init(jnp.full(3, 2.0))

@@ -71,6 +71,7 @@ def test_it_is_the_mean_log_softmax_of_the_scored_tokens_of_unpadded_texts(
     assert abs(value - np.concatenate(reference).mean()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("padded", "filler"), [(12, 5), (17, 0)])
 def test_padding_does_not_matter(tiny, likelihood, padded, filler):
     expected, _, _ = measure(likelihood, tiny.adapted(), texts())
@@ -132,6 +133,7 @@ def space_of(tiny, name):
     return spaces.expert_space(start, experts, per_site=name == "experts per site")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "experts", "experts per site", "principal"])
 def test_a_population_equals_a_loop_over_merged_models(tiny, likelihood, name):
     space = space_of(tiny, name)
@@ -160,6 +162,7 @@ def test_a_population_equals_a_loop_over_merged_models(tiny, likelihood, name):
     assert np.ptp(alone) > 0.05
 
 
+@pytest.mark.slow
 def test_a_population_of_gpt2_124m_equals_a_loop_over_merged_models_in_every_space():
     """The full shape with random weights: two candidates of each search space, to 1e-4."""
     fields = weights.SHAPES["gpt2"]

@@ -247,6 +247,7 @@ def make_loss(tiny, *, objective, beta, entropy, **others):
     )
 
 
+@pytest.mark.slow
 def test_the_vmapped_loss_equals_a_loop_over_unpadded_samples(tiny, batch, offsets):
     hp = settings(beta=0.3, entropy=0.2)
     batch = jax.tree.map(lambda x: x[:2], batch)

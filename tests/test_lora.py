@@ -15,6 +15,11 @@ KEY = jax.random.key(0)
 TOKENS, MASK = jnp.arange(1, 9), jnp.ones(8, bool)
 
 
+@pytest.fixture(scope="module")
+def tiny(deep):
+    return deep
+
+
 def put(tiny, adapter, sites=("attn.c_proj",)):
     """An adapter on the tiny model."""
     return adapters.attach(_Plain(tiny), adapter, sites)
@@ -76,6 +81,7 @@ def test_a_rank_or_alpha_out_of_range_is_named(options):
         adapters.lora(**options)
 
 
+@pytest.mark.slow
 def test_a_bias_that_an_adapter_merges_to_is_added_to_that_of_the_map(tiny):
     model, params, adapter, sites, zero = put(tiny, scale_and_shift())
     offsets = moved(zero)

@@ -194,6 +194,7 @@ def test_context_is_attended_to_and_not_trained(tiny, batch):
     assert masked != pytest.approx(float(found[1]["loss"]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_selected_positions_give_what_the_whole_computation_gives(tiny, batch):
     drawn = jax.random.bernoulli(jax.random.key(6), 0.5, batch.mask.shape)
     chosen = batch.mask & drawn & (jnp.cumsum(drawn, -1) <= 2)
@@ -205,6 +206,7 @@ def test_selected_positions_give_what_the_whole_computation_gives(tiny, batch):
     assert float(jnp.abs(part[0].offsets["h.0.attn.c_proj"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_log_probabilities_at_positions_are_those_of_all_tokens(tiny, batch):
     positions = jnp.array([[0, 4], [3, 1], [2, 0]])
     inputs = (batch.prompts[0], batch.prompt_mask[0], batch.completions[0], batch.mask[0], 0.7)

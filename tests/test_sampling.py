@@ -206,6 +206,7 @@ def test_the_inverse_cdf_is_that_of_the_running_sum(size):
     np.testing.assert_array_equal(found, np.repeat(np.arange(size), weights.astype(int)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uniform", [0.0, 0.3, float(np.nextafter(np.float32(1), np.float32(0)))])
 def test_the_inverse_cdf_never_finds_a_weight_of_zero(uniform):
     rows = np.random.default_rng(0).gamma(0.05, size=(200, 1003)).astype(np.float32)
@@ -240,6 +241,7 @@ def test_no_uniform_finds_a_weight_of_zero_in_a_compiled_program(size):
     assert np.all(weights[np.asarray(find(weights, uniforms))] > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1e-6, 0.02, 0.3, 0.85, 1.0])
 def test_draws_follow_the_nucleus(top_p):
     logits = 1.5 * jax.random.normal(jax.random.key(1), (300,))
@@ -297,6 +299,7 @@ def test_draws_follow_what_top_k_then_top_p_then_min_p_leave(top_k, top_p, min_p
     assert (np.abs(shares - expected) <= 4.5 * errors).all()
 
 
+@pytest.mark.slow
 def test_tokens_that_tie_with_the_last_of_top_k_are_kept():
     logits = jnp.log(jnp.array([4.0, 2.0, 2.0, 1.0]))
     keys = jax.random.split(jax.random.key(0), 500)
@@ -343,6 +346,7 @@ def test_a_stop_table_ends_completions_and_changes_nothing_before(tiny, prompts,
                 np.testing.assert_array_equal(found[p, g, :length], expected[p, g, :length])
 
 
+@pytest.mark.slow
 def test_a_draw_from_what_is_not_a_number_comes_to_an_end():
     broken = jnp.full(50, jnp.nan)
     assert 0 <= int(sampling.draw(jax.random.key(0), broken, 0.5)) < 50
