@@ -41,9 +41,9 @@ def test_initial_parameters_have_the_published_statistics():
     assert np.abs(init(jax.random.key(1))["wte"] - params["wte"]).max() > 0.01
 
 
-def test_sites_have_the_names_of_the_checkpoint(tiny):
-    assert list(tiny.base.sites) == [f"h.{i}.{site}" for i in range(2) for site in SITES]
-    assert tiny.base.sites["h.1.mlp.c_fc"] == ("h_1", "mlp_c_fc", "kernel")
+def test_sites_have_the_names_of_the_checkpoint(deep):
+    assert list(deep.base.sites) == [f"h.{i}.{site}" for i in range(2) for site in SITES]
+    assert deep.base.sites["h.1.mlp.c_fc"] == ("h_1", "mlp_c_fc", "kernel")
 
 
 def test_the_backward_pass_keeps_the_large_products_and_no_attention_weights(tiny):

@@ -132,11 +132,11 @@ run = gj.TrainedRun(config, policy, policy.zero)
 
 def adapt(chunk):
     settings = dataclasses.replace(
-        config.search, generations=1, population_size=256, population_chunk=chunk, fit_memory=True,
-        gate=False,
+        config.search, generations=1, population_chunk=chunk, fit_memory=True, gate=False
     )
     text = "the film was good . " * 12
-    return gj.adapt(run, text, key=jax.random.key(0), settings=settings)
+    method = gj.CEM(population_size=256)
+    return gj.adapt(run, text, key=jax.random.key(0), settings=settings, method=method)
 
 expected = adapt(8)
 with limited(400):

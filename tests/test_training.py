@@ -1,6 +1,5 @@
 """Whole runs: the built-in default through the command, and real text through a real tokenizer."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from grpocem_jax import adaptation, grpo
-from grpocem_jax.config import parse_config
+from grpocem_jax.config import load_config, parse_config
 from grpocem_jax.models import sampling
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.runs import checkpoints, rundir
@@ -41,10 +40,7 @@ SMALL = {
 
 
 def get_config(name, **changes):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = load_config(name)
     config.update_from_flattened_dict({**SMALL, **changes})
     return config
 

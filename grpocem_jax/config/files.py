@@ -53,7 +53,7 @@ def load_config(
     if spec is None or spec.loader is None:
         raise InputError(f"{file}: is no Python file; a config is one with a get_config().")
     module = importlib.util.module_from_spec(spec)
-    if path.parent != config_folder():
+    if path.resolve().parent != config_folder().resolve():
         _look_in(str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
