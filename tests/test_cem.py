@@ -4,7 +4,6 @@ import doctest
 import functools
 import itertools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +46,7 @@ def close(x, y, tolerance=1e-6):
 
 
 def same(x, y):
-    chex.assert_trees_all_equal(x, y)
+    jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
 def sphere(point, key):
