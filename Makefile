@@ -21,7 +21,7 @@ check: $(VENV)/.installed
 ALGORITHMS = adapters lora conformance grpo objectives cem searching search_methods spaces fitness \
     sampling
 algorithms: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' \
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' \
 	    $(ALGORITHMS:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.installed

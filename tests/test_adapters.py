@@ -112,6 +112,7 @@ def test_no_singular_value_of_a_full_size_kernel_is_below_the_report_s_minimum()
     close((factors.u * factors.s[None]) @ factors.vt, weight, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_zero_adapter_is_the_base_model(tiny):
     expected = logits(tiny.base, tiny.params, {})
     close(logits(tiny.model, tiny.factored, tiny.zero), expected)
@@ -119,6 +120,7 @@ def test_a_zero_adapter_is_the_base_model(tiny):
     np.testing.assert_array_equal(logits(tiny.model, tiny.params, {}), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sites",
     [

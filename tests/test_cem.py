@@ -399,6 +399,7 @@ def test_the_example_of_the_docstring_runs():
     assert results.failed == 0
 
 
+@pytest.mark.slow
 def test_a_mean_that_cannot_move_or_has_no_elites_has_not_converged():
     fixed = CEM(population_size=4, momentum=1.0, threshold=1e9)
     state = fixed.init(jnp.zeros(2))

@@ -72,6 +72,7 @@ def test_process_advantage_sums_the_steps_to_come():
     np.testing.assert_allclose(advantages[0, 1], [0, 0, 0, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_single_step_at_the_end_is_outcome_supervision():
     key = jax.random.key(0)
     lengths = jax.random.randint(key, (3, 5), 1, 8)
@@ -285,6 +286,7 @@ def test_the_vmapped_loss_equals_a_loop_over_unpadded_samples(tiny, batch, offse
     assert float(parts["loss"]) == float(value)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_batch(tiny, batch, offsets):
     # By tokens: where each micro-batch divided by its own count, the sums would differ.
     batch = batch._replace(weights=grpo.token_weights(batch.mask, "token"))
@@ -409,6 +411,7 @@ def updated(tiny, batch, state):
     return grpo.update(state, tiny.factored, batch, TEMPERATURE, model=tiny.model, **ADAPTIVE)
 
 
+@pytest.mark.slow
 def test_on_policy_every_ratio_is_one_at_the_temperature_of_the_rollouts(tiny, sampled, offsets):
     _, metrics = updated(tiny, sampled, grpo.init_state(offsets, ADAPTIVE["optimizer"]))
     expected = -float((np.asarray(sampled.weights) * np.asarray(sampled.advantages)).sum())

@@ -44,6 +44,7 @@ def logits(model, params, offsets):
     return model.logits(params, model.forward(params, offsets, TOKENS, MASK))
 
 
+@pytest.mark.slow
 def test_lora_begins_at_the_base_model_and_so_do_zeros(tiny):
     model, params, _, sites, zero = put(tiny, adapters.lora(rank=3), SITES)
     assert jax.tree.map(jnp.shape, zero["h.0.attn.c_proj"]) == {"a": (40, 3), "b": (3, 40)}
@@ -111,6 +112,7 @@ def shared_scale():
     )
 
 
+@pytest.mark.slow
 def test_what_sites_share_is_trained_once_and_reaches_all_of_them(tiny):
     model, params, adapter, sites, zero = put(tiny, shared_scale())
     assert adapters.num_params(zero) == 40
@@ -137,6 +139,7 @@ def _own():
     )
 
 
+@pytest.mark.slow
 def test_prompts_are_processed_and_continued_with_what_is_shared(tiny):
     model, params, _, _, zero = put(tiny, shared_scale())
     offsets = moved(zero)
@@ -157,6 +160,7 @@ def test_a_view_that_leaves_a_site_out_is_named(tiny):
         put(tiny, adapter)
 
 
+@pytest.mark.slow
 def test_an_update_with_a_draw_is_that_of_the_offsets_drawn(tiny):
     def draw(key, offsets):
         noise = {n: jax.random.normal(key, x.shape) for n, x in offsets.items()}

@@ -91,6 +91,7 @@ def test_tokens_that_are_not_trained_do_not_count_in_the_sequence_ratio():
     assert float(metrics["clip_ratio/high_mean"]) == 0.0
 
 
+@pytest.mark.slow
 def test_of_one_token_completions_the_sequence_ratio_is_the_token_ratio():
     rng = np.random.default_rng(0)
     shape = (4, 8, 1)

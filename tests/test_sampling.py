@@ -50,6 +50,7 @@ def some_end(tiny, offsets, prompts):
     return draw(tiny, offsets, prompts).tokens[0, :2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.5, "repetition_penalty": 1.3}])
 def test_log_probabilities_and_entropies_are_those_of_the_full_forward(
     tiny, prompts, offsets, options

@@ -96,6 +96,7 @@ def targets(*values, present=None):
 # The search.
 
 
+@pytest.mark.slow
 def test_a_plain_function_without_scores_is_maximised():
     found = run()
     close(found.offsets[SITE], TARGET, 5e-3)
@@ -107,6 +108,7 @@ def test_a_plain_function_without_scores_is_maximised():
     assert found.compile_seconds > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [quadratic, noisy])
 def test_a_search_in_chunks_is_the_search_in_one_piece_bit_for_bit(function):
     calls = []
@@ -120,6 +122,7 @@ def test_a_search_in_chunks_is_the_search_in_one_piece_bit_for_bit(function):
         same(history, jax.tree.map(lambda x, n=done: x[:n], whole.history))
 
 
+@pytest.mark.slow
 def test_candidates_scored_in_chunks_give_the_same_search():
     # Two chunks of 16 candidates and one of 8.
     whole, parts = run(noisy), run(noisy, population_chunk=16)
@@ -177,6 +180,7 @@ def test_the_history_has_one_entry_a_generation():
     close(found.offsets[SITE], START[SITE] + state.mean[SITE])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [False, True])
 def test_convergence_stops_the_search_early_and_is_reported(chunks):
     method = dataclasses.replace(METHOD, threshold=0.02)
@@ -353,6 +357,7 @@ def gated(held_back, **options):
     return run(Quadratic(jnp.float32(1.0)), targets(1.0, 1.0, 1.0), held_back=held_back, **options)
 
 
+@pytest.mark.slow
 def test_the_gate_returns_the_start_exactly_where_held_back_data_contradict_the_fitness():
     found = gated(targets(-1.0, -1.2, -0.8))
     assert found.returned == "start"
@@ -403,6 +408,7 @@ def test_the_gate_heeds_only_scores_that_count():
     assert gated(targets(1.0, 1.0, 1.0, present=[False] * 3)).returned == "start"
 
 
+@pytest.mark.slow
 def test_the_gate_has_one_key_that_no_generation_has():
     # Held-back scores that are the key's alone: the same of start and points, so none is better.
     seen = []
@@ -437,6 +443,7 @@ def test_the_gate_scores_no_more_points_at_a_time_than_candidates(chunk, at_once
     assert max(n for n in sizes if n <= 3) == at_once
 
 
+@pytest.mark.slow
 def test_scores_of_a_fitness_with_a_field_func_are_used_by_the_gate():
     called = []
 
@@ -501,6 +508,7 @@ def test_the_choice_is_by_the_lower_confidence_bound_of_the_gain(before, z, poin
     close(chosen.bound, max(before, largest))
 
 
+@pytest.mark.slow
 def test_a_point_with_a_bound_that_is_no_number_is_never_chosen():
     chosen = gate.Chosen(jnp.float32(5.0), jnp.float32(0.0), jnp.float32(0.0))
     values = jnp.array([[jnp.nan, 1.0], [2.0, 2.0]])
@@ -523,6 +531,7 @@ def test_the_points_followed_are_at_a_quarter_a_half_and_the_whole_of_the_way():
 # On the host.
 
 
+@pytest.mark.slow
 def test_a_search_on_the_host_finds_the_optimum_and_is_the_search_on_the_device():
     calls = []
     found = run_on_host(on_chunk=lambda done, history: calls.append((done, len(history.best))))
@@ -557,6 +566,7 @@ def test_a_candidate_without_any_score_on_the_host_is_no_elite():
     assert np.all(np.isfinite(found.history.mean))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "spread", "returned"),
     [
@@ -725,6 +735,7 @@ def test_a_setting_out_of_range_is_refused_by_name(where, field, value):
         where(**{field: value})
 
 
+@pytest.mark.slow
 def test_random_search_uses_all_its_generations():
     found = run(method=dataclasses.replace(METHOD, momentum=1.0, threshold=5e-3), generations=5)
     assert (found.generations, found.converged) == (5, False)
@@ -749,6 +760,7 @@ def test_the_smallest_budget_is_one_generation():
     assert [run(budget_s=1e-9).generations for _ in range(20)] == [1] * 20
 
 
+@pytest.mark.slow
 def test_a_converged_search_reports_its_last_chunk_once():
     calls = []
     method = dataclasses.replace(METHOD, threshold=1e9)
@@ -756,6 +768,7 @@ def test_a_converged_search_reports_its_last_chunk_once():
     assert calls == [1]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_gated_search_is_kept_and_is_what_no_gate_returns():
     found = gated(targets(-1.0, -1.2, -0.8))
     free = gated(None)
