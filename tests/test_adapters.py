@@ -68,10 +68,8 @@ def tiny(deep):
 
 def adapt(tiny, method, patterns=("attn.c_proj",)):
     """The tiny model with another adapter: model functions, parameters, zero offsets, sites."""
-    model = gpt2.build(tiny.config, method.apply)
-    sites = adapters.select_sites(model.sites, patterns)
-    params = adapters.factor_params(method, tiny.params, sites)
-    return model, params, adapters.init_adapter(method, jax.random.key(0), params, sites), sites
+    attached = adapters.attach(tiny.pretrained, method, patterns)
+    return attached.model, attached.params, attached.zero, attached.sites
 
 
 def logits(model, params, offsets):

@@ -22,15 +22,7 @@ def tiny(deep):
 
 def put(tiny, adapter, sites=("attn.c_proj",)):
     """An adapter on the tiny model."""
-    return adapters.attach(_Plain(tiny), adapter, sites)
-
-
-class _Plain:
-    """The tiny model without an adapter, as `attach` takes one."""
-
-    def __init__(self, tiny):
-        self.params = jax.device_get(tiny.params)
-        self.build = lambda site_fn=None: tiny.architecture.build(tiny.config, site_fn)
+    return adapters.attach(tiny.pretrained, adapter, sites)
 
 
 def moved(zero, scale=0.3):

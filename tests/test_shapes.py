@@ -13,12 +13,12 @@ P, G, N, S, C, K = 2, 4, 5, 6, 7, 3
 KEY = jax.random.key(0)
 
 
-def prompts(tiny: Tiny) -> tuple[jax.Array, jax.Array]:
+def prompts() -> tuple[jax.Array, jax.Array]:
     return jnp.ones((P, S), jnp.int32), jnp.arange(S)[None] >= jnp.array([[0], [2]])
 
 
 def rollouts(tiny: Tiny) -> gj.Rollouts:
-    tokens, mask = prompts(tiny)
+    tokens, mask = prompts()
     return jax.eval_shape(
         lambda: gj.sample(
             tiny.factored, tiny.zero, tokens, mask, jax.random.split(KEY, P), jnp.array([0]), 1.0,
@@ -27,8 +27,8 @@ def rollouts(tiny: Tiny) -> gj.Rollouts:
     )  # fmt: skip
 
 
-def batch(tiny: Tiny) -> gj.Batch:
-    tokens, mask = prompts(tiny)
+def batch() -> gj.Batch:
+    tokens, mask = prompts()
     there = jnp.ones((P, G, N), bool)
     ones = jnp.ones((P, G, N))
     return gj.Batch(
@@ -43,7 +43,7 @@ def test_completions_have_an_axis_for_prompts_samples_and_tokens(tiny):
 
 
 def test_log_probabilities_are_those_of_each_token_or_of_the_positions_asked_for(tiny):
-    tokens, mask = prompts(tiny)
+    tokens, mask = prompts()
     completions, there = jnp.ones((G, N), jnp.int32), jnp.ones((G, N), bool)
 
     def of(positions=None):
@@ -64,7 +64,7 @@ def test_log_probabilities_are_those_of_each_token_or_of_the_positions_asked_for
 
 
 def test_advantages_weights_and_objectives_are_of_every_token(tiny):
-    given = batch(tiny)
+    given = batch()
     rewards = jnp.arange(P * G, dtype=jnp.float32).reshape(P, G)
     advantages = gj.outcome_advantages(rewards, given.mask)
     values, metrics = gj.clipped()(given.old_logps, given)
@@ -81,7 +81,7 @@ def test_an_update_keeps_structure_and_gives_scalars(tiny):
             state, tiny.factored, batch, 1.0,
             model=tiny.model, objective=gj.clipped(), optimizer=optimizer, beta=0.1,
         ),
-        state, batch(tiny),
+        state, batch(),
     )  # fmt: skip
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     chex.assert_shape(list(metrics.values()), ())
@@ -117,23 +117,15 @@ def test_a_likelihood_is_a_scalar_and_a_search_gives_offsets(tiny):
 
 def test_an_attached_model_takes_offsets_by_site(tiny):
     for adapter, width in ((gj.svf(rank_ratio=0.5), 20), (gj.svf(), 32)):
-        attached = gj.attach(_Plain(tiny), adapter, ["attn.c_proj"])
+        attached = gj.attach(tiny.pretrained, adapter, ["attn.c_proj"])
         chex.assert_shape(list(attached.zero.values()), (width,))
         assert set(attached.zero) == set(attached.sites)
         merged = gj.merge_params(adapter, attached.params, attached.zero, attached.sites)
         chex.assert_trees_all_close(merged, jax.device_get(tiny.params), atol=1e-5)
 
 
-class _Plain:
-    """The tiny model without an adapter, as `attach` takes one."""
-
-    def __init__(self, tiny: Tiny):
-        self.params = jax.device_get(tiny.params)
-        self.build = lambda site_fn=None: tiny.architecture.build(tiny.config, site_fn)
-
-
 def test_a_temperature_and_other_values_do_not_trace_a_function_again(tiny):
-    given, optimizer = batch(tiny), optax.adamw(1e-2)
+    given, optimizer = batch(), optax.adamw(1e-2)
     state = gj.init_state(tiny.zero, optimizer)
 
     @jax.jit

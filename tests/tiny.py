@@ -38,6 +38,12 @@ class Tiny(NamedTuple):
     sites: adapters.Sites
     zero: adapters.Offsets
 
+    @property
+    def pretrained(self) -> hub.Pretrained:
+        """The model without an adapter, as `adapters.attach` takes one."""
+        params = jax.device_get(self.params)
+        return hub.Pretrained("tiny", "folder", self.architecture, self.config, params, None, ())
+
     def adapted(self, seed: int = 1, scale: float = 0.3) -> Any:
         """Random offsets, normal with the given standard deviation."""
         keys = jax.random.split(jax.random.key(seed), len(self.zero))
