@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from grpocem_jax import experts
 from grpocem_jax.runs import trained
@@ -43,6 +44,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what needs evosax where there is none."""
     if item.get_closest_marker("evosax") and importlib.util.find_spec("evosax") is None:
         pytest.skip("evosax is not installed; use make parity")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compilation_cache() -> Iterator[None]:
+    """Turns the cache of programs on again after a module that has called a benchmark."""
+    yield
+    if not jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()  # which remembers whether it was on at the first program
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -155,13 +155,11 @@ def test_peers_that_are_not_installed_are_named(refused):
 
 @pytest.fixture(scope="module")
 def subject():
-    before = jax.config.jax_enable_compilation_cache
     settings = load_config("tiny")
     settings.model.source = thin_model()
     settings.train.batch_size = 16
     settings.train.accumulation_steps = 2
-    yield common.load(settings)
-    jax.config.update("jax_enable_compilation_cache", before)
+    return common.load(settings)
 
 
 def test_a_published_name_stands_for_its_shape(monkeypatch):
@@ -175,11 +173,9 @@ def test_a_published_name_stands_for_its_shape(monkeypatch):
         asked.append(source)
         raise Stop
 
-    before = jax.config.jax_enable_compilation_cache
     monkeypatch.setattr(common.hub, "load_model", load_model)
     with pytest.raises(Stop):
         common.load(load_config("gpt2"))
-    jax.config.update("jax_enable_compilation_cache", before)
     assert asked == ["random:gpt2"]
 
 
