@@ -17,7 +17,7 @@ from grpocem_jax.adaptation.workflow import (
     make_space,
     summary,
 )
-from grpocem_jax.runs.trained import TrainedRun, load_run
+from grpocem_jax.runs.trained import TrainedRun, load_base, load_run
 
 __all__ = [
     "HELD_BACK_SAMPLES",
@@ -32,6 +32,7 @@ __all__ = [
     "count_tokens",
     "encode",
     "hold_back",
+    "load_base",
     "load_run",
     "log_likelihoods",
     "make_fitness",

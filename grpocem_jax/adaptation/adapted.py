@@ -12,12 +12,17 @@ from grpocem_jax.adaptation.texts import Text, bucket, encode, to_arrays, tokeni
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search import fitness
+from grpocem_jax.tasks import Messages
 from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
 
-def complete(run: TrainedRun, offsets: Offsets, prompts: Sequence[str]) -> list[str]:
+def complete(
+    run: TrainedRun, offsets: Offsets, prompts: Sequence[str | Messages | Text]
+) -> list[str]:
     """Greedy completions of prompts, each in a program of its bucket's length.
+
+    With ``data.chat`` a string is a message of the user; a list of messages is a chat in any case.
 
     Raises:
       InputError: a prompt that is empty, or too long to be completed; a single string; logits
@@ -27,7 +32,7 @@ def complete(run: TrainedRun, offsets: Offsets, prompts: Sequence[str]) -> list[
         raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
     encoded = []
     for prompt in prompts:
-        tokens, _ = tokenize(run.policy, Text(prompt), run.config.search)
+        tokens, _ = tokenize(run.policy, prompt, run.config.search)
         check_room(run, len(tokens))
         encoded.append(tokens)
     texts = []
@@ -69,13 +74,13 @@ def check_room(run: TrainedRun, length: int) -> None:
         )
 
 
-def count_tokens(run: TrainedRun, prompt: str) -> int:
+def count_tokens(run: TrainedRun, prompt: str | Messages | Text) -> int:
     """Tokens of a prompt.
 
     Raises:
       InputError: it is empty, not UTF-8 text, or longer than the last of ``search.buckets``.
     """
-    return len(tokenize(run.policy, Text(prompt), run.config.search)[0])
+    return len(tokenize(run.policy, prompt, run.config.search)[0])
 
 
 def log_likelihoods(

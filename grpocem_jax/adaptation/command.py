@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import ml_collections
@@ -51,14 +51,21 @@ def run(
     Raises:
       InputError: flags that contradict each other, and whatever loading and adapting raise.
     """
-    if not workdir:
-        raise InputError("--workdir is missing; give a run directory with a trained adapter.")
+    if workdir == "" or (workdir is None and settings is None):
+        raise InputError(
+            "--workdir is missing; give a run directory with a trained adapter, or --config to "
+            "start from its base model."
+        )
+    if workdir is None and evaluate:
+        raise InputError(
+            "--evaluate writes its tables into a run directory; give it with --workdir."
+        )
     if save == "":
         raise InputError("--save='': is no folder; give one, or leave the flag out.")
-    workdir = str(expand(workdir, "--workdir"))
-    prompts, examples, heldout, save = (
+    workdir, prompts, examples, heldout, save = (
         path and str(expand(path, f"--{name}"))
         for name, path in (
+            ("workdir", workdir),
             ("prompts", prompts),
             ("examples", examples),
             ("heldout", heldout),
@@ -75,11 +82,14 @@ def run(
         raise InputError("--prompt and --prompts are both given; give one of them.")
     if save and not examples and prompts:
         raise InputError("--save needs one adapter, but --prompts makes one for each prompt.")
-    texts: list[str] = []
+    texts: list[Any] = []
     if not evaluate:
         texts = _read_prompts(prompt, prompts, optional=examples is not None)
-    trained = adaptation.load_run(workdir, settings, model=model)
-    if evaluate and not os.access(workdir, os.W_OK):
+    if workdir is not None:
+        trained = adaptation.load_run(workdir, settings, model=model)
+    else:
+        trained = adaptation.load_base(cast(ml_collections.ConfigDict, settings), model=model)
+    if evaluate and not os.access(str(workdir), os.W_OK):
         raise InputError(
             f"--workdir={workdir}: --evaluate writes evaluation.json and report/ there, which is "
             "not allowed; copy the run to a folder of yours."
@@ -108,8 +118,8 @@ def run(
         result = _evaluate(trained)
         try:
             with writing(f"--workdir={workdir}", "copy the run to another folder"):
-                write_json(Path(workdir) / "evaluation.json", result)
-            say(f"report    {report.write(workdir)}", sys.stderr)
+                write_json(Path(str(workdir)) / "evaluation.json", result)
+            say(f"report    {report.write(str(workdir))}", sys.stderr)
         except InputError as error:
             unsaved = error
         if not as_json:
@@ -157,7 +167,7 @@ def _save(run: TrainedRun, found: Adaptation, record: dict[str, Any], folder: st
     say(f"adapter saved in {folder}", sys.stderr)
 
 
-def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adaptation, str]]:
+def _adapt_each(run: TrainedRun, prompts: Sequence[Any]) -> Iterator[tuple[Adaptation, Any]]:
     """Adapts to each prompt by itself."""
     space = adaptation.make_space(run.policy, run.offsets, run.config.search)
     for number, prompt in enumerate(prompts, start=1):
@@ -168,26 +178,37 @@ def _adapt_each(run: TrainedRun, prompts: Sequence[str]) -> Iterator[tuple[Adapt
 
 
 def _adapt_to_file(
-    run: TrainedRun, prompts: Sequence[str], examples: Path
-) -> Iterator[tuple[Adaptation, str]]:
+    run: TrainedRun, prompts: Sequence[Any], examples: Path
+) -> Iterator[tuple[Adaptation, Any]]:
     """Adapts once, to all examples of a file, for all prompts."""
+    subject: Any
     if run.config.search.fitness == "reward":
+        subject = _items(run, examples)
+    elif _are_of_task(run, examples):
         items = _items(run, examples)
-        with _LiveView("examples", run.config.search) as view:
-            found = adaptation.adapt(run, items, on_chunk=view.show)
+        subject = [tables.reference_text(item) or Text(item.example.prompt) for item in items]
     else:
-        texts = _texts(examples)
-        with _LiveView("examples", run.config.search) as view:
-            found = adaptation.adapt(run, texts, on_chunk=view.show)
+        subject = _texts(run, examples)
+    with _LiveView("examples", run.config.search) as view:
+        found = adaptation.adapt(run, subject, on_chunk=view.show)
     for prompt in prompts or [""]:
         yield found, prompt
+
+
+def _are_of_task(run: TrainedRun, file: Path) -> bool:
+    """Whether the rows of a file have the columns of ``search.task``."""
+    if not run.config.search.task:
+        return False
+    columns = set(run.config.task(run.config.search.task).columns)
+    return columns <= set(file_rows(file)[0].read())
 
 
 def _items(run: TrainedRun, file: Path) -> list[rollouts.Item]:
     """The rows of a file as prompts of ``search.task``, with the columns that its reward reads."""
     task = run.config.task(run.config.search.task)
     source = run.config.data.sources.get(task.name, SourceConfig())
-    chosen = [example_of(task, row, source) for row in file_rows(file)]
+    form = rollouts.task_format(run.config, run.policy, task.name)
+    chosen = [example_of(task, row, source, form) for row in file_rows(file)]
     return rollouts.encode(run.policy, task, chosen)
 
 
@@ -205,6 +226,11 @@ class _Judge:
         default_factory=dict
     )
 
+    @property
+    def greedy(self) -> bool:
+        """Whether completions are greedy: a likelihood is no matter of how they are drawn."""
+        return self.run.config.search.fitness != "reward"
+
     def record(self, offsets: Any) -> dict[str, Any]:
         """The fields of ``--json`` on held-out text, before and with an adapter."""
         fields: dict[str, Any] = {}
@@ -217,6 +243,14 @@ class _Judge:
             name = self.run.config.search.task
             gains = evaluation.compare([name], [name] * len(rewards), rewards, own_rewards)
             gain = gains.get("overall")
+            if self.greedy:
+                for right in evaluation.accuracies([self.items[0].task], gains).values():
+                    fields |= {
+                        "heldout_accuracy_before": right.before,
+                        "heldout_accuracy_after": right.after,
+                        "heldout_accuracy_gain_ci95": list(right.gain_ci95),
+                    }
+                return fields
             fields |= {
                 "heldout_reward_before": gain and gain.before,
                 "heldout_reward_after": gain and gain.after,
@@ -232,7 +266,7 @@ class _Judge:
             if self.items:
                 key = jax.random.key(run.config.seed)
                 rewards, _ = evaluation.evaluate(
-                    run.policy, offsets, self.items, key, run.config, greedy=False
+                    run.policy, offsets, self.items, key, run.config, greedy=self.greedy
                 )
             # The adapter is kept as well, so that no other gets its id.
             self._known[id(offsets)] = (offsets, nats, rewards)
@@ -242,8 +276,9 @@ class _Judge:
 def _judge(run: TrainedRun, file: Path) -> _Judge:
     """Reads ``--heldout``, before any search.
 
-    Where the fitness is a reward, rows with the columns of the task are judged by it, and by the
-    likelihood of their references where they have them; rows of text by likelihood alone.
+    Rows with the columns of ``search.task`` are judged by the likelihood of their references where
+    they have them, and by completions: by their reward where the fitness is one, else by how many
+    are right where the task says so.  Rows of text are judged by likelihood alone.
     """
     items: list[rollouts.Item] = []
     texts: Sequence[Text | None]
@@ -253,11 +288,16 @@ def _judge(run: TrainedRun, file: Path) -> _Judge:
             texts = [tables.reference_text(item) for item in items]
         except InputError as error:
             try:
-                texts = _texts(file)
+                texts = _texts(run, file)
             except InputError:
                 raise error from None
+    elif _are_of_task(run, file):
+        items = _items(run, file)
+        texts = [tables.reference_text(item) for item in items]
+        if not items[0].task.is_right_or_wrong:
+            items = []
     else:
-        texts = _texts(file)
+        texts = _texts(run, file)
     longest = run.config.data.max_prompt_tokens
     for number, item in enumerate(items, start=1):
         adaptation.check_room(run, len(item.tokens))
@@ -272,7 +312,7 @@ def _judge(run: TrainedRun, file: Path) -> _Judge:
     return _Judge(run, judged if len(judged) == len(texts) else (), items)
 
 
-def _record(run: TrainedRun, found: Adaptation, prompt: str, judge: _Judge) -> dict[str, Any]:
+def _record(run: TrainedRun, found: Adaptation, prompt: Any, judge: _Judge) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": prompt, **adaptation.summary(found)}
     record["fitness_unit"] = unit(run.config.search.fitness)
     record |= judge.record(found.offsets)
@@ -319,17 +359,17 @@ def _evaluate(run: TrainedRun) -> dict[str, Any]:
     return {**result, "cem": settings | {"options": dict(config.search.options)}}
 
 
-def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> list[str]:
+def _read_prompts(prompt: str | None, file: str | None, *, optional: bool) -> list[Any]:
     if prompt is not None:
         return [prompt]
     if file is not None:
-        read = _texts(Path(file))
-        if any(text.completion for text in read):
+        read = _rows(Path(file))
+        if any(completion for _, completion in read):
             raise InputError(
                 f"{file}: a prompt has a completion; prompts are completed by the model, so leave "
                 "them out, or give the file as --examples."
             )
-        return [text.prompt for text in read]
+        return [prompt for prompt, _ in read]
     if optional or sys.stdin is None or sys.stdin.isatty():
         if optional:
             return []
@@ -358,19 +398,26 @@ def piped_text(content: bytes) -> str:
     return text.removesuffix("\n")
 
 
-def _texts(file: Path) -> list[Text]:
+def _texts(run: TrainedRun, file: Path) -> list[Text]:
+    """The texts of a file as the model sees them."""
+    write = run.policy.prompt_format.write
+    return [Text(write(prompt), completion) for prompt, completion in _rows(file)]
+
+
+def _rows(file: Path) -> list[tuple[Any, str]]:
     """The texts of a file: column text, or prompt and perhaps completion."""
-    texts = []
+    texts: list[tuple[Any, str]] = []
     for row in file_rows(file):
         values = row.read()
         prompt = values.get("prompt", values.get("text"))
         completion = values.get("completion", "")
-        if not isinstance(prompt, str) or not isinstance(completion, str) or not prompt.strip():
+        is_text = bool(prompt.strip()) if isinstance(prompt, str) else isinstance(prompt, list)
+        if not is_text or not isinstance(completion, str):
             raise InputError(
                 f"{row.where} has no text: every row needs a string as text, or as prompt and "
                 "perhaps completion."
             )
-        texts.append(Text(prompt, completion))
+        texts.append((prompt, completion))
     return texts
 
 

@@ -10,7 +10,7 @@ from grpocem_jax.search.base import describe
 from grpocem_jax.utils.terminal import one_line
 
 
-def adapting(run: TrainedRun, workdir: str) -> str:
+def adapting(run: TrainedRun, workdir: str | None) -> str:
     """What an adaptation runs on what: shown before anything is compiled."""
     search = run.config.search
     space = {"subspace": f"subspace of {search.rank} directions", "full": "all offsets"}
@@ -21,7 +21,7 @@ def adapting(run: TrainedRun, workdir: str) -> str:
     return "\n".join(
         [
             *setting(run.config, run.policy),
-            f"run       {workdir}",
+            f"run       {workdir or 'none; adapting starts from the base model'}",
             f"search    {how}{budget}, on the {search.fitness}, in {where}, {gate}",
         ]
     )
@@ -37,7 +37,9 @@ def adapted(record: dict[str, Any], *, search: bool = True) -> str:
     """
     lines = ["", *(_found(record) if search else [])]
     if record["prompt"]:
-        lines.append(f"prompt    {one_line(record['prompt'])}")
+        prompt = record["prompt"]
+        shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        lines.append(f"prompt    {one_line(shown)}")
     before, after = record["text_before"], record["text_after"]
     if before is not None:
         lines.append(f"before   >{one_line(before)}")
@@ -68,6 +70,13 @@ def _found(record: dict[str, Any]) -> list[str]:
             f"held out  {record['heldout_reward_before']:.3f} before, "
             f"{record['heldout_reward_after']:.3f} after, 95% interval of the gain "
             f"[{low:+.3f}, {high:+.3f}] (mean reward)"
+        )
+    if "heldout_accuracy_before" in record:
+        low, high = record["heldout_accuracy_gain_ci95"]
+        lines.append(
+            f"held out  {record['heldout_accuracy_before']:.1%} right before, "
+            f"{record['heldout_accuracy_after']:.1%} after, 95% interval of the gain "
+            f"[{low:+.1%}, {high:+.1%}] (greedy decoding)"
         )
     if "heldout_before" in record:
         lines.append(

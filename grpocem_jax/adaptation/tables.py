@@ -61,7 +61,9 @@ def adapted_tables(
         name = item.task.name
         own_key = jax.random.fold_in(search_key, names.index(name) if settings.support else number)
         if not settings.support:
-            results.append(adaptation.adapt(run, item.example.prompt, key=own_key, space=space))
+            results.append(
+                adaptation.adapt(run, Text(item.example.prompt), key=own_key, space=space)
+            )
             progress(len(results), searches)
             continue
         if name not in shared:

@@ -12,23 +12,38 @@ from grpocem_jax import rollouts
 from grpocem_jax.config import SearchConfig
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.search import fitness
+from grpocem_jax.tasks import Messages
 from grpocem_jax.utils.errors import InputError
 
 
 class Text(NamedTuple):
-    """A text to adapt to: all of it counts, or only the completion where there is one."""
+    """A text to adapt to as the model sees it, chat template and all.
+
+    All of it counts, or only the completion where there is one.
+    """
 
     prompt: str
     completion: str = ""
 
 
-def as_text(text: str | Text) -> Text:
-    """A string is a prompt."""
-    return text if isinstance(text, Text) else Text(text)
+def as_text(policy: Policy, text: str | Messages | Text) -> Text:
+    """A prompt as the policy writes it; a `Text` as it is.
+
+    Raises:
+      InputError: no prompt, see `grpocem_jax.tasks.PromptFormat`.
+    """
+    if isinstance(text, Text):
+        return text
+    if isinstance(text, str) and not text.strip():
+        raise InputError("the prompt is empty; give some text.")
+    return Text(policy.prompt_format.write(text))
 
 
-def tokenize(policy: Policy, text: Text, settings: SearchConfig) -> tuple[np.ndarray, int]:
+def tokenize(
+    policy: Policy, text: str | Messages | Text, settings: SearchConfig
+) -> tuple[np.ndarray, int]:
     """Tokens of a text, int32 ``[n]``, and the number of the first that counts."""
+    text = as_text(policy, text)
     if not isinstance(text.prompt, str) or not isinstance(text.completion, str):
         raise InputError(f"{text!r} is no text to adapt to or to complete; give strings.")
     if not text.prompt.strip():
@@ -55,19 +70,18 @@ def tokenize(policy: Policy, text: Text, settings: SearchConfig) -> tuple[np.nda
 
 
 def encode(
-    policy: Policy, text: str | Text, settings: SearchConfig
+    policy: Policy, text: str | Messages | Text, settings: SearchConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a text, int32 ``[n]``, and which of them count, bool ``[n]``.
 
     Raises:
       InputError: an empty prompt, a single token (there is nothing to predict), or too many.
     """
-    text = as_text(text)
     tokens, first = tokenize(policy, text, settings)
     if len(tokens) < 2:
         raise InputError(
-            f"the prompt {text.prompt!r} is one token, which has no likelihood given what comes "
-            "before it; give a longer one."
+            f"the prompt {as_text(policy, text).prompt!r} is one token, which has no likelihood "
+            "given what comes before it; give a longer one."
         )
     return tokens, np.arange(len(tokens)) >= first
 

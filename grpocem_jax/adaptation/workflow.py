@@ -22,7 +22,6 @@ from grpocem_jax import rollouts
 from grpocem_jax.adaptation.adapted import check_room
 from grpocem_jax.adaptation.texts import (
     Text,
-    as_text,
     batch,
     encode,
     hold_back,
@@ -170,7 +169,7 @@ def adapt(
                 f"config.search.fitness={settings.fitness!r}: prompts of a task have a reward, "
                 "texts a likelihood; give texts, or set config.search.fitness='reward'."
             )
-        if len(texts) == 1 and len(tokenize(run.policy, as_text(texts[0]), settings)[0]) == 1:
+        if len(texts) == 1 and len(tokenize(run.policy, texts[0], settings)[0]) == 1:
             note = "a single token has no likelihood given what comes before it"
             return Adaptation(run.offsets, math.nan, math.nan, None, note)
         subject = _written(run, texts, settings, method, key)

@@ -44,6 +44,11 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             f"config.train.target_kl={train.target_kl} follows the KL divergence, which "
             "config.grpo.beta=0.0 leaves out; set one of them otherwise."
         )
+    if parsed.data.system and not parsed.data.chat:
+        raise InputError(
+            f"config.data.system={parsed.data.system!r} is the first message of a chat; set "
+            "config.data.chat=True, or leave it empty."
+        )
     for field, options in {
         "adapter.options": parsed.adapter.options,
         "search.options": parsed.search.options,

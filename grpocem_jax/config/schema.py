@@ -107,6 +107,16 @@ class DataConfig:
         at_least(1),
         default=192,
     )
+    chat: bool = setting(
+        "Prompts are messages of the user, written by the tokenizer's chat template up to where "
+        "the answer begins; for models that were trained to chat. Prompts that are lists of "
+        "messages are written so in any case.",
+        default=False,
+    )
+    system: str = setting(
+        "The system's message at the beginning of a chat; empty for what the template has.",
+        default="",
+    )
     bad_lines: str = setting(
         "What comes of a row that cannot be used, such as a line that is not JSON or a label that "
         "is none: `error` ends the run, `skip` counts such rows and passes them over. Both show "
@@ -430,7 +440,7 @@ class Config:
     logging: LoggingConfig = setting(default_factory=LoggingConfig, alters="nothing")
 
     def task(self, name: str) -> Task:
-        """The task of this name with the rewards of its source."""
+        """The task of this name with the rewards and the template of its source."""
         task = make_task(name, self.data.sources.get(name, SourceConfig()))
         names = (
             "reward_timeout_s",
@@ -438,7 +448,10 @@ class Config:
             "reward_on_error",
             "find_failing_completion",
         )
-        return dataclasses.replace(task, **{name: getattr(self.data, name) for name in names})
+        # An answer in a chat begins without the space that separates words.
+        lead = "" if self.data.chat else task.lead
+        settings = {name: getattr(self.data, name) for name in names}
+        return dataclasses.replace(task, lead=lead, **settings)
 
     @property
     def prompts_per_step(self) -> int:

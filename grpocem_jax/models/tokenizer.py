@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,34 @@ def fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
             "belongs to the checkpoint."
         )
     return tokenizer
+
+
+def chat_writer(tokenizer: Any) -> Callable[[Sequence[Mapping[str, str]]], str] | None:
+    """A function from messages to the text of a chat template, up to where the answer begins.
+
+    None where the tokenizer has no template.  The function raises an InputError where the template
+    refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+
+    def write(messages: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
+        except Exception as error:  # whatever the template's own code may raise
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the tokenizer's chat template refuses messages of {roles} "
+                f"({' '.join(str(error).split())}); give others."
+            ) from error
+
+    return write
 
 
 FILES = (

@@ -3,6 +3,7 @@
 from grpocem_jax.rollouts.engine import Completions, complete, decode, generate
 from grpocem_jax.rollouts.prompts import Item, Prompts, batches, bucket_length, encode, pad
 from grpocem_jax.rollouts.rewards import Scores, population_rewards, score, score_steps
+from grpocem_jax.rollouts.shots import task_format
 
 __all__ = [
     "Completions",
@@ -19,4 +20,5 @@ __all__ = [
     "population_rewards",
     "score",
     "score_steps",
+    "task_format",
 ]

@@ -15,6 +15,7 @@ from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.models import tokenizer as tokenizers
+from grpocem_jax.tasks import PromptFormat
 from grpocem_jax.utils import devices, user_code
 from grpocem_jax.utils.errors import InputError
 
@@ -41,6 +42,7 @@ class Policy:
         `models.tokenizer.stop_table`; None where there are none.
       keep_special_tokens: whether completions keep special tokens, such as ``<think>``, but for the
         one that ends them.
+      prompt_format: how prompts are written, without examples before them; see `data.chat`.
     """
 
     model: models.Model
@@ -57,6 +59,7 @@ class Policy:
     stop_strings: tuple[str, ...] = ()
     stop_table: jax.Array | None = None
     keep_special_tokens: bool = True
+    prompt_format: PromptFormat = dataclasses.field(default_factory=PromptFormat)
 
     @property
     def num_devices(self) -> int:
@@ -140,7 +143,8 @@ def load_policy(
       mesh: devices that the parameters are put on, see `grpocem_jax.utils.devices`.
 
     Raises:
-      InputError: a source, site, stop string or adapter that cannot be used.
+      InputError: a source, site, stop string or adapter that cannot be used; a chat without a
+        template.
     """
     if adapter is not None and not isinstance(adapter, adapters.Adapter):
         raise InputError(
@@ -155,6 +159,13 @@ def load_policy(
             "random:FOLDER with a folder that holds config.json and the tokenizer's files."
         )
     pretrained = hub.load_model(source, seed=config.seed)
+    render = tokenizers.chat_writer(pretrained.tokenizer)
+    prompt_format = PromptFormat(render, config.data.chat, config.data.system)
+    if config.data.chat and render is None:
+        raise InputError(
+            f"config.data.chat=True: the tokenizer of {source} has no chat template; use a model "
+            "that was trained to chat, or leave it False."
+        )
     continuing = tokenizers.continuing(pretrained.tokenizer)
     table = None
     if generation.stop:
@@ -178,6 +189,7 @@ def load_policy(
         stop_strings=generation.stop,
         stop_table=None if table is None else devices.replicate(mesh, jnp.asarray(table)),
         keep_special_tokens=generation.keep_special_tokens,
+        prompt_format=prompt_format,
     )
 
 

@@ -83,7 +83,11 @@ def reward_tables(config: Config, summary: dict[str, Any]) -> list[str]:
             *rows,
             "",
         ]
-    return lines
+    right = [
+        f"{name} {gain['before']:.0%} to {gain['after']:.0%}"
+        for name, gain in summary.get("heldout_greedy_accuracy", {}).items()
+    ]
+    return lines + ([f"Right answers, greedy: {', '.join(right)}.", ""] if right else [])
 
 
 def installed(name: str) -> str:

@@ -68,11 +68,9 @@ def load_run(
         )
     if settings is None:
         settings = load_config(str(workdir / "config.json"))
-    config = parse_config(settings)
-    if model is not None:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, source=model))
+    config = _with_model(parse_config(settings), model)
     try:
-        policy = load_policy(config, mesh=devices.make_mesh(jax.devices()))
+        policy = _load_policy(config)
     except InputError as error:
         if model is not None or not str(error).startswith("model.source="):
             raise
@@ -81,6 +79,31 @@ def load_run(
             "place with --model."
         ) from error
     return TrainedRun(config, policy, load_fitting_adapter(config, policy, folder))
+
+
+def load_base(settings: ml_collections.ConfigDict, *, model: str | None = None) -> TrainedRun:
+    """The base model of a config in the form of a run that has trained nothing: zero offsets.
+
+    Args:
+      settings: what `load_config` returns.
+      model: another place of the base model than ``model.source`` of the settings.
+
+    Raises:
+      InputError: settings or a model that cannot be used.
+    """
+    config = _with_model(parse_config(settings), model)
+    policy = _load_policy(config)
+    return TrainedRun(config, policy, policy.zero)
+
+
+def _with_model(config: Config, model: str | None) -> Config:
+    if model is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, source=model))
+
+
+def _load_policy(config: Config) -> Policy:
+    return load_policy(config, mesh=devices.make_mesh(jax.devices()))
 
 
 def load_fitting_adapter(config: Config, policy: Policy, folder: Path) -> Offsets:

@@ -11,7 +11,12 @@ import string
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from grpocem_jax.tasks.rewards import ProcessRewardFunction, RewardFunction, StepReward
+from grpocem_jax.tasks.rewards import (
+    ProcessRewardFunction,
+    RewardFunction,
+    StepReward,
+    label_reward,
+)
 
 __all__ = ["Example", "ProcessRewardFunction", "Reward", "RewardFunction", "StepReward", "Task"]
 
@@ -46,7 +51,7 @@ class Task:
     Attributes:
       name: the task's name in configs, logs and summaries.
       columns: required columns of the data set, by name, each with a phrase for error messages.
-      template: the prompt as a format string over ``columns``.
+      template: the prompt as a format string over ``columns``; ``{labels}`` are the label names.
       rewards: outcome rewards of whole completions; a completion's is their weighted sum, without
         those that abstain.
       process_reward: rewards of the steps of each completion (the last step ends where the
@@ -54,9 +59,10 @@ class Task:
       shorten: the column whose text may lose its last words so that a prompt fits, or None when a
         shortened text could make the example unanswerable; such examples are dropped and counted.
       reference: the column with the reference completion, or None where there is none.
-      own: a task of the user's own: the column ``prompt`` is the prompt as it stands, a column
-        ``completion`` the reference where the data set has one, and the reward functions get every
-        other column as it is.
+      lead: what stands between a prompt and its reference completion.
+      own: a task of the user's own: the column ``prompt`` is the prompt as it stands (a string, or
+        a list of messages) unless there is a template, a column ``completion`` the reference where
+        the data set has one, and the reward functions get every other column as it is.
       reward_timeout_s: seconds that one call of a reward function may take; 0 for any time.
       reward_retries: how often a call that fails is tried again.
       reward_on_error: what then comes of a failed call: "stop" raises, "abstain" leaves its
@@ -72,6 +78,7 @@ class Task:
     process_reward: ProcessRewardFunction | None = None
     shorten: str | None = None
     reference: str | None = None
+    lead: str = " "
     own: bool = False
     reward_timeout_s: float = 0.0
     reward_retries: int = 0
@@ -91,7 +98,20 @@ class Task:
         value: Any = example.columns.get(self.reference)
         if self.own:
             return value if isinstance(value, str) and value else None
-        return f" {value if isinstance(value, str) else value[0]}"
+        return f"{self.lead}{value if isinstance(value, str) else value[0]}"
+
+    def prompt(self, columns: Mapping[str, Any]) -> Any:
+        """The template with an example's columns in it; a prompt of messages as it is."""
+        if self.template == "{prompt}":
+            return columns["prompt"]
+        labels = columns.get("labels")
+        named = {"labels": ", ".join(labels)} if isinstance(labels, tuple) else {}
+        return self.template.format_map({**columns, **named})
+
+    @property
+    def is_right_or_wrong(self) -> bool:
+        """Whether the reward is 1 for the right answer and -1 for any other: an accuracy."""
+        return [reward.function for reward in self.rewards] == [label_reward]
 
     @property
     def is_free_text(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, NamedTuple
 
 from grpocem_jax.tasks.base import Example, Task
+from grpocem_jax.tasks.prompts import PromptFormat
 from grpocem_jax.tasks.rows import Row, Rows, builtin_rows, hub_rows, local_rows
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_folder
@@ -32,6 +33,11 @@ class SourceConfig:
       label_names: the names of integer labels, in order, and the only strings allowed as labels;
         () where the data set says them itself.
       prompt_words: a free text is cut after so many words, to be continued by the model.
+      template: the prompt, with columns of the task in braces, and ``{labels}`` where it has label
+        names: ``"{text}\\nTopic ({labels}):"``; "" for the task's own. In a task of the user's own
+        the braces hold columns of the data set.
+      shots: examples of the training split, with their references, before every prompt; none of
+        them trains.
       rewards: reward functions, ``package.module:function``, in place of the task's own.  A task
         that is not one of the package's needs at least one; its data set has a column ``prompt``.
       reward_weights: the weight of each of ``rewards`` in their sum; () for 1 each.
@@ -45,6 +51,8 @@ class SourceConfig:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     prompt_words: int = 24
+    template: str = ""
+    shots: int = 0
     rewards: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] = ()
 
@@ -80,6 +88,7 @@ def load_examples(
     max_prompt_tokens: int,
     max_samples: int,
     seed: int,
+    prompt_format: PromptFormat | None = None,
     exclude: Container[str] = frozenset(),
     bad_lines: str = "error",
 ) -> Loaded:
@@ -100,6 +109,7 @@ def load_examples(
         ``task.shorten``, or are dropped where that is None.
       max_samples: the most examples to draw, at least 1.
       seed: of the order.
+      prompt_format: how prompts are written; None for the template alone.
       exclude: prompts that must not be drawn.
       bad_lines: "error" raises at a line that cannot be read, and at a row that is drawn and lacks
         a column or has a value of another kind; "skip" counts them and passes them over.
@@ -127,6 +137,9 @@ def load_examples(
     order = list(range(len(rows)))
     random.Random(f"{seed} {task.name} {split}").shuffle(order)
 
+    def write(columns: Mapping[str, Any]) -> str:
+        return (prompt_format or PromptFormat()).write(task.prompt(columns))
+
     examples: list[Example] = []
     shortened = dropped = excluded = 0
     shortest: int | None = None
@@ -148,13 +161,13 @@ def load_examples(
         if columns is None:
             blank += 1
             continue
-        fitting = _fit(task, columns, count_tokens, max_prompt_tokens)
+        fitting = _fit(task, columns, lambda x: count_tokens(write(x)), max_prompt_tokens)
         if fitting is None:
             dropped += 1
-            length = count_tokens(task.template.format_map(columns))
+            length = count_tokens(write(columns))
             shortest = length if shortest is None else min(shortest, length)
             continue
-        prompt = task.template.format_map(fitting)
+        prompt = write(fitting)
         if prompt in exclude:
             excluded += 1
             continue
@@ -204,13 +217,16 @@ def _or_skip(sentence: str, count: int) -> str:
     )
 
 
-def example_of(task: Task, row: Row, source: SourceConfig) -> Example:
+def example_of(
+    task: Task, row: Row, source: SourceConfig, prompt_format: PromptFormat | None = None
+) -> Example:
     """The example that a row makes whose columns have the task's names.
 
     Args:
       task: the task.
       row: one row of a file, `tasks.rows.file_rows`.
       source: of the task's own data, for the label names and the length of openings.
+      prompt_format: how prompts are written; None for the template alone.
 
     Raises:
       InputError: a column or value that does not fit, or a row without text.
@@ -222,7 +238,7 @@ def example_of(task: Task, row: Row, source: SourceConfig) -> Example:
     columns = _columns(task, own, row, labels, f"data.{task.name}")
     if columns is None:
         raise InputError(f"{row.where} has no text to continue: fill it in or remove the row.")
-    return Example(task.template.format_map(columns), columns)
+    return Example((prompt_format or PromptFormat()).write(task.prompt(columns)), columns)
 
 
 def _check(task: Task, source: SourceConfig, max_samples: int, field: str) -> None:
@@ -268,7 +284,7 @@ def _columns(
     """The task's columns of a row, checked; None for a blank line or heading of free text."""
     values = row.read()
     if task.own:
-        return _own_columns(source, values, row.where, field)
+        return _own_columns(task, source, values, row.where, field)
     columns: dict[str, Any] = {}
     for column in task.columns:
         path = source.columns.get(column, column)
@@ -288,18 +304,28 @@ def _columns(
 
 
 def _own_columns(
-    source: SourceConfig, values: Mapping[str, Any], where: str, field: str
+    task: Task, source: SourceConfig, values: Mapping[str, Any], where: str, field: str
 ) -> dict[str, Any]:
-    """All columns of a row as they are, with the prompt under its name."""
-    path = source.columns.get("prompt", "prompt")
-    prompt = _value(values, path, where, f"{field}.columns.prompt")
-    _text(prompt, path, where)
-    if "completions" in values or ("prompts" in values and path != "prompts"):
+    """All columns of a row as they are, with those of the prompt under the task's names."""
+    paths = {name: source.columns.get(name, name) for name in task.columns}
+    shown = {}
+    for name, path in paths.items():
+        value = _value(values, path, where, f"{field}.columns.{name}")
+        if name == "prompt" and isinstance(value, list):
+            try:
+                PromptFormat(render=str).write(value)
+            except InputError as error:
+                raise InputError(f"{where}, column {path!r}: {error}") from None
+        elif not isinstance(value, int | float) or isinstance(value, bool):
+            _text(value, path, where)
+        shown[name] = value
+    if "completions" in values or ("prompts" in values and "prompts" not in paths.values()):
         raise InputError(
             f"{where} has a column 'prompts' or 'completions', names that reward functions get the "
             "texts under: rename it."
         )
-    return {**{name: value for name, value in values.items() if name != path}, "prompt": prompt}
+    rest = {name: value for name, value in values.items() if name not in paths.values()}
+    return {**rest, **shown}
 
 
 def _value(values: Mapping[str, Any], path: str, where: str, field: str) -> Any:
@@ -354,17 +380,17 @@ def _label(value: Any, labels: tuple[str, ...], where: str, field: str) -> str:
 
 
 def _fit(
-    task: Task, columns: dict[str, Any], count_tokens: Callable[[str], int], limit: int
+    task: Task, columns: dict[str, Any], count_tokens: Callable[[dict[str, Any]], int], limit: int
 ) -> dict[str, Any] | None:
     """The columns themselves where the prompt fits, shortened ones, or None where it cannot."""
-    if count_tokens(task.template.format_map(columns)) <= limit:
+    if count_tokens(columns) <= limit:
         return columns
     if task.shorten is None:
         return None
     shorten, text = task.shorten, columns[task.shorten]
 
     def tokens(words: int) -> int:
-        return count_tokens(task.template.format_map({**columns, shorten: _opening(text, words)}))
+        return count_tokens({**columns, shorten: _opening(text, words)})
 
     if tokens(0) > limit:
         raise InputError(

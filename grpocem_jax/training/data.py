@@ -1,7 +1,7 @@
 """The prompts of a run: which of a task's examples train, which judge, and which choose."""
 
 import hashlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from grpocem_jax import rollouts
@@ -59,9 +59,12 @@ def load_data(config: Config, policy: Policy, *, held_out: Sequence[str] = ()) -
     """
     tasks = {name: config.task(name) for name in config.data.tasks}
     others = {name: config.task(name) for name in held_out if name not in tasks}
+    formats = {name: rollouts.task_format(config, policy, name) for name in tasks | others}
+    # Nothing that a prompt shows with its answer is a prompt itself.
+    shown = {form.write(shot.prompt) for form in formats.values() for shot in form.shots}
 
     def draw(
-        name: str, split: Literal["train", "heldout"], limit: int, exclude: Container[str]
+        name: str, split: Literal["train", "heldout"], limit: int, exclude: Collection[str]
     ) -> Loaded:
         return load_examples(
             (tasks | others)[name],
@@ -71,7 +74,8 @@ def load_data(config: Config, policy: Policy, *, held_out: Sequence[str] = ()) -
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_samples=limit,
             seed=config.seed,
-            exclude=exclude,
+            prompt_format=formats[name],
+            exclude=shown | set(exclude),
             bad_lines=config.data.bad_lines,
         )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from grpocem_jax import rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.tasks import Task
 from grpocem_jax.utils import memory
 
 
@@ -32,6 +33,23 @@ class Gain:
     gain: float
     gain_ci95: tuple[float, float]
     n: int
+
+
+def accuracies(tasks: Iterable[Task], gains: Mapping[str, Gain]) -> dict[str, Gain]:
+    """The gains of the tasks whose reward is 1 or -1 as shares of right answers, in [0, 1]."""
+    found = {}
+    for task in tasks:
+        if task.is_right_or_wrong and task.name in gains:
+            gain = gains[task.name]
+            low, high = gain.gain_ci95
+            found[task.name] = Gain(
+                (gain.before + 1) / 2,
+                (gain.after + 1) / 2,
+                gain.gain / 2,
+                (low / 2, high / 2),
+                gain.n,
+            )
+    return found
 
 
 class Judged(NamedTuple):

