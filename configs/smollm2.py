@@ -36,8 +36,16 @@ def get_config(data: str = "hub") -> ml_collections.ConfigDict:
         elif data != "hub":
             config.data[task].source = f"{data.rstrip('/')}/{folder}"
             config.data[task].heldout_split = "test"
-    config.data.sentiment.template = "Review: {text}\nSentiment ({labels}):"
-    config.data.classification.template = "Text: {text}\nTopic ({labels}):"
+    # The names of the labels stand in the prompt: a model that was not trained on these tasks
+    # cannot know which words are wanted.
+    config.data.sentiment.template = (
+        "Classify the sentiment of the review as one of: {labels}.\nReview: {text}\nSentiment:"
+    )
+    config.data.classification.template = (
+        "Classify the topic of the news as one of: {labels}.\nNews: {text}\nTopic:"
+    )
+    if data != "builtin":
+        config.data.classification.label_names = ("World", "Sports", "Business", "Science")
 
     config.generation = ml_collections.ConfigDict()
     config.generation.max_new_tokens = 6

@@ -103,7 +103,8 @@ def sharing_policies() -> Callable[..., Policy]:
 
     def load(config: Config, *, adapter: Any = None, mesh: Any = None) -> Policy:
         stop, keep = config.generation.stop, config.generation.keep_special_tokens
-        key = (config.model, config.adapter, stop, keep, config.seed, adapter, mesh)
+        chat = (config.data.chat, config.data.system)
+        key = (config.model, config.adapter, stop, keep, chat, config.seed, adapter, mesh)
         if key not in known:
             known[key] = load_policy(config, adapter=adapter, mesh=mesh)
         return known[key]

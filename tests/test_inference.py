@@ -33,6 +33,7 @@ from tests.runs import (
     no_search,
     question_examples,
     random_offsets,
+    tiny_policy,
     write_run,
 )
 
@@ -279,8 +280,8 @@ def test_a_prompt_has_the_same_characters_by_every_way_and_as_a_training_prompt(
     task = Task("own", {}, "{prompt}", (), own=True)
     examples = [example_of(task, row, source) for row in file_rows(Path(file))[:1]]
     assert [example.prompt for example in examples] == [text]
-    texts = inference._texts(Path(file))
-    assert [one.prompt for one in texts] == [text, text]
+    run = adaptation.TrainedRun(*tiny_policy()[::-1], None)
+    assert [one.prompt for one in inference._texts(run, Path(file))] == [text, text]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
@@ -9,7 +10,7 @@ from grpocem_jax.tasks import Example, PromptFormat, Shot, SourceConfig, load_ex
 from grpocem_jax.utils.errors import InputError
 
 CHOICE = 16
-"""Examples that are drawn for each one shown, so that the labels come in equal numbers."""
+"""Examples that are drawn for each one shown, to find short ones with every label."""
 
 
 def task_format(config: Config, policy: Policy, name: str) -> PromptFormat:
@@ -33,36 +34,38 @@ def task_format(config: Config, policy: Policy, name: str) -> PromptFormat:
         return form
     field = f"config.data.{name}.shots={count}"
     limit = config.data.max_prompt_tokens // (count + 1)
-    examples = load_examples(
+    drawn = load_examples(
         # A shortened text would not be recognised among the training prompts.
         dataclasses.replace(task, shorten=None),
         source,
         split="train",
         count_tokens=lambda text: len(policy.encode(text)),
-        max_prompt_tokens=limit,
+        max_prompt_tokens=config.data.max_prompt_tokens,
         max_samples=CHOICE * count,
         seed=config.seed,
         prompt_format=form,
         bad_lines=config.data.bad_lines,
     ).examples
-    answered = [(x, answer) for x in examples if (answer := task.completion(x)) is not None]
-    if examples and not answered:
+    if task.completion(drawn[0]) is None:
         raise InputError(f"{field}: the task has no reference completions to show; set it to 0.")
+    answered = []
+    for example in drawn:
+        answer = task.completion(example)
+        if answer is not None and len(policy.encode(example.prompt + answer)) <= limit:
+            answered.append((example, Shot(task.prompt(example.columns), answer)))
     if len(answered) < count:
         raise InputError(
-            f"{field}: the training split has {len(answered)} examples of at most {limit} tokens, "
-            "the share of each in data.max_prompt_tokens; lower it, or raise that."
+            f"{field}: of {len(drawn)} examples drawn from the training split {len(answered)} have "
+            f"at most {limit} tokens, the share of each in data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens}; lower it, or raise that."
         )
-    chosen = _in_turn([example for example, _ in answered])[:count]
-    answers = {id(example): answer for example, answer in answered}
-    shots = tuple(Shot(task.prompt(x.columns), answers[id(x)]) for x in chosen)
-    return dataclasses.replace(form, shots=shots)
+    return dataclasses.replace(form, shots=tuple(_in_turn(answered)[:count]))
 
 
-def _in_turn(examples: list[Example]) -> list[Example]:
+def _in_turn(examples: Sequence[tuple[Example, Shot]]) -> list[Shot]:
     """One example of each label after another, in their order."""
-    by_label: dict[str, list[Example]] = {}
-    for example in examples:
-        by_label.setdefault(str(example.columns.get("label", "")), []).append(example)
+    by_label: dict[str, list[Shot]] = {}
+    for example, shot in examples:
+        by_label.setdefault(str(example.columns.get("label", "")), []).append(shot)
     turns = itertools.zip_longest(*by_label.values())
-    return [example for turn in turns for example in turn if example is not None]
+    return [shot for turn in turns for shot in turn if shot is not None]

@@ -10,6 +10,7 @@ import jax
 
 from grpocem_jax import adapters
 from grpocem_jax.config import AdapterConfig, Config
+from grpocem_jax.models import hub
 from grpocem_jax.rollouts.policy import Policy
 
 
@@ -19,11 +20,14 @@ def setting(config: Config, policy: Policy) -> list[str]:
     total = pretrained.num_params()
     device, used, there = jax.devices()[0], policy.num_devices, jax.device_count()
     count = f"{used} of {there} x " if used < there else f"{used} x " if used > 1 else ""
+    packaged = hub.PACKAGED.get(pretrained.source)
     source = {
         "builtin": "the built-in tiny model",
         "random": f"{pretrained.source}: RANDOM WEIGHTS, for plumbing and benchmarks only",
         "folder": f"folder {pretrained.source}",
-        "gguf": f"file {pretrained.source}",
+        "gguf": f"{pretrained.source}, from {packaged[1]}"
+        if packaged
+        else f"file {pretrained.source}",
         "hub": f"{pretrained.source} from the Hub",
     }[pretrained.kind]
     return [
@@ -83,11 +87,16 @@ def reward_tables(config: Config, summary: dict[str, Any]) -> list[str]:
             *rows,
             "",
         ]
-    right = [
-        f"{name} {gain['before']:.0%} to {gain['after']:.0%}"
+    right = right_answers(summary)
+    return lines + ([f"Right under greedy decoding: {right}.", ""] if right else [])
+
+
+def right_answers(summary: dict[str, Any]) -> str:
+    """Greedy accuracies before and after, of the tasks that have one; "" where none has."""
+    return ", ".join(
+        f"{name} {gain['before']:.0%} before, {gain['after']:.0%} after"
         for name, gain in summary.get("heldout_greedy_accuracy", {}).items()
-    ]
-    return lines + ([f"Right answers, greedy: {', '.join(right)}.", ""] if right else [])
+    )
 
 
 def installed(name: str) -> str:

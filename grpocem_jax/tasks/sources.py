@@ -12,6 +12,7 @@ from grpocem_jax.tasks.prompts import PromptFormat
 from grpocem_jax.tasks.rows import Row, Rows, builtin_rows, hub_rows, local_rows
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_folder
+from grpocem_jax.utils.settings import at_least, setting
 
 _INTEGER = re.compile(r"\s*-?\d{1,9}\s*", re.ASCII)
 _HEADING = re.compile(r"=.*=", re.DOTALL)
@@ -52,7 +53,7 @@ class SourceConfig:
     label_names: tuple[str, ...] = ()
     prompt_words: int = 24
     template: str = ""
-    shots: int = 0
+    shots: int = setting(allowed=at_least(0), default=0)
     rewards: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] = ()
 

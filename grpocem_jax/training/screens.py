@@ -10,7 +10,14 @@ import numpy as np
 from grpocem_jax import rollouts
 from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
-from grpocem_jax.runs.screens import caveats, installed, reward_tables, scales, setting
+from grpocem_jax.runs.screens import (
+    caveats,
+    installed,
+    reward_tables,
+    right_answers,
+    scales,
+    setting,
+)
 from grpocem_jax.training import evaluation
 from grpocem_jax.utils.terminal import one_line
 
@@ -44,6 +51,7 @@ def closing(
 ) -> str:
     """Held-out reward before and after, what the run took, and remarks on it."""
     sampled = f"sampled at T={config.generation.temperature:g}"
+    right = right_answers(summary)
     return "\n".join(
         [
             "",
@@ -52,7 +60,7 @@ def closing(
             "",
             table(greedy, "greedy"),
             "",
-            *_right(summary),
+            *([f"right under greedy decoding: {right}"] if right else []),
             f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
             f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.0f} s of them "
             f"compiling; largest offset {summary['offsets']['max_abs']:.3f}",
@@ -63,15 +71,6 @@ def closing(
             *(f"    {command}" for command in _next_commands(workdir)),
         ]
     )
-
-
-def _right(summary: dict[str, Any]) -> list[str]:
-    """Accuracies, in a line."""
-    greedy = [
-        f"{name} {gain['before']:.0%} to {gain['after']:.0%}"
-        for name, gain in summary["heldout_greedy_accuracy"].items()
-    ]
-    return [f"right under greedy decoding: {', '.join(greedy)}"] if greedy else []
 
 
 def _next_commands(workdir: Path) -> list[str]:
