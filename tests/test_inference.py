@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import LIBRARY, Text, tables
 from grpocem_jax.adaptation import command as inference
+from grpocem_jax.builtin.data import LABELS
 from grpocem_jax.config import parse_config
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.search import loop
@@ -132,6 +134,59 @@ def test_the_text_is_that_of_the_python_functions(adapt, workdir):
     assert [result["text_after"]] == adaptation.complete(run, found.offsets, [PROMPT])
     assert result["returned"] in ("mean", "start")
     assert f"{found.fitness_before:.3f} before, {found.fitness_after:.3f} after" in out
+
+
+def test_without_a_run_adapting_starts_from_the_base_model(adapt):
+    result, _, err = adapt(workdir=None, prompt=PROMPT)
+    config = parse_config(get_config())
+    policy, _ = tiny_policy()
+    found = adaptation.adapt(adaptation.TrainedRun(config, policy, policy.zero), PROMPT)
+    assert result["fitness_before"] == found.fitness_before
+    assert result["fitness_after"] == found.fitness_after
+    assert "run       none; adapting starts from the base model" in err
+
+
+REVIEWS = [
+    {"text": "The soup was cold.", "label": "negative"},
+    {"text": "The waiter was kind.", "label": "positive"},
+    {"text": "The tea was warm and good.", "label": 0},
+    {"text": "A bad and noisy room.", "label": "negative"},
+]
+
+
+def test_rows_of_a_task_are_adapted_to_by_their_references_and_judged_by_right_answers(
+    adapt, workdir, tmp_path
+):
+    examples = write_rows(tmp_path / "examples.jsonl", REVIEWS)
+    judges = write_rows(tmp_path / "heldout.jsonl", REVIEWS[1:])
+    changes = {"search.task": "sentiment", "search.gate": False}
+    result, out, _ = adapt(changes, examples=examples, heldout=judges)
+    run = adaptation.load_run(workdir, get_config(**changes))
+    texts = [
+        Text(f"Review: {row['text']}\nSentiment:", f" {row['label'] or LABELS['sentiment'][0]}")
+        for row in REVIEWS
+    ]
+    found = adaptation.adapt(run, texts)
+    assert result["fitness_before"] == found.fitness_before
+    assert result["fitness_after"] == found.fitness_after
+    for when, offsets in (("before", run.offsets), ("after", found.offsets)):
+        likelihoods = adaptation.log_likelihoods(run, offsets, texts[1:])
+        assert result[f"heldout_{when}"] == pytest.approx(likelihoods.mean(), abs=1e-6)
+        said = adaptation.complete(run, offsets, [text.prompt for text in texts[1:]])
+        named = [re.search("|".join(LABELS["sentiment"]), one) for one in said]
+        right = [
+            found is not None and found.group() == text.completion.strip()
+            for found, text in zip(named, texts[1:], strict=True)
+        ]
+        assert result[f"heldout_accuracy_{when}"] == pytest.approx(np.mean(right))
+    assert f"{result['heldout_accuracy_before']:.1%} right before" in out
+
+
+def test_rows_of_text_stay_texts_where_a_task_is_named(adapt, tmp_path):
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": row["text"]} for row in REVIEWS])
+    result, *_ = adapt({"search.task": "sentiment"}, examples=file)
+    plain, *_ = adapt(examples=file)
+    assert result["fitness_before"] == plain["fitness_before"]
 
 
 @pytest.mark.parametrize("fitness", ["likelihood", "reward"])
