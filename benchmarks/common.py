@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from grpocem_jax import adapters
-from grpocem_jax.config import Config, commands, parse_config
+from grpocem_jax.config import AdapterConfig, Config, commands, parse_config, section
 from grpocem_jax.models import base, hub
 from grpocem_jax.rollouts.policy import attach
 from grpocem_jax.runs import metrics
@@ -112,7 +112,8 @@ def outline(settings: ml_collections.ConfigDict) -> Subject:
         return factors._replace(u=u, vt=vt)
 
     model = pretrained.build(method.apply)
-    sites = adapters.select_sites(model.sites, config.adapter.sites)
+    with section("adapter", AdapterConfig):
+        sites = adapters.select_sites(model.sites, config.adapter.sites)
     params = adapters.factor_params(method._replace(factor=factor), pretrained.params, sites)
     zero = adapters.init_adapter(method, jax.random.key(0), params, sites)
     params = jax.eval_shape(lambda x: base.cast_params(x, jnp.dtype(config.model.dtype)), params)

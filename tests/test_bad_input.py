@@ -81,7 +81,11 @@ FLAGS = [
     ("train", [TINY, "--config.data.bad_lines=ignore"], "one of 'error', 'skip'"),
     ("train", [TINY, "--config.data.tasks=(("], "config.data.tasks"),
     ("train", [TINY, "--config.data.tasks=('qa\x1b[31m',)"], "\\x1b[31m"),
-    ("train", [TINY, "--config.adapter.sites=('mlp',)"], "'mlp' is no linear map"),
+    (
+        "train",
+        [TINY, "--config.adapter.sites=('mlp',)"],
+        "config.adapter.sites='mlp': is no linear map",
+    ),
     ("train", [TINY, "--config.adapter.sites=(" + "(" * 300], "adapter.sites"),
     ("train", [TINY, "--config.generation.stop=('',)"], "generation.stop: '' is in every text"),
     ("train", [TINY, "--config.logging.report_to=('wandb','wandb')"], "each once"),

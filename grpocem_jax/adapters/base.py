@@ -83,7 +83,7 @@ def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, 
       InputError: a pattern that fits no site, with those there are; one string for a list.
     """
     if isinstance(patterns, str):
-        raise InputError(f"adapter.sites={patterns!r}: must be a list; use [{patterns!r}].")
+        raise InputError(f"sites={patterns!r}: must be a list; use [{patterns!r}].")
     selected: dict[str, tuple[str, ...]] = {}
     kinds = ", ".join(sorted({name.split(".", 2)[-1] for name in sites}))
     for pattern in patterns:
@@ -91,12 +91,11 @@ def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, 
         if not found:
             llama = "; --config llama has those of a Llama" if "self_attn" in kinds else ""
             raise InputError(
-                f"adapter.sites: {pattern!r} is no linear map of this model; choose from "
-                f"{kinds}{llama}."
+                f"sites={pattern!r}: is no linear map of this model; choose from {kinds}{llama}."
             )
         selected.update(found)
     if not selected:
-        raise InputError(f"adapter.sites is empty; name at least one of {kinds}.")
+        raise InputError(f"sites=(): is empty; name at least one of {kinds}.")
     return selected
 
 
@@ -150,8 +149,8 @@ def merge_params(adapter: Adapter, params: Any, offsets: Offsets, sites: Sites) 
             where = (*path[:-1], "bias")
             if "bias" not in get(params, path[:-1]):
                 raise InputError(
-                    f"adapter.sites: the adapter merges to a bias at {name}, and this model has "
-                    "none there; adapt a linear map with a bias, or do not export."
+                    f"the adapter merges to a bias at {name}, and this model has none there; adapt "
+                    " a linear map with a bias, or do not export."
                 )
             params = _set(params, where, jnp.asarray(get(params, where)) + bias)
         params = _set(params, path, merged)

@@ -124,17 +124,16 @@ def svf(
       InputError: a value outside its range; in ``init``, a site without a trainable singular value.
     """
     if not 0.0 < rank_ratio <= 1.0:
-        raise InputError(f"adapter.rank_ratio={rank_ratio}: must be above 0 and at most 1.")
+        raise InputError(f"rank_ratio={rank_ratio}: must be above 0 and at most 1.")
     if tail not in ("keep", "drop"):
-        raise InputError(f"adapter.tail={tail!r}: must be 'keep' or 'drop'.")
+        raise InputError(f"tail={tail!r}: must be 'keep' or 'drop'.")
 
     def trainable(s: np.ndarray, n: int) -> int:
         # The small term undoes products such as 0.29 * 100 = 28.999999999999996.
         k = min(math.floor(rank_ratio * n + 1e-9), int(np.sum(s >= min_singular_value)))
         if k == 0:
             raise InputError(
-                f"adapter.rank_ratio={rank_ratio} and adapter.min_singular_value="
-                f"{min_singular_value} leave no singular value of {n} to train; raise the first "
+                f"rank_ratio={rank_ratio} and min_singular_value={min_singular_value} leave no singular value of {n} to train; raise the first "
                 "or lower the second."
             )
         return k

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpocem_jax import adapters
-from grpocem_jax.config import AdapterConfig, Config
+from grpocem_jax.config import AdapterConfig, Config, section
 from grpocem_jax.models import base as models
 from grpocem_jax.models import hub
 from grpocem_jax.models import tokenizer as tokenizers
@@ -212,7 +212,7 @@ def attach(
       InputError: as `adapters.attach`, with the config's field.
     """
     settings = config.adapter
-    with naming(settings):
+    with naming(settings), section("adapter", AdapterConfig):
         return adapters.attach(
             pretrained,
             make_adapter(settings) if adapter is None else adapter,
