@@ -150,7 +150,7 @@ def merge_params(adapter: Adapter, params: Any, offsets: Offsets, sites: Sites) 
             if "bias" not in get(params, path[:-1]):
                 raise InputError(
                     f"the adapter merges to a bias at {name}, and this model has none there; adapt "
-                    " a linear map with a bias, or do not export."
+                    "a linear map with a bias, or do not export."
                 )
             params = _set(params, where, jnp.asarray(get(params, where)) + bias)
         params = _set(params, path, merged)

@@ -133,8 +133,8 @@ def svf(
         k = min(math.floor(rank_ratio * n + 1e-9), int(np.sum(s >= min_singular_value)))
         if k == 0:
             raise InputError(
-                f"rank_ratio={rank_ratio} and min_singular_value={min_singular_value} leave no singular value of {n} to train; raise the first "
-                "or lower the second."
+                f"rank_ratio={rank_ratio} and min_singular_value={min_singular_value} leave no "
+                f"singular value of {n} to train; raise the first or lower the second."
             )
         return k
 
