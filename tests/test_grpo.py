@@ -504,6 +504,22 @@ def test_warmup_is_linear_and_the_first_update_moves():
     assert float(grpo.warmup(0.4, 0)(0)) == pytest.approx(0.4)
 
 
+def test_the_rate_falls_linearly_from_the_warmup_to_the_last_update():
+    # After 4 updates of warmup 10 more: half of the way down to a tenth is 0.55 of the peak.
+    schedule = grpo.warmup(0.4, 4, total_steps=14, final_scale=0.1)
+    rates = [float(schedule(x)) for x in (0, 3, 8, 13, 20)]
+    np.testing.assert_allclose(rates, [0.1, 0.4, 0.22, 0.04, 0.04], rtol=1e-6)
+    constant = grpo.warmup(0.4, 4, final_scale=0.1)  # of an unknown number of updates
+    assert float(constant(13)) == pytest.approx(0.4)
+    hp = grpo.adamw(learning_rate=0.4, warmup_steps=0, total_steps=2, final_lr_scale=0.0)
+    state = hp.init({"a": jnp.zeros(2)})
+    moves = []
+    for _ in range(2):
+        updates, state = hp.update({"a": jnp.ones(2)}, state, {"a": jnp.zeros(2)}, kl=0.0)
+        moves.append(float(-updates["a"][0]))
+    np.testing.assert_allclose(moves, [0.2, 0.0], atol=1e-5)
+
+
 def test_the_scale_of_the_learning_rate_is_applied_before_it_changes():
     rate = grpo.adapt_to_kl(grpo.warmup(0.5, 0), target_kl=0.01)
     state = rate.init({"a": jnp.zeros(2)})
@@ -524,6 +540,7 @@ def test_the_scale_of_the_learning_rate_is_applied_before_it_changes():
         (grpo.clipped, "ratio", "group"),
         (grpo.adamw, "learning_rate", 0.0),
         (grpo.adamw, "warmup_steps", -1),
+        (grpo.adamw, "final_lr_scale", 1.5),
         (grpo.adamw, "weight_decay", -0.1),
         (grpo.adamw, "max_grad_norm", 0.0),
         (grpo.adamw, "target_kl", -0.1),

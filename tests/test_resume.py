@@ -688,12 +688,21 @@ def test_more_epochs_go_on_too_and_fewer_steps_than_were_done_are_refused(tmp_pa
 
 
 def test_what_differs_in_a_run_that_goes_on_is_said(tmp_path, capsys):
-    changes = {"generation.final_temperature": 0.5, "train.evaluate_every_steps": 2}
+    changes = {
+        "generation.final_temperature": 0.5,
+        "train.evaluate_every_steps": 2,
+        "train.final_lr_scale": 0.5,
+    }
     workdir = tmp_path / "run"
     training.train(training_config(**changes, **{"train.max_steps": 1}), workdir)
     capsys.readouterr()
     summary = training.train(training_config(**changes, **{"train.max_steps": 3}), workdir)
-    first, second = summary["continued"]
+    first, rates, second = summary["continued"]
+    assert "learning rates of steps 1 to 1 were those of a run of 1 steps, not of 3" in rates
+    # One step of warmup, then half of the way down to 0.5 and all of it.
+    last = [line["learning_rate"] for line in read_lines(workdir / "metrics.jsonl")]
+    peak = training_config().train.learning_rate
+    assert last[-2:] == pytest.approx([0.75 * peak, 0.5 * peak])
     assert "temperatures of steps 1 to 1 were those of a run of 1 steps, not of 3" in first
     assert "step 1 was judged" in second
     assert f"differs   {first}" in capsys.readouterr().out

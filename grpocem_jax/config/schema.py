@@ -264,6 +264,11 @@ class TrainConfig:
     )
     learning_rate: float = setting("Peak learning rate.", above(0), default=1e-2)
     warmup_steps: int = setting("Steps of linear warmup.", at_least(0), default=10)
+    final_lr_scale: float = setting(
+        "Factor of the learning rate at the last step; linear after the warmup.",
+        within(0, 1),
+        default=1.0,
+    )
     weight_decay: float = setting(
         "`adamw`: pull of the offsets to zero, the base model.", at_least(0), default=0.01
     )

@@ -1,4 +1,4 @@
-"""The learning rate: linear warmup, and a factor that follows the measured KL divergence."""
+"""The learning rate: linear warmup and decay, and a factor that follows the measured KL."""
 
 from typing import Any, NamedTuple
 
@@ -12,22 +12,37 @@ FACTOR = 1.5
 """By how much a step raises or lowers the scale."""
 
 
-def warmup(learning_rate: float, steps: int) -> optax.Schedule:
-    """Linear warmup over ``steps`` updates, then constant.
+def warmup(
+    learning_rate: float, steps: int, *, total_steps: int = 0, final_scale: float = 1.0
+) -> optax.Schedule:
+    """Linear warmup over ``steps`` updates, then constant, or linear to the end of training.
 
-    The first update has ``learning_rate / steps``, the last of the warmup ``learning_rate``.
+    The first update has ``learning_rate / steps``, the last of the warmup ``learning_rate``, and
+    the last of all ``final_scale * learning_rate``.
+
+    Args:
+      learning_rate: the largest, above 0.
+      steps: updates of the warmup, at least 0.
+      total_steps: updates in all; 0 where their number is not known, and the rate stays constant.
+      final_scale: from 0 to 1.
 
     Raises:
-      InputError: ``learning_rate`` not above 0, ``steps`` below 0.
+      InputError: a value outside its range.
     """
     if not learning_rate > 0:
         raise InputError(f"learning_rate={learning_rate!r}: must be above 0.")
     if not steps >= 0:
         raise InputError(f"warmup_steps={steps!r}: must be at least 0.")
+    if not 0 <= final_scale <= 1:
+        raise InputError(f"final_lr_scale={final_scale!r}: must be from 0 to 1.")
 
     def schedule(count: jax.Array | int) -> jax.Array:
         done = jnp.asarray(count + 1, jnp.float32)
-        return learning_rate * jnp.minimum(done / max(steps, 1), 1.0)
+        rate = learning_rate * jnp.minimum(done / max(steps, 1), 1.0)
+        if final_scale == 1 or not total_steps:
+            return rate
+        course = jnp.clip((done - steps) / max(total_steps - steps, 1), 0.0, 1.0)
+        return rate * (1 - (1 - final_scale) * course)
 
     return schedule
 

@@ -18,17 +18,22 @@ def optimizer(
     max_grad_norm: float = 0.5,
     target_kl: float = 0.0,
     lr_scale_range: tuple[float, float] = (0.1, 10.0),
+    total_steps: int = 0,
+    final_lr_scale: float = 1.0,
 ) -> optax.GradientTransformation:
     """Gradients clipped by their global norm, then ``base`` at a rate that may follow the KL.
 
     Args:
       base: ``(learning_rate) -> optax.GradientTransformation`` for a schedule of the learning rate,
         as optax's own optimizers are.
-      learning_rate: peak, reached after the warmup, then constant; above 0.
+      learning_rate: peak, reached after the warmup; above 0.
       warmup_steps: updates of linear warmup, at least 0.
       max_grad_norm: largest global norm of a gradient, above 0.
       target_kl: as in `adapt_to_kl`, like the next one.
       lr_scale_range: smallest and largest factor of the learning rate.
+      total_steps: as in `warmup`, like the next one; 0 for a constant rate after the warmup.
+      final_lr_scale: factor of the learning rate at the last of ``total_steps``, linear after the
+        warmup, from 0 to 1.
 
     Returns:
       a transformation that includes its learning rate, and whose state has it for the metrics of
@@ -39,7 +44,9 @@ def optimizer(
     """
     if not max_grad_norm > 0:
         raise InputError(f"max_grad_norm={max_grad_norm!r}: must be above 0.")
-    schedule = warmup(learning_rate, warmup_steps)
+    schedule = warmup(
+        learning_rate, warmup_steps, total_steps=total_steps, final_scale=final_lr_scale
+    )
     rate = adapt_to_kl(schedule, target_kl=target_kl, scale_range=lr_scale_range)
     made = base(learning_rate=schedule)
     if not isinstance(made, optax.GradientTransformation):
@@ -58,6 +65,8 @@ def adamw(
     max_grad_norm: float = 0.5,
     target_kl: float = 0.0,
     lr_scale_range: tuple[float, float] = (0.1, 10.0),
+    total_steps: int = 0,
+    final_lr_scale: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -71,6 +80,8 @@ def adamw(
       max_grad_norm: as in `optimizer`.
       target_kl: as in `optimizer`.
       lr_scale_range: as in `optimizer`.
+      total_steps: as in `optimizer`.
+      final_lr_scale: as in `optimizer`.
       b1: decay of the first moment, from 0 to below 1.
       b2: decay of the second moment, from 0 to below 1.
       eps: added to the root of the second moment, above 0.
@@ -93,4 +104,6 @@ def adamw(
         max_grad_norm=max_grad_norm,
         target_kl=target_kl,
         lr_scale_range=lr_scale_range,
+        total_steps=total_steps,
+        final_lr_scale=final_lr_scale,
     )

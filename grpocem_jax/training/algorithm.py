@@ -33,8 +33,13 @@ class Algorithm(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-def make_algorithm(config: Config) -> Algorithm:
+def make_algorithm(config: Config, *, total_steps: int = 0) -> Algorithm:
     """Makes the parts by their names and options, and tries out those of the user's own.
+
+    Args:
+      config: the settings.
+      total_steps: updates of the whole training, toward whose end the learning rate may fall; 0
+        where they are not known yet.
 
     Raises:
       InputError: a function that fails or makes no such part, or a part that does not keep to its
@@ -44,7 +49,7 @@ def make_algorithm(config: Config) -> Algorithm:
         _make_advantages(config),
         _make_weights(config),
         _make_objective(config),
-        _make_optimizer(config),
+        _make_optimizer(config, total_steps),
     )
 
 
@@ -116,7 +121,7 @@ def _make_objective(config: Config) -> grpo.Objective:
     return objective
 
 
-def _make_optimizer(config: Config) -> optax.GradientTransformation:
+def _make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     train = config.train
     low, high = train.lr_scale_range
     rates: dict[str, Any] = {
@@ -125,6 +130,8 @@ def _make_optimizer(config: Config) -> optax.GradientTransformation:
         "max_grad_norm": train.max_grad_norm,
         "target_kl": train.target_kl,
         "lr_scale_range": (low, high),
+        "total_steps": total_steps if train.final_lr_scale < 1 else 0,
+        "final_lr_scale": train.final_lr_scale,
     }
     decay = {"weight_decay": train.weight_decay}
     _, optimizer = _make(

@@ -90,6 +90,8 @@ def train(
         )
     identity = {"model": policy.pretrained.sha256, "data": data.sha256}
     total = total_steps(config, len(train_items))
+    if config.train.final_lr_scale < 1:
+        algorithm = make_algorithm(config, total_steps=total)
     finished = None if complete is None else complete.get("steps")
     trained = max(done, finished) if isinstance(finished, int) else done
     if total < trained:
@@ -306,6 +308,11 @@ class Run:
         if generation.temperature != generation.final_temperature:
             found.append(
                 f"the temperatures of steps 1 to {done} were those of a run of {planned} steps, "
+                f"not of {self.total_steps}"
+            )
+        if every.final_lr_scale < 1:
+            found.append(
+                f"the learning rates of steps 1 to {done} were those of a run of {planned} steps, "
                 f"not of {self.total_steps}"
             )
         if every.evaluate_every_steps and done == planned and done % every.evaluate_every_steps:
