@@ -42,11 +42,15 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
         heldout_split="validation",
         columns={"context": "context", "question": "question", "answers": "answers.text"},
     )
+    # The report does not give its prompts. The names of the labels stand in ours: a model that was
+    # not trained on these tasks cannot know which words are wanted.
     config.data.sentiment = _source(
         "stanfordnlp/sst2",
         heldout_split="validation",
         columns={"text": "sentence", "label": "label"},
         label_names=("negative", "positive"),
+        template="Classify the sentiment of the review as one of: {labels}.\n"
+        "Review: {text}\nSentiment:",
     )
     config.data.summarization = _source(
         "EdinburghNLP/xsum",
@@ -59,6 +63,7 @@ def get_config(recipe: str = "report") -> ml_collections.ConfigDict:
         heldout_split="test",
         columns={"text": "text", "label": "label"},
         label_names=("World", "Sports", "Business", "Sci/Tech"),
+        template="Classify the topic of the news as one of: {labels}.\nNews: {text}\nTopic:",
     )
     config.data.general = _source(
         "Salesforce/wikitext",
@@ -138,6 +143,7 @@ def _source(
     heldout_split: str,
     columns: dict[str, str],
     label_names: tuple[str, ...] = (),
+    template: str = "",
 ) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
@@ -147,5 +153,6 @@ def _source(
             "heldout_split": heldout_split,
             "columns": columns,
             "label_names": label_names,
+            "template": template,
         }
     )

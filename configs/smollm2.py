@@ -38,41 +38,35 @@ def get_config(data: str = "") -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.tasks = ("sentiment", "classification")
-    config.data.max_samples = 500
-    config.data.heldout_samples = 100
     config.data.max_prompt_tokens = 80
     gpt2 = load_config("gpt2").data
     for task, folder in (("sentiment", "sst2_sentences"), ("classification", "ag_news")):
-        config.data[task] = ml_collections.ConfigDict(gpt2[task].to_dict())
+        source = ml_collections.ConfigDict(gpt2[task].to_dict())
         if data == "builtin":
-            config.data[task] = ml_collections.ConfigDict({"source": "builtin"})
+            source = ml_collections.ConfigDict({"source": "builtin", "template": source.template})
         elif data != "hub":
-            config.data[task].source = f"{data.rstrip('/')}/{folder}"
-            config.data[task].heldout_split = "test"
-    # The names of the labels stand in the prompt: a model that was not trained on these tasks
-    # cannot know which words are wanted.
-    config.data.sentiment.template = (
-        "Classify the sentiment of the review as one of: {labels}.\nReview: {text}\nSentiment:"
-    )
-    config.data.classification.template = (
-        "Classify the topic of the news as one of: {labels}.\nNews: {text}\nTopic:"
-    )
+            source.update(source=f"{data.rstrip('/')}/{folder}", heldout_split="test")
+        config.data[task] = source
     if data != "builtin":
+        # Each is one token.
         config.data.classification.label_names = ("World", "Sports", "Business", "Science")
 
     config.generation = ml_collections.ConfigDict()
-    config.generation.max_new_tokens = 3  # every label is one token of its tokenizer
+    config.generation.max_new_tokens = 3
     config.generation.prompt_buckets = (48, 80)
     config.generation.stop = ("\n",)
 
     config.grpo = ml_collections.ConfigDict()
-    config.grpo.group_size = 8
     config.grpo.beta = 0.04
 
     config.train = ml_collections.ConfigDict()
-    config.train.batch_size = 16
-    config.train.accumulation_steps = 4
-    config.train.learning_rate = 1e-2
     config.train.final_lr_scale = 0.1  # at a constant rate the KL jumps to 10 nats now and then
     config.train.max_steps = 75
+
+    # Adapting to labelled sentences: a gradient on the likelihood of their labels.
+    config.search = ml_collections.ConfigDict()
+    config.search.task = "sentiment"
+    config.search.method = "gradient"
+    config.search.generations = 20
+    config.search.buckets = (32, 48, 64, 96, 128)
     return config
