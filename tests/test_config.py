@@ -383,10 +383,10 @@ def test_a_copy_with_defaults_leaves_the_original_alone():
 @pytest.mark.parametrize(
     ("name", "answers", "sources"),
     [
-        ("smollm2", True, ["stanfordnlp/sst2", "fancyzhx/ag_news"]),
-        ("smollm2:hub", False, ["stanfordnlp/sst2", "fancyzhx/ag_news"]),
+        ("smollm2:any", True, ["stanfordnlp/sst2", "fancyzhx/ag_news"]),
+        ("smollm2", False, ["stanfordnlp/sst2", "fancyzhx/ag_news"]),
         ("smollm2:some/where/", True, ["some/where/sst2_sentences", "some/where/ag_news"]),
-        ("smollm2", False, ["builtin", "builtin"]),
+        ("smollm2:any", False, ["builtin", "builtin"]),
         ("smollm2:builtin", True, ["builtin", "builtin"]),
     ],
 )
@@ -396,7 +396,8 @@ def test_the_data_of_a_packaged_model_are_named_or_replaced_with_a_line(
     monkeypatch.setattr(rows, "hub_answers", lambda: answers)
     config = parse_config(load_config(name))
     assert [config.data.sources[task].source for task in config.data.tasks] == sources
-    replaced = name == "smollm2" and not answers
+    replaced = name == "smollm2:any" and not answers
     assert ("take the place of SST-2 and AG News" in capsys.readouterr().err) == replaced
     for task in config.data.tasks:
         assert "{labels}" in config.task(task).template
+    assert config.data.sources["sentiment"].label_names == ("negative", "positive")
