@@ -19,6 +19,20 @@ from tests.runs import OUT_OF_MEMORY, random_offsets, tiny_policy
 pytestmark = pytest.mark.usefixtures("one_policy")
 
 
+def test_a_reward_of_1_or_minus_1_is_an_accuracy():
+    tasks = ["sentiment"] * 4 + ["qa"] * 2
+    before = np.array([1.0, -1.0, -1.0, -1.0, 0.5, 0.5])
+    after = np.array([1.0, 1.0, -1.0, 1.0, 0.5, 1.0])
+    gains = evaluation.compare(["sentiment", "qa"], tasks, before, after)
+    judged = [TASKS["sentiment"], TASKS["qa"]]
+    (found,) = evaluation.accuracies(judged, gains).values()
+    # One of four right before, three after; half of the gain of reward, and of its interval.
+    assert (found.before, found.after, found.gain, found.n) == (0.25, 0.75, 0.5, 4)
+    assert found.gain_ci95 == tuple(x / 2 for x in gains["sentiment"].gain_ci95)
+    other = dataclasses.replace(judged[0], rewards=(Reward(lambda **_: []),))
+    assert evaluation.accuracies([other], gains) == {}
+
+
 def test_gains_are_paired_and_overall_weighs_tasks_alike():
     tasks = ["qa"] * 4 + ["general"] * 2
     before = np.array([0.0, 0.0, 1.0, 1.0, -1.0, 0.0])

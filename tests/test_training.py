@@ -150,6 +150,14 @@ def test_the_summary_agrees_with_the_printed_table(command):
         for gain in summary[table].values():
             assert gain["gain"] == pytest.approx(gain["after"] - gain["before"])
             assert gain["gain_ci95"][0] <= gain["gain"] <= gain["gain_ci95"][1]
+    for table in ("heldout", "heldout_greedy"):
+        right = summary[f"{table}_accuracy"]
+        assert list(right) == ["sentiment", "classification"]
+        for name, share in right.items():
+            assert share["after"] == pytest.approx((summary[table][name]["after"] + 1) / 2)
+    share = summary["heldout_greedy_accuracy"]["sentiment"]
+    said = f"sentiment {share['before']:.0%} before, {share['after']:.0%} after"
+    assert f"right under greedy decoding: {said}, classification" in result.stdout
     overall = summary["heldout"]["overall"]
     assert overall["n"] == 20
     assert f"{overall['before']:.3f}" in result.stdout
