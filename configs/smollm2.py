@@ -72,8 +72,8 @@ def get_config(data: str = "hub") -> ml_collections.ConfigDict:
 
     # Adapting to labelled sentences: a gradient on the likelihood of their labels.
     config.search = ml_collections.ConfigDict()
-    config.search.task = "sentiment"
+    config.search.task = "classification"
     config.search.method = "gradient"
-    config.search.generations = 20
+    config.search.generations = 8
     config.search.buckets = (32, 48, 64, 96, 128)
     return config
