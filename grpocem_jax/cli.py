@@ -47,7 +47,7 @@ def adapt() -> None:
         "heldout",
         None,
         "File of texts that only judge, in the forms of --examples: likelihood before and after, "
-        "and with search.fitness=reward their reward.",
+        "with search.fitness=reward their reward, and right answers of a task with labels.",
     )
     evaluate = flags.DEFINE_bool("evaluate", False, "The report's tables on held-out prompts.")
     save = flags.DEFINE_string(

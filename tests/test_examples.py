@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from examples import variants
 from examples.own_task import rewards
 from examples.stories import rewards as stories
 from grpocem_jax import adaptation
+from grpocem_jax.config import load_config, parse_config
+from grpocem_jax.tasks import example_of
+from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.training import loop as training
 from tests.runs import ROOT, get_config, thin_model, tiny_policy, write_run
 
@@ -274,3 +278,25 @@ def test_the_recipes_of_the_readme_help_with_other_recipes(tmp_path):
     )
     assert (after > before).all()
     assert (after - before).mean() > 0.2
+
+
+@pytest.mark.parametrize(("folder", "name"), [("news", "classification"), ("reviews", "sentiment")])
+def test_labelled_lines_are_of_the_task_and_in_one_file_only(folder, name):
+    config = parse_config(load_config("smollm2"))
+    task, source = config.task(name), config.data.sources[name]
+    drawn = {
+        part: [
+            example_of(task, row, source)
+            for row in file_rows(ROOT / "examples" / folder / f"{part}.jsonl")
+        ]
+        for part in ("examples", "heldout")
+    }
+    assert {part: len(examples) for part, examples in drawn.items()} == {
+        "examples": 32,
+        "heldout": 100,
+    }
+    for examples in drawn.values():
+        labels = Counter(example.columns["label"] for example in examples)
+        assert labels == dict.fromkeys(source.label_names, len(examples) // len(labels))
+    texts = [example.prompt for examples in drawn.values() for example in examples]
+    assert len(set(texts)) == 132

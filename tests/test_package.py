@@ -172,7 +172,7 @@ def test_a_file_goes_before_a_name(monkeypatch, tmp_path):
     [
         (
             None,
-            "neither a file nor a config that comes with the package; those are gpt2, llama, smollm2, tiny",
+            "config that comes with the package; those are gpt2, llama, smollm2, tiny",
         ),
         ("x = 1", "no attribute 'get_config'"),
         ("def get_config(:", "SyntaxError"),

@@ -196,11 +196,11 @@ def _adapt_to_file(
 
 
 def _are_of_task(run: TrainedRun, file: Path) -> bool:
-    """Whether the rows of a file have the columns of ``search.task``."""
+    """Whether the rows of a file have the columns of ``search.task``, and more than its text."""
     if not run.config.search.task:
         return False
-    columns = set(run.config.task(run.config.search.task).columns)
-    return columns <= set(file_rows(file)[0].read())
+    task = run.config.task(run.config.search.task)
+    return not task.is_free_text and set(task.columns) <= set(file_rows(file)[0].read())
 
 
 def _items(run: TrainedRun, file: Path) -> list[rollouts.Item]:

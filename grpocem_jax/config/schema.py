@@ -351,7 +351,8 @@ class SearchConfig:
         default="likelihood",
     )
     task: str = setting(
-        "Whose reward and columns those of `--examples` are, where the fitness is `reward`.",
+        "Whose columns the rows of `--examples` and `--heldout` have, and whose reward judges "
+        "completions where the fitness is `reward`.",
         default="",
     )
     support: int = setting(
