@@ -22,15 +22,16 @@ Made by `make docs` from `grpocem_jax/config/schema.py` and `configs/`; do not e
 
 A config is a Python file whose `get_config()` returns an `ml_collections.ConfigDict` with the
 sections below. `--config` takes such a file, or the name of one that comes with the package:
-`tiny` (built-in model and data), `gpt2` (GPT-2 124M with the report's values), `gpt2:tuned` (ours)
-or `llama` (a Llama, Qwen2 or Mistral on the built-in data). Every field is a flag as well, whether
-the config file has it or not, and all are checked before any work starts:
+`tiny` (built-in model and data), `gpt2` (GPT-2 124M with the report's values), `gpt2:tuned` (ours),
+`smollm2` (SmolLM2-135M from the Python package index on real reviews and news; `smollm2:FOLDER`
+with data from a folder) or `llama` (a Llama, Qwen2 or Mistral on the built-in data). Every field is
+a flag as well, whether the config file has it or not, and all are checked before any work starts:
 
     python train.py --config configs/tiny.py --config.train.learning_rate=1e-2 \\
         --config.data.tasks="('qa','sentiment')" --config.search.gate=False
 
-The last columns of a table are the values in the first three configs; `llama` is `tiny` with
-another model and its sites, and more room for prompts.
+The last columns of a table are the values in `tiny`, `gpt2` and `gpt2:tuned`; `llama` is `tiny`
+with another model and its sites, and more room for prompts.
 """
 
 

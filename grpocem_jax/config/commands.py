@@ -62,7 +62,7 @@ def define_config(default: str | None = None, *, of_run: bool = False) -> Any:
       absl's holder of the flag, its ``value`` a locked ConfigDict; with ``of_run`` None where
       neither the flag nor a run with a config.json is given.
     """
-    of_package = "a file, or one of those in the package (tiny, gpt2, gpt2:tuned, llama)."
+    of_package = "a file, or one of those in the package (tiny, gpt2, gpt2:tuned, smollm2, llama)."
     holder = config_flags.DEFINE_config_file(
         "config",
         None,
