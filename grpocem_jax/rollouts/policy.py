@@ -212,7 +212,7 @@ def attach(
       InputError: as `adapters.attach`, with the config's field.
     """
     settings = config.adapter
-    with naming(settings), section("adapter", AdapterConfig):
+    with section("adapter", AdapterConfig), naming(settings):
         return adapters.attach(
             pretrained,
             make_adapter(settings) if adapter is None else adapter,
