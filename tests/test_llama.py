@@ -601,7 +601,7 @@ def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path,
 
 def test_sites_of_gpt2_on_a_llama_name_the_config_with_its_own():
     sites = llama.build(llama.config_from_hf(BIASED, "case")).sites
-    with pytest.raises(InputError, match=r"sites='attn.c_proj': is no .*mlp.up_proj.*--config llama has"):
+    with pytest.raises(InputError, match=r"'attn.c_proj': is no .*mlp.up_proj.*--config llama has"):
         adapters.select_sites(sites, ["attn.c_proj"])
     gpt2 = hub.load_outline("random:gpt2").build().sites
     with pytest.raises(InputError, match=r"choose from attn.c_attn, .*mlp.c_proj\.$"):
