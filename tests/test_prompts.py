@@ -8,6 +8,7 @@ import pytest
 from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text, TrainedRun
 from grpocem_jax.config import parse_config
+from grpocem_jax.models.tokenizer import chat_writer
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks import TASKS, PromptFormat, Shot, SourceConfig, make_task
 from grpocem_jax.training.data import load_data
@@ -117,6 +118,7 @@ def test_a_column_that_the_data_set_lacks_is_named(tmp_path):
 def test_examples_stand_before_every_prompt_and_are_no_prompts_themselves():
     data, config, policy = data_of(**{"data.sentiment.shots": 2, "data.classification.shots": 5})
     plain, *_ = data_of()
+    assert any("2 in the other split or shown before the prompts" in x for x in data.lines)
     labels = {"sentiment": 2, "classification": 5}
     for name, count in labels.items():
         form = rollouts.task_format(config, policy, name)
@@ -197,8 +199,6 @@ def chat_run():
         "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    from grpocem_jax.models.tokenizer import chat_writer
-
     form = PromptFormat(chat_writer(policy.tokenizer), True)
     parsed = dataclasses.replace(parsed, data=dataclasses.replace(parsed.data, chat=True))
     policy = dataclasses.replace(policy, prompt_format=form)
@@ -240,6 +240,16 @@ def test_prompts_of_an_own_task_may_be_conversations(chat_run, tmp_path):
     assert sorted(item.example.prompt for item in data.train) == [
         f"system: Be brief.\nuser: train {n}?\nassistant:" for n in range(3)
     ]
+    with config.unlocked():
+        config.data.talk.shots = 1
+    lines = [json.dumps({"prompt": [ASK], "completion": " So."})]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"config\.data\.talk\.shots=1: .* lists of messages"):
+        load_data(parse_config(config), chat_run.policy)
+    config.data.talk.shots = 0
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": 3}))
+    with pytest.raises(InputError, match=r"train\.jsonl, line 1 has 3 in column 'prompt', where"):
+        load_data(parse_config(config), chat_run.policy)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": [SYSTEM]}))
     with pytest.raises(InputError, match=r"train\.jsonl, line 1, column 'prompt': .*'system'"):
         load_data(parse_config(config), chat_run.policy)

@@ -25,8 +25,8 @@ def task_format(config: Config, policy: Policy, name: str) -> PromptFormat:
       name: the task.
 
     Raises:
-      InputError: as `grpocem_jax.tasks.load_examples`; a task without references, or fewer examples
-        than are to be shown.
+      InputError: as `grpocem_jax.tasks.load_examples`; a task without references or whose prompts
+        are lists of messages, or fewer examples than are to be shown.
     """
     task, source = config.task(name), config.data.sources.get(name, SourceConfig())
     count, form = source.shots, policy.prompt_format
@@ -53,6 +53,11 @@ def task_format(config: Config, policy: Policy, name: str) -> PromptFormat:
         answer = task.completion(example)
         if answer is not None and len(policy.encode(example.prompt + answer)) <= limit:
             answered.append((example, Shot(task.prompt(example.columns), answer)))
+    if not all(isinstance(shot.prompt, str) for _, shot in answered):
+        raise InputError(
+            f"{field}: the task's prompts are lists of messages; put the examples into them, or "
+            "set it to 0."
+        )
     if len(answered) < count:
         raise InputError(
             f"{field}: of {len(drawn)} examples drawn from the training split {len(answered)} have "

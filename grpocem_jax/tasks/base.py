@@ -102,11 +102,16 @@ class Task:
 
     def prompt(self, columns: Mapping[str, Any]) -> Any:
         """The template with an example's columns in it; a prompt of messages as it is."""
-        if self.template == "{prompt}":
+        if self.takes_prompts:
             return columns["prompt"]
         labels = columns.get("labels")
         named = {"labels": ", ".join(labels)} if isinstance(labels, tuple) else {}
         return self.template.format_map({**columns, **named})
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether a column holds the whole prompt, a string or a list of messages."""
+        return self.template == "{prompt}"
 
     @property
     def is_right_or_wrong(self) -> bool:

@@ -194,10 +194,11 @@ def load_examples(
                 "data.heldout_samples."
             )
         raise InputError(f"{where}whose {split} split has nothing to draw: give other data.")
+    beside = " or shown before the prompts" if source.shots else ""
     counts = (
         (shortened, "shortened"),
         (dropped, "too long and dropped"),
-        (excluded, "in the other split and left out"),
+        (excluded, f"in the other split{beside} and left out"),
         (blank, "blank or a heading"),
         (bad_count, f"bad and passed over (the first: {bad.rstrip('.')})"),
     )
@@ -312,12 +313,12 @@ def _own_columns(
     shown = {}
     for name, path in paths.items():
         value = _value(values, path, where, f"{field}.columns.{name}")
-        if name == "prompt" and isinstance(value, list):
+        if task.takes_prompts and isinstance(value, list):
             try:
                 PromptFormat(render=str).write(value)
             except InputError as error:
                 raise InputError(f"{where}, column {path!r}: {error}") from None
-        elif not isinstance(value, int | float) or isinstance(value, bool):
+        elif task.takes_prompts or isinstance(value, bool) or not isinstance(value, int | float):
             _text(value, path, where)
         shown[name] = value
     if "completions" in values or ("prompts" in values and "prompts" not in paths.values()):
