@@ -11,8 +11,6 @@ from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
 from tests.runs import OUT_OF_MEMORY, ROOT
 
-pytestmark = pytest.mark.optimized
-
 
 def fits(limit, tried):
     """Something that needs as much memory as its size, of which there is ``limit``."""

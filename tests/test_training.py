@@ -21,8 +21,6 @@ from grpocem_jax.training.data import load_data
 from grpocem_jax.utils.errors import InputError
 from tests.runs import ROOT, thin_model
 
-pytestmark = pytest.mark.optimized
-
 TASKS = ["qa", "sentiment", "summarization", "classification", "general"]
 SMALL = {
     "train.max_steps": 3,
