@@ -20,11 +20,14 @@ pytest_plugins = ("tests.command_line",)
 
 LONGEST = {
     f"test_{name}"
-    for name in "examples resume training devices benchmarks studies experts inference".split()
+    for name in (
+        *("examples", "benchmarks", "resume", "search_methods", "training"),
+        *("sampling", "inference", "memory", "devices"),
+    )
 }
 
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""Halves the time that XLA compiles small programs for a CPU."""
+"""Halves the time in which XLA compiles small programs for a CPU."""
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests of whole runs compile the same programs over and over, those of commands too.
@@ -39,9 +42,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiles quickly but for `make parity`, whose programs are those of users."""
-    if "parity" not in config.option.markexpr:
+    """Compiles quickly, to slower programs; those of `make parity` are as users have them."""
+    if config.option.markexpr != "parity":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for commands
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,19 +67,6 @@ def _compilation_cache() -> Iterator[None]:
     if not jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", True)
         compilation_cache.reset_cache()  # which remembers whether it was on at the first program
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles quickly, but as users do in modules marked ``optimized``."""
-    quick = request.node.get_closest_marker("optimized") is None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))  # for commands
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", quick)
-        if quick != before:
-            jax.clear_caches()
-        yield
 
 
 @pytest.fixture(scope="module")

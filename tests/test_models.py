@@ -17,8 +17,6 @@ from grpocem_jax.utils.errors import InputError
 from tests.parity import weights
 from tests.tiny import make_tiny
 
-pytestmark = pytest.mark.optimized
-
 FIELDS = weights.SHAPES["small"]
 TEXT = weights.tokens(FIELDS, 19)
 LENGTH, PROMPT = 19, 11

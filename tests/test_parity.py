@@ -12,8 +12,6 @@ from grpocem_jax.models import gpt2, hub
 from tests.parity import stories, weights
 from tests.parity.layers import REFERENCE, TOLERANCE, run, story_losses
 
-pytestmark = pytest.mark.optimized
-
 
 def compare(found: dict[str, np.ndarray], reference: Any) -> None:
     def close(name: str, x: np.ndarray) -> None:

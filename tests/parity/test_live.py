@@ -27,7 +27,7 @@ from transformers import (  # noqa: E402 (after the skip)
 
 from tests.parity import record  # noqa: E402
 
-pytestmark = [pytest.mark.parity, pytest.mark.optimized]
+pytestmark = pytest.mark.parity
 
 RECORDED = {**weights.SHAPES, **weights.LLAMAS}
 SHAPES = {
