@@ -85,7 +85,7 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         say(f"\nexpert {number} of {len(experts)}: {name} ({', '.join(tasks)})")
         own = settings.copy_and_resolve_references()
         own.data.tasks = tasks
-        steps = len(tasks) * config.data.max_samples // config.prompts_per_step
+        steps = len(tasks) * config.data.max_samples // config.prompts_drawn_per_step
         steps = min(steps * config.train.epochs, config.train.max_steps or sys.maxsize)
         own.train.keep_checkpoints = 0
         every = max(1, -(-steps // SNAPSHOTS))

@@ -654,3 +654,12 @@ def test_half_precision_keeps_the_gradient_of_many_tokens(tiny):
 
     assert error(by_update(half)) < 0.01
     assert error(unscaled(half)) > 0.04  # 0.056, of what rounds to zero on the way
+
+
+def test_groups_whose_rewards_differ_come_first_and_keep_their_order():
+    nan = np.nan
+    rewards = np.array([[1, 1], [0, 1], [nan, 1], [2, 1], [nan, nan]])
+    assert grpo.informative_first(rewards, 2).tolist() == [1, 3]
+    # What is missing is filled up with the first of the others.
+    assert grpo.informative_first(rewards, 4).tolist() == [0, 1, 2, 3]
+    assert grpo.informative_first(rewards, 5).tolist() == [0, 1, 2, 3, 4]

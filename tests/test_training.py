@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import adaptation, grpo
+from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.config import load_config, parse_config
 from grpocem_jax.models import sampling
 from grpocem_jax.rollouts.policy import load_policy
@@ -243,6 +243,10 @@ def test_a_run_of_the_former_names_of_settings_loads_and_does_not_continue(comma
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
     """The steps of two epochs of two, as they ask for rollouts and updates; nothing is computed."""
+    return record(tmp_path, monkeypatch)
+
+
+def record(tmp_path, monkeypatch, **changes):
     config = parse_config(
         get_config(
             "tiny",
@@ -256,6 +260,7 @@ def recorded(tmp_path, monkeypatch):
                 "train.max_steps": 0,
                 "generation.temperature": 1.0,
                 "generation.final_temperature": 0.4,
+                **changes,
             },
         )
     )
@@ -330,6 +335,33 @@ def test_tokens_are_counted_of_prompts_and_completions_of_all_steps(recorded):
     asked, _, records = recorded
     counts = [4 * int(prompts.mask.sum()) + int(out.mask.sum()) for prompts, *_, out in asked]
     assert [record["num_tokens"] for record in records] == np.cumsum(counts).tolist()
+
+
+def test_of_the_groups_drawn_those_whose_rewards_differ_are_trained_on(tmp_path, monkeypatch):
+    rewards = np.full((8, 4), -1.0)
+    rewards[[2, 5, 7], 1] = 1.0
+
+    def score(items, texts):
+        return rollouts.Scores(rewards, {}, None)
+
+    monkeypatch.setattr(training.rollouts, "score", score)
+    # A step takes all eight prompts, so that two epochs are two steps.
+    changes = {"grpo.dynamic_sampling": 2}
+    asked, updates, records = record(tmp_path, monkeypatch, **changes)
+    assert len(asked) == 2
+    taken = [0, 2, 5, 7]  # the three, and the first of the others
+    for (prompts, _, _, out), (batch, _) in zip(asked, updates, strict=True):
+        assert len(prompts.tokens) == 8
+        np.testing.assert_array_equal(batch.prompts, prompts.tokens[taken])
+        np.testing.assert_array_equal(batch.completions, out.tokens[taken])
+        np.testing.assert_array_equal(batch.old_logps, out.logps[taken])
+        moved = np.abs(np.asarray(batch.advantages)).max((1, 2)) > 0
+        assert moved.tolist() == [False, True, True, True]
+    # Metrics are of all that was drawn.
+    assert records[0]["frac_reward_zero_std"] == pytest.approx(5 / 8)
+    assert records[0]["reward"] == pytest.approx((3 - 29) / 32)
+    counts = [4 * int(prompts.mask.sum()) + int(out.mask.sum()) for prompts, *_, out in asked]
+    assert [line["num_tokens"] for line in records] == np.cumsum(counts).tolist()
 
 
 def test_process_supervision_and_the_reports_advantages_run_end_to_end(tmp_path):

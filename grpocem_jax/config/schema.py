@@ -201,6 +201,12 @@ class GRPOConfig:
     """The policy gradient."""
 
     group_size: int = setting("Completions of each prompt.", at_least(2), default=8)
+    dynamic_sampling: int = setting(
+        "Groups drawn for each one trained on; those whose rewards differ are taken first, as in "
+        "DAPO.",
+        at_least(1),
+        default=1,
+    )
     supervision: str = setting(
         "`outcome`: one reward a completion; `process`: a reward a step, where the task has one.",
         one_of(*SUPERVISIONS),
@@ -461,8 +467,13 @@ class Config:
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts of one optimizer step: completions of a step over the group size."""
+        """Prompts that an optimizer step trains on: its completions over the group size."""
         return self.train.batch_size * self.train.accumulation_steps // self.grpo.group_size
+
+    @property
+    def prompts_drawn_per_step(self) -> int:
+        """Prompts that a step completes, to train on those whose rewards differ."""
+        return self.prompts_per_step * self.grpo.dynamic_sampling
 
 
 def altering(what: str) -> tuple[str, ...]:

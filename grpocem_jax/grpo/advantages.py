@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from grpocem_jax.utils.errors import InputError
@@ -58,6 +59,24 @@ def equal_rewards(rewards: ArrayLike, present: ArrayLike) -> jax.Array:
     high = jnp.max(jnp.where(present, rewards, -jnp.inf), -1)
     low = jnp.min(jnp.where(present, rewards, jnp.inf), -1)
     return ~(high - low > EQUAL)
+
+
+def informative_first(rewards: np.ndarray, count: int) -> np.ndarray:
+    """The groups to train on of more that were drawn, as in DAPO's dynamic sampling.
+
+    A group whose rewards are all equal has no advantages and teaches nothing (Yu et al. 2025, arXiv
+    2503.14476, eq. 11).  DAPO draws until it has enough others; here the number drawn is fixed, and
+    groups without signal fill up what is missing.
+
+    Args:
+      rewards: float ``[P, G]``, NaN where abstained.
+      count: groups to take, at most ``P``.
+
+    Returns:
+      int ``[count]``, rows of ``rewards`` in ascending order.
+    """
+    flat = np.asarray(equal_rewards(rewards, ~np.isnan(rewards)))
+    return np.sort(np.argsort(flat, kind="stable")[:count])
 
 
 @jax.jit

@@ -82,11 +82,12 @@ def train(
         _check_optimizer(config, algorithm, policy)
     data = load_data(config, policy, held_out=held_out)
     train_items = data.train
-    if len(train_items) < config.prompts_per_step:
+    if len(train_items) < config.prompts_drawn_per_step:
+        factor = " * grpo.dynamic_sampling" if config.grpo.dynamic_sampling > 1 else ""
         raise InputError(
             f"{len(train_items)} training prompts in all, but a step takes "
-            f"{config.prompts_per_step} (train.batch_size * train.accumulation_steps / "
-            "grpo.group_size); give more data or a smaller step."
+            f"{config.prompts_drawn_per_step} (train.batch_size * train.accumulation_steps / "
+            f"grpo.group_size{factor}); give more data or a smaller step."
         )
     identity = {"model": policy.pretrained.sha256, "data": data.sha256}
     total = total_steps(config, len(train_items))
@@ -200,7 +201,7 @@ def _complete_summary(workdir: Path) -> dict[str, Any] | None:
 
 def total_steps(config: Config, num_items: int) -> int:
     """Optimizer steps of a run with so many training prompts."""
-    steps = num_items // config.prompts_per_step * config.train.epochs
+    steps = num_items // config.prompts_drawn_per_step * config.train.epochs
     return min(steps, config.train.max_steps or steps)
 
 
@@ -256,7 +257,7 @@ class Run:
         self.config, self.policy, self.items, self.key = config, policy, items, key
         self.algorithm = algorithm
         self.workdir, self.config_hash = workdir, config_hash
-        self.steps_per_epoch = len(items) // config.prompts_per_step
+        self.steps_per_epoch = len(items) // config.prompts_drawn_per_step
         self.total_steps = total_steps(config, len(items))
         self.logs: Sequence[trackers.Tracker] = ()
         self.checkpoints = checkpoints.Checkpoints(workdir, keep=config.train.keep_checkpoints)
@@ -487,10 +488,10 @@ class Run:
             log.log(numbers, record["step"])
 
     def batch(self, step: int) -> list[rollouts.Item]:
-        """The prompts of a step: a shuffle per epoch, drawn from the seed and the epoch alone."""
+        """The prompts that a step completes: a shuffle an epoch, of seed and epoch alone."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.items))
-        size = self.config.prompts_per_step
+        size = self.config.prompts_drawn_per_step
         return [self.items[i] for i in order[position * size : (position + 1) * size]]
 
     def step(self, state: grpo.TrainState, step: int) -> tuple[grpo.TrainState, dict[str, Any]]:
@@ -522,7 +523,16 @@ class Run:
             fix = self.policy.nonfinite_logits("")
             raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
         scores = rollouts.score(items, out.texts)
+        drawn = {
+            **step_metrics.rewards(items, scores),
+            **step_metrics.lengths(out.mask.sum(-1), self._unended(out)),
+        }
+        self.step_tokens = int(out.mask.sum() + out.prompts.mask.sum() * config.grpo.group_size)
+        self.num_tokens += self.step_tokens
         rewards = scores.total
+        if len(items) > config.prompts_per_step:
+            rows = grpo.informative_first(rewards, config.prompts_per_step)
+            items, out, rewards = [items[i] for i in rows], out.take(rows), rewards[rows]
         step_rewards = self.step_rewards(items, out, rewards)
         found = self.algorithm.advantages(rewards, step_rewards, out.tokens, out.mask)
         advantages = jnp.asarray(found)
@@ -558,14 +568,11 @@ class Run:
 
         before = state
         state, update = self.micro_batch.run(attempt)
-        self.step_tokens = int(out.mask.sum() + out.prompts.mask.sum() * config.grpo.group_size)
-        self.num_tokens += self.step_tokens
         record: dict[str, Any] = {
             "step": step + 1,
             "epoch": (step + 1) / self.steps_per_epoch,
             **{name: float(value) for name, value in jax.device_get(update).items()},
-            **step_metrics.rewards(items, scores),
-            **step_metrics.lengths(out.mask.sum(-1), self._unended(out)),
+            **drawn,
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
@@ -577,6 +584,9 @@ class Run:
 
     def rollouts_advice(self) -> str:
         """What to lower where the rollouts of a step take too much memory."""
+        drawn = self.config.grpo.dynamic_sampling
+        if drawn > 1:
+            return f"lower grpo.dynamic_sampling={drawn} to {drawn // 2}"
         count, length = self.config.train.accumulation_steps, self.config.generation.max_new_tokens
         if count > 1:
             return f"lower train.accumulation_steps={count} to {count // 2}"

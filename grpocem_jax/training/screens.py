@@ -30,11 +30,15 @@ def first(
     logs: Sequence[str] = (),
 ) -> str:
     """What a training runs on what, with what: shown before anything is compiled."""
+    drawn = ""
+    if config.grpo.dynamic_sampling > 1:
+        drawn = f", of {config.prompts_drawn_per_step} prompts those whose rewards differ first"
     return "\n".join(
         [
             *setting(config, policy),
             *(f"data      {line}" for line in data_lines),
-            f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions",
+            f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions"
+            + drawn,
             f"run       {workdir}",
             *(f"metrics   {log}" for log in logs),
         ]
