@@ -39,9 +39,9 @@ class Completions(NamedTuple):
     finite: np.ndarray
     texts: list[list[str]]
 
-    def take(self, rows: Sequence[int]) -> "Completions":
-        """Those of some prompts, in the order of ``rows``."""
-        arrays = jax.tree.map(lambda x: x[np.asarray(rows)], self._replace(texts=[]))
+    def take(self, rows: np.ndarray) -> "Completions":
+        """Those of some prompts; ``rows`` is int ``[P']``."""
+        arrays = jax.tree.map(lambda x: x[rows], self._replace(texts=[]))
         return arrays._replace(texts=[self.texts[i] for i in rows])
 
 
