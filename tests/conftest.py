@@ -42,7 +42,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiles quickly, to slower programs; those of `make parity` are as users have them."""
+    """Compiles quickly, to slower programs; those of tests/parity are as users have them."""
     if config.option.markexpr != "parity":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for commands

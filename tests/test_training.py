@@ -243,10 +243,11 @@ def test_a_run_of_the_former_names_of_settings_loads_and_does_not_continue(comma
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
     """The steps of two epochs of two, as they ask for rollouts and updates; nothing is computed."""
-    return record(tmp_path, monkeypatch)
+    return recording(tmp_path, monkeypatch)
 
 
-def record(tmp_path, monkeypatch, **changes):
+def recording(tmp_path, monkeypatch, **changes):
+    """What was asked of rollouts and updates, and the records of the steps."""
     config = parse_config(
         get_config(
             "tiny",
@@ -347,7 +348,7 @@ def test_of_the_groups_drawn_those_whose_rewards_differ_are_trained_on(tmp_path,
     monkeypatch.setattr(training.rollouts, "score", score)
     # A step takes all eight prompts, so that two epochs are two steps.
     changes = {"grpo.dynamic_sampling": 2}
-    asked, updates, records = record(tmp_path, monkeypatch, **changes)
+    asked, updates, records = recording(tmp_path, monkeypatch, **changes)
     assert len(asked) == 2
     taken = [0, 2, 5, 7]  # the three, and the first of the others
     for (prompts, _, _, out), (batch, _) in zip(asked, updates, strict=True):
