@@ -15,9 +15,6 @@ from typing import Any, NamedTuple
 
 from grpocem_jax.utils.files import some_home
 
-with some_home():  # for nltk, which rouge_score imports
-    from rouge_score import rouge_scorer, tokenizers
-
 FULL_LENGTH = 12
 """Number of words from which a free text is no longer marked down as short."""
 
@@ -52,16 +49,32 @@ def normalise_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-class _AnswerTokenizer(tokenizers.Tokenizer):
+class _AnswerTokenizer:
     def tokenize(self, text: str) -> list[str]:
         return normalise_answer(text).split()
 
 
-# Tokenizers are passed explicitly: the scorer logs a line whenever it falls back to its own.
-_token_f1 = rouge_scorer.RougeScorer(["rouge1"], tokenizer=_AnswerTokenizer())
-_rouge = rouge_scorer.RougeScorer(
-    ["rouge1", "rougeL"], tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True)
-)
+class _Rouge(NamedTuple):
+    answers: Any
+    summaries: Any
+
+
+@functools.cache
+def _rouge() -> _Rouge:
+    """ROUGE-1 of normalised answers; ROUGE-1 and ROUGE-L of stems.
+
+    Imported at the first use: NLTK, which it loads, takes longer to import than the rest of a
+    command, and cannot be without a home directory.
+    """
+    with some_home():
+        from rouge_score import rouge_scorer, tokenizers
+    # Tokenizers are passed explicitly: the scorer logs a line whenever it falls back to its own.
+    return _Rouge(
+        answers=rouge_scorer.RougeScorer(["rouge1"], tokenizer=_AnswerTokenizer()),
+        summaries=rouge_scorer.RougeScorer(
+            ["rouge1", "rougeL"], tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True)
+        ),
+    )
 
 
 def answer_reward(
@@ -92,7 +105,7 @@ def answer_reward(
 def _answer_score(completion: str, answer: str) -> float:
     if completion.strip() and normalise_answer(completion) == normalise_answer(answer):
         return 1.0
-    return _token_f1.score(answer, completion)["rouge1"].fmeasure - 1.0
+    return _rouge().answers.score(answer, completion)["rouge1"].fmeasure - 1.0
 
 
 def label_reward(
@@ -158,7 +171,7 @@ def summary_reward(
 
 
 def _summary_score(completion: str, reference: str) -> float:
-    scores = _rouge.score(reference, completion)
+    scores = _rouge().summaries.score(reference, completion)
     return scores["rouge1"].fmeasure + scores["rougeL"].fmeasure - 1.0
 
 
