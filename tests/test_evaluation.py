@@ -181,6 +181,17 @@ def test_a_prompt_is_evaluated_as_if_alone_with_its_own_adapter_and_key(setting,
     assert all(mine != other for mine, other in zip(texts, others, strict=False))
 
 
+def test_judging_is_evaluating_with_samples_and_greedily(setting):
+    policy, config, items, own = setting
+    judged = evaluation.judge(policy, own, items, KEY, config, own_adapters=True)
+    expected = (*evaluated(setting, greedy=False), *evaluated(setting, greedy=True))
+    for found, wanted in zip(judged, expected, strict=True):
+        if isinstance(wanted, list):
+            assert found == wanted
+        else:
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_samples_are_drawn_and_differ_between_places_where_greedy_completions_do_not(setting):
     policy, config, items, own = setting
     same = jax.tree.map(lambda x: jnp.stack([x[0]] * len(x)), own)

@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grpocem_jax.tasks import rewards
@@ -20,12 +21,18 @@ def summary(completion: str, *references: str) -> float | None:
     return rewards.summary_reward(["?"], [completion], summary=[list(references)])[0]
 
 
-def text(completion: str, prompt: str = "") -> float | None:
-    return rewards.text_reward([prompt], [completion])[0]
+FLUENT = np.log([1 / 8, 1 / 16, 1 / 32])
+"""Log-probabilities of tokens of which the perplexity is 16."""
 
 
-def steps(completion: str, prompt: str = "") -> list[rewards.StepReward]:
-    return rewards.text_process_reward([prompt], [completion])[0]
+def text(completion: str, prompt: str = "", base_logps: np.ndarray = FLUENT) -> float | None:
+    return rewards.text_reward([prompt], [completion], base_logps=[base_logps])[0]
+
+
+def steps(
+    completion: str, prompt: str = "", base_logps: np.ndarray = FLUENT
+) -> list[rewards.StepReward]:
+    return rewards.text_process_reward([prompt], [completion], base_logps=[base_logps])[0]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +150,25 @@ def test_text_reward_is_novelty_times_completeness_times_length(completion, prom
     assert text(completion, prompt) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("probabilities", "fluency"),
+    [
+        ([1.0, 1.0], 1.0),
+        ([1 / 16, 1 / 64], 1.0),  # a perplexity of sqrt(16 x 64) = 32
+        ([1 / 64], 1 / 2),
+        ([1 / 64, 1 / 256], 1 / 4),  # 128
+        ([0.0], 0.0),
+        ([], 1.0),
+    ],
+)
+def test_a_text_above_a_perplexity_of_32_is_marked_down_as_not_fluent(probabilities, fluency):
+    with np.errstate(divide="ignore"):
+        logps = np.log(np.asarray(probabilities, float))
+    assert text(TWELVE + ".", "", logps) == pytest.approx(2 * fluency - 1)
+    found = [step.reward for step in steps("Go now. Come back soon", "", logps)]
+    assert found == pytest.approx([2 * fluency - 1, fluency - 1])
+
+
 def test_a_step_per_sentence_is_rewarded_for_novelty():
     completion = "We saw a dog. A dog ran off! We saw it"
     # 1: we-saw, saw-a, a-dog; "a dog" is the prompt's: 2 x 2/3 - 1.
@@ -198,6 +224,7 @@ def every_reward(prompts: list[str], completions: list[str], references: list[st
         "summary": references,
         "label": ["World"] * len(prompts),
         "labels": [NEWS] * len(prompts),
+        "base_logps": [FLUENT] * len(prompts),
         "unread": [0] * len(prompts),
     }
     functions = (
@@ -232,7 +259,9 @@ def test_samples_do_not_influence_each_other():
 def test_steps_rise_to_the_end_and_lie_in_range():
     prompts, completions = random_texts(300, 7), random_texts(300, 8)
     for completion, found in zip(
-        completions, rewards.text_process_reward(prompts, completions, unread=[]), strict=True
+        completions,
+        rewards.text_process_reward(prompts, completions, base_logps=[FLUENT] * 300, unread=[]),
+        strict=True,
     ):
         ends = [step.end for step in found]
         assert ends == sorted(set(ends))

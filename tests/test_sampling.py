@@ -145,6 +145,20 @@ def test_greedy_takes_the_most_probable_token_of_the_full_forward(tiny, prompts,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8, "repetition_penalty": 1.5}])
+def test_the_last_of_several_samples_is_greedy_and_the_others_are_drawn(
+    tiny, prompts, offsets, settings
+):
+    drawn = draw(tiny, offsets, prompts, num_samples=2, **settings)
+    greedy = draw(tiny, offsets, prompts, num_samples=1, greedy=True, **settings)
+    both = draw(tiny, offsets, prompts, num_samples=3, greedy=True, **settings)
+    np.testing.assert_array_equal(both.tokens[:, :2], drawn.tokens)
+    np.testing.assert_array_equal(both.tokens[:, 2:], greedy.tokens)
+    np.testing.assert_allclose(both.logps[:, :2], drawn.logps, atol=1e-4)
+    np.testing.assert_allclose(both.logps[:, 2:], greedy.logps, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_repetition_penalty_by_hand_and_over_prompt_and_completion(tiny, prompts, offsets):
     logits = jnp.array([2.0, -2.0, 3.0, 0.0])
     seen = jnp.array([True, True, False, True])
@@ -317,7 +331,8 @@ def test_top_k_and_min_p_that_are_off_draw_the_same_tokens_and_record_the_same(
     chex.assert_trees_all_equal(off, plain)
     one = draw(tiny, offsets, prompts, top_k=1)
     np.testing.assert_array_equal(one.tokens, draw(tiny, offsets, prompts, min_p=1.0).tokens)
-    np.testing.assert_array_equal(one.tokens, draw(tiny, offsets, prompts, greedy=True).tokens)
+    greedy = draw(tiny, offsets, prompts, greedy=True, num_samples=1)
+    np.testing.assert_array_equal(one.tokens, np.repeat(greedy.tokens, GROUP, axis=1))
 
 
 @pytest.mark.slow

@@ -80,14 +80,13 @@ def adapted_tables(
     offsets = jax.tree.map(lambda *x: jnp.stack(x), *(r.offsets for r in results))
     tasks = [item.task.name for item in heldout]
     tables: dict[str, Any] = {}
-    for name, greedy in (("heldout", False), ("heldout_greedy", True)):
-        before, _ = evaluation.evaluate(
-            run.policy, run.offsets, heldout, sample_key, config, greedy=greedy
-        )
-        after, _ = evaluation.evaluate(
-            run.policy, offsets, heldout, sample_key, config, greedy=greedy, own_adapters=True
-        )
-        gains = evaluation.compare(names, tasks, before, after)
+    before = evaluation.judge(run.policy, run.offsets, heldout, sample_key, config)
+    after = evaluation.judge(run.policy, offsets, heldout, sample_key, config, own_adapters=True)
+    for name, rewards in (
+        ("heldout", (before.rewards, after.rewards)),
+        ("heldout_greedy", (before.greedy_rewards, after.greedy_rewards)),
+    ):
+        gains = evaluation.compare(names, tasks, *rewards)
         tables[name] = {task: dataclasses.asdict(gain) for task, gain in gains.items()}
 
     likelihood = _reference_likelihoods(run, heldout, offsets)

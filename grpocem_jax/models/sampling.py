@@ -188,7 +188,7 @@ def sample(
         in [0, 1]; 0 for any.
       repetition_penalty: at least 1, over the prompt and the completion. It comes first, then the
         temperature, top-k, top-p and min-p, see `draw`.
-      greedy: take the most probable token instead of drawing one.
+      greedy: the last sample takes the most probable tokens; others are drawn as without it.
       own_adapters: every prompt has an adapter of its own, as the candidates of a population have.
       stop_table: int32 ``[K, V]``, what ends a completion beside ``end_ids``: of each state and
         token the next state. A completion begins in state 0 and ends with the token that leads to
@@ -212,7 +212,7 @@ def sample(
             "temperature",
             temperature,
             isinstance(temperature, jax.core.Tracer) or temperature > 0,
-            "above 0; greedy=True takes the most probable token",
+            "above 0; greedy=True takes the most probable tokens",
         ),
     ):
         if not holds:
@@ -279,26 +279,29 @@ def _sample(
         params, offsets, prompts, prompt_mask
     )
     keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys)
+    greedily = jnp.arange(num_samples) == (num_samples - 1 if greedy else num_samples)
 
-    def choose(hidden, key, seen, index):
+    def choose(hidden, key, seen, greedily, index):
         """One token of one sample: (token, log-probability, entropy)."""
         logits = model.logits(params, hidden)
         logps = jax.nn.log_softmax(logits / temperature)
         entropy = -jnp.sum(jnp.exp(logps) * logps)
         if repetition_penalty != 1.0:
             logits = penalize_repetition(logits, seen, repetition_penalty)
-        if greedy:
+        if greedy and num_samples == 1:
             token = jnp.argmax(logits)
         else:
             key = jax.random.fold_in(key, index)
             token = draw(key, logits / temperature, top_p, top_k=top_k, min_p=min_p)
+        if greedy and num_samples > 1:
+            token = jnp.where(greedily, jnp.argmax(logits), token)
         return token.astype(jnp.int32), logps[token], entropy
 
     def advance(offsets, context, cache, token, index):
         return model.decode_step(params, offsets, context, cache, token, index)
 
-    over_samples = functools.partial(jax.vmap, in_axes=(0, 0, 0, None))
-    choose_all = jax.vmap(over_samples(choose), in_axes=(0, 0, 0, None))
+    choose_group = jax.vmap(choose, in_axes=(0, 0, 0, 0, None))
+    choose_all = jax.vmap(choose_group, in_axes=(0, 0, 0, None, None))
     advance_group = jax.vmap(advance, in_axes=(None, None, 0, 0, None))
     advance_all = jax.vmap(advance_group, in_axes=(axis, 0, 0, 0, None))
 
@@ -335,7 +338,7 @@ def _sample(
         jnp.zeros(shape, jnp.float32),
     )
     hidden = jnp.broadcast_to(hidden[:, None], (*group, hidden.shape[-1]))
-    chosen = choose_all(hidden, keys, seen, 0)
+    chosen = choose_all(hidden, keys, seen, greedily, 0)
     ended, stop = (
         jnp.zeros(group, bool),
         None if stop_table is None else jnp.zeros(group, jnp.int32),
@@ -353,7 +356,7 @@ def _sample(
         index, token, ended, stop, seen, cache, out = state
         hidden, cache = advance_all(offsets, context, cache, token, index - 1)
         seen = mark(seen, token)
-        chosen = choose_all(hidden, keys, seen, index)
+        chosen = choose_all(hidden, keys, seen, greedily, index)
         out, token, ended, stop = record(out, index, chosen, ended, stop)
         return index + 1, token, ended, stop, seen, cache, out
 

@@ -2,7 +2,13 @@
 
 from grpocem_jax.rollouts.engine import Completions, complete, decode, generate
 from grpocem_jax.rollouts.prompts import Item, Prompts, batches, bucket_length, encode, pad
-from grpocem_jax.rollouts.rewards import Scores, population_rewards, score, score_steps
+from grpocem_jax.rollouts.rewards import (
+    Scores,
+    population_rewards,
+    score,
+    score_steps,
+    with_base_logps,
+)
 from grpocem_jax.rollouts.shots import task_format
 
 __all__ = [
@@ -21,4 +27,5 @@ __all__ = [
     "score",
     "score_steps",
     "task_format",
+    "with_base_logps",
 ]

@@ -30,6 +30,9 @@ class Completions(NamedTuple):
       finite: bool ``[P, G]``, whether all log-probabilities of a completion are finite. Where they
         are not, the logits were not either, and the tokens mean nothing.
       texts: the decoded completions, ``[P][G]``.
+      base_logps: log-probabilities of each completion's ``n`` tokens under the base model at
+        temperature 1, its end token's included, ``[P][G]`` of float32 ``[n]``; None unless a reward
+        function asks for them, see `rollouts.with_base_logps`.
     """
 
     prompts: Prompts
@@ -38,11 +41,16 @@ class Completions(NamedTuple):
     mask: np.ndarray
     finite: np.ndarray
     texts: list[list[str]]
+    base_logps: list[list[np.ndarray]] | None = None
 
     def take(self, rows: np.ndarray) -> "Completions":
         """Those of some prompts; ``rows`` is int ``[P']``."""
-        arrays = jax.tree.map(lambda x: x[rows], self._replace(texts=[]))
-        return arrays._replace(texts=[self.texts[i] for i in rows])
+        arrays = jax.tree.map(lambda x: x[rows], self._replace(texts=[], base_logps=None))
+        logps = self.base_logps
+        return arrays._replace(
+            texts=[self.texts[i] for i in rows],
+            base_logps=None if logps is None else [logps[i] for i in rows],
+        )
 
 
 def complete(
@@ -74,7 +82,7 @@ def complete(
       temperature: above 0.
       buckets: lengths to pad the prompts to. The smallest that holds the longest prompt is taken,
         at most the model's context; where none does, the prompts are padded to the longest.
-      greedy: take the most probable tokens instead of drawing.
+      greedy: the last sample of each prompt takes the most probable tokens, the others are drawn.
       own_adapters: whether each prompt has an adapter of its own.
       require_finite: whether completions are of use only if all their logits are finite.
 

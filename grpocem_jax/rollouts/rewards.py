@@ -1,5 +1,7 @@
 """Completions to rewards: of whole completions, of their steps, and of a population."""
 
+import functools
+import inspect
 import math
 import sys
 from collections.abc import Sequence
@@ -11,12 +13,17 @@ import numpy as np
 
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config.schema import HUGEST, GenerationConfig
-from grpocem_jax.rollouts.engine import complete
+from grpocem_jax.models import likelihood
+from grpocem_jax.rollouts.engine import Completions, complete
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.rollouts.prompts import Item
 from grpocem_jax.tasks import scoring
+from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.terminal import say
+
+BASE_LOGPS = "base_logps"
+"""The parameter by which a reward function asks for what `with_base_logps` computes."""
 
 
 class Scores(NamedTuple):
@@ -35,10 +42,74 @@ class Scores(NamedTuple):
     errors: int | None = None
 
 
-def _call(function: Any, items: Sequence[Item], texts: Sequence[Sequence[str]]) -> scoring.Call:
+def _asks(function: Any) -> bool:
+    """Whether a reward function has a parameter of the name `BASE_LOGPS`."""
+    try:
+        return BASE_LOGPS in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of what is written in C there may be none
+        return False
+
+
+def with_base_logps(policy: Policy, items: Sequence[Item], out: Completions) -> Completions:
+    """Completions with the base model's log-probabilities, where a reward function asks for them.
+
+    Args:
+      policy: the policy; its adapter at zero offsets is the base model.
+      items: the ``P`` prompts that were completed.
+      out: their completions.
+
+    Returns:
+      ``out`` with ``base_logps``, those of prompts whose rewards do not ask empty; as it is where
+      none does.
+    """
+    rows = [
+        row
+        for row, item in enumerate(items)
+        if any(map(_asks, (*(x.function for x in item.task.rewards), item.task.process_reward)))
+    ]
+    if not rows:
+        return out
+    # To a power of two, so that few numbers of prompts are compiled.
+    filled = np.resize(rows, 1 << (len(rows) - 1).bit_length())
+    batch = (*(x[filled] for x in out.prompts), out.tokens[filled], out.mask[filled])
+    found = _base_logps(
+        policy.params, policy.zero, devices.divide(policy.mesh, batch), model=policy.model
+    )
+    logps: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] * len(group) for group in out.texts]
+    for row, group in zip(rows, np.asarray(found), strict=False):
+        logps[row] = [x[mask] for x, mask in zip(group, out.mask[row], strict=True)]
+    return out._replace(base_logps=logps)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _base_logps(params: Any, zero: Offsets, batch: Any, *, model: Any) -> jax.Array:
+    def one(prompt: Any, prompt_mask: Any, tokens: Any, mask: Any) -> jax.Array:
+        group = (prompt, prompt_mask, tokens, mask)
+        return likelihood.completion_logps(model, params, zero, *group, temperature=1.0)[0]
+
+    return jax.vmap(one)(*batch)
+
+
+def _call(
+    function: Any,
+    items: Sequence[Item],
+    texts: Sequence[Sequence[str]],
+    base_logps: Sequence[Sequence[np.ndarray]] | None,
+) -> scoring.Call:
     """The call of a reward function for all samples of some items of one task."""
     examples = [item.example for item in items for _ in texts[0]]
+    if base_logps is not None and _asks(function):
+        logps = [each for group in base_logps for each in group]
+        examples = [
+            example._replace(columns={**example.columns, BASE_LOGPS: own})
+            for example, own in zip(examples, logps, strict=True)
+        ]
     return scoring.Call(function, items[0].task, examples, [x for group in texts for x in group])
+
+
+def _of_rows(rows: Sequence[int], *values: Sequence[Any] | None) -> list[Any]:
+    """The elements of each sequence at some rows."""
+    return [None if value is None else [value[row] for row in rows] for value in values]
 
 
 def _rewards(call: scoring.Call, values: Sequence[Any]) -> tuple[list[float], int]:
@@ -85,8 +156,17 @@ def _by_task(items: Sequence[Item]) -> dict[str, list[int]]:
     return rows
 
 
-def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
+def score(
+    items: Sequence[Item],
+    texts: Sequence[Sequence[str]],
+    base_logps: Sequence[Sequence[np.ndarray]] | None = None,
+) -> Scores:
     """Outcome rewards of ``P`` prompts' ``G`` completions.
+
+    Args:
+      items: ``P`` prompts.
+      texts: ``[P][G]`` decoded completions.
+      base_logps: of `with_base_logps`, ``[P][G]``; None where no reward asks for them.
 
     Raises:
       InputError: a reward function raised, exited or took too long, returned something else than a
@@ -103,8 +183,7 @@ def score(items: Sequence[Item], texts: Sequence[Sequence[str]]) -> Scores:
         for reward in items[rows[0]].task.rewards
     ]
     calls = [
-        _call(reward.function, [items[r] for r in rows], [texts[r] for r in rows])
-        for reward, rows in judged
+        _call(reward.function, *_of_rows(rows, items, texts, base_logps)) for reward, rows in judged
     ]
     errors = 0
     for (reward, rows), call, found in zip(judged, calls, scoring.call(calls), strict=True):
@@ -138,6 +217,7 @@ def score_steps(
     tokens: np.ndarray,
     mask: np.ndarray,
     outcomes: np.ndarray,
+    base_logps: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of the steps of completions, for `grpo.process_advantages`.
 
@@ -150,6 +230,7 @@ def score_steps(
       tokens: int32 ``[P, G, N]``.
       mask: bool ``[P, G, N]``.
       outcomes: float32 ``[P, G]`` from `score`.
+      base_logps: as in `score`.
 
     Returns:
       rewards float32 ``[P, G, N]`` at the last token of each step, and where those are, bool.
@@ -159,8 +240,7 @@ def score_steps(
     ends = np.zeros(mask.shape, bool)
     lengths = mask.sum(-1)
     for rows in _by_task(items).values():
-        chosen, parts = [items[r] for r in rows], [texts[r] for r in rows]
-        function = chosen[0].task.process_reward
+        function = items[rows[0]].task.process_reward
         if function is None:
             for row in rows:
                 for sample in np.flatnonzero(~np.isnan(outcomes[row])).tolist():
@@ -168,8 +248,8 @@ def score_steps(
                     rewards[row, sample, last] = outcomes[row, sample]
                     ends[row, sample, last] = True
             continue
-        (found,) = scoring.call([_call(function, chosen, parts)])
-        samples = len(parts[0])
+        (found,) = scoring.call([_call(function, *_of_rows(rows, items, texts, base_logps))])
+        samples = len(texts[0])
         for number, row in enumerate(rows):
             group = [()] * samples if found is None else found[number * samples :][:samples]
             for sample, steps in enumerate(group):
@@ -234,7 +314,9 @@ def population_rewards(
         # What a single adapter makes is meant to be judged; of many, some may be far out.
         require_finite=count == 1,
     )
-    scores = np.where(out.finite, score([*items] * count, out.texts).total, np.nan)
+    asked = [*items] * count
+    out = with_base_logps(policy, asked, out)
+    scores = np.where(out.finite, score(asked, out.texts, out.base_logps).total, np.nan)
     scores = scores.reshape(count, len(items), num_samples)
     present = ~np.isnan(scores)
     total = np.where(present, scores, 0.0).sum(-1)

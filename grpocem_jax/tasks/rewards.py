@@ -2,21 +2,29 @@
 
 A reward function has TRL's signature, ``f(prompts, completions, **columns) -> list[float | None]``.
 ``prompts`` and ``completions`` are lists of B strings, completions without their end token; every
-column is a list of B values, and columns that a function does not read are ignored.  The values
-lie in [-1, 1]; ``None`` abstains.  White space around a completion does not count.
+column is a list of B values, and columns that a function does not read are ignored.  A function
+with a parameter ``base_logps`` gets the log-probabilities of each completion's tokens under the
+base model, float ``[n]`` at temperature 1.  The values lie in [-1, 1]; ``None`` abstains.  White
+space around a completion does not count.
 """
 
 import functools
 import itertools
+import math
 import re
 import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from grpocem_jax.utils.files import some_home
 
 FULL_LENGTH = 12
 """Number of words from which a free text is no longer marked down as short."""
+
+FLUENT_PERPLEXITY = 32.0
+"""Perplexity under the base model, by token, up to which a free text counts as fluent."""
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -176,45 +184,58 @@ def _summary_score(completion: str, reference: str) -> float:
 
 
 def text_reward(
-    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    base_logps: Sequence[np.ndarray],
+    **columns: Any,
 ) -> list[float | None]:
-    """2 (novelty x completeness x length) - 1, for free text without a reference.
+    """2 (novelty x completeness x length x fluency) - 1, for free text without a reference.
 
     novelty: the fraction of the completion's word bigrams that occur neither earlier in the
     completion nor in the prompt (a lone word counts as a bigram).  completeness: 1 when the text
     ends with a full stop, an exclamation mark or a question mark, closing quotes or brackets
-    allowed after it, otherwise 0.5.  length: words / 12, at most 1.  It punishes repetition,
-    copying and breaking off; it does not judge sense.
+    allowed after it, otherwise 0.5.  length: words / 12, at most 1.  fluency: 32 / the
+    completion's perplexity under the base model, at most 1; words in random order are near 0.
 
     Args:
       prompts: B prompts.
       completions: B completions; one without a word gets -1.
+      base_logps: log-probabilities of their tokens under the base model, float ``[n]`` each.
       **columns: not read.
     """
     del columns
-    return [
-        _text_score(prompt, completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    return [_text_score(*sample) for sample in zip(prompts, completions, base_logps, strict=True)]
 
 
-def _text_score(prompt: str, completion: str) -> float:
+def _text_score(prompt: str, completion: str, base_logps: np.ndarray) -> float:
     length = min(1.0, len(_WORD.findall(completion)) / FULL_LENGTH)
     novelty = _novelty(completion, set(_bigrams(prompt)))
-    return 2.0 * novelty * _completeness(completion) * length - 1.0
+    return 2.0 * novelty * _completeness(completion) * length * _fluency(base_logps) - 1.0
+
+
+def _fluency(base_logps: np.ndarray) -> float:
+    surprise = -float(np.mean(base_logps)) if len(base_logps) else 0.0
+    return min(1.0, FLUENT_PERPLEXITY * math.exp(-surprise))
 
 
 def text_process_reward(
-    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    base_logps: Sequence[np.ndarray],
+    **columns: Any,
 ) -> list[list[StepReward]]:
-    """2 novelty - 1 for each sentence of a free text, as steps for process supervision.
+    """2 (novelty x fluency) - 1 for each sentence of a free text, for process supervision.
 
     A sentence's novelty is that of ``text_reward``, judged against the prompt and the sentences
-    before it; the last sentence's is multiplied by the text's completeness.
+    before it; the last sentence's is multiplied by the text's completeness.  The fluency is that
+    of the whole text.
 
     Args:
       prompts: B prompts.
       completions: B completions.
+      base_logps: as for ``text_reward``.
       **columns: not read.
 
     Returns:
@@ -223,17 +244,16 @@ def text_process_reward(
     """
     del columns
     return [
-        _sentence_steps(prompt, completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
+        _sentence_steps(*sample) for sample in zip(prompts, completions, base_logps, strict=True)
     ]
 
 
-def _sentence_steps(prompt: str, completion: str) -> list[StepReward]:
-    seen = set(_bigrams(prompt))
+def _sentence_steps(prompt: str, completion: str, base_logps: np.ndarray) -> list[StepReward]:
+    seen, fluency = set(_bigrams(prompt)), _fluency(base_logps)
     ends = _sentence_ends(completion)
     steps, start = [], 0
     for end in ends:
-        weight = _completeness(completion) if end == len(completion) else 1.0
+        weight = fluency * (_completeness(completion) if end == len(completion) else 1.0)
         steps.append(StepReward(end, 2.0 * weight * _novelty(completion[start:end], seen) - 1.0))
         start = end
     return steps

@@ -68,20 +68,6 @@ class Judged(NamedTuple):
     greedy_texts: list[list[str]]
 
 
-def judge(
-    policy: Policy,
-    offsets: Offsets,
-    items: Sequence[rollouts.Item],
-    key: jax.Array,
-    config: Config,
-) -> Judged:
-    """`evaluate` with samples and greedily, both with the same arguments."""
-    return Judged(
-        *evaluate(policy, offsets, items, key, config, greedy=False),
-        *evaluate(policy, offsets, items, key, config, greedy=True),
-    )
-
-
 def records(items: Sequence[rollouts.Item], before: Judged, after: Judged) -> list[dict[str, Any]]:
     """What heldout.jsonl says of each prompt: the first sample, the mean reward of all samples,
     and the greedy completion with its reward; None for a reward where all abstained."""
@@ -99,6 +85,31 @@ def records(items: Sequence[rollouts.Item], before: Judged, after: Judged) -> li
             }
         lines.append(line)
     return lines
+
+
+def judge(
+    policy: Policy,
+    offsets: Offsets,
+    items: Sequence[rollouts.Item],
+    key: jax.Array,
+    config: Config,
+    *,
+    own_adapters: bool = False,
+) -> Judged:
+    """Held-out prompts judged with samples and greedily, each prompt processed once.
+
+    The arguments and errors are those of `evaluate`, and so are the results.
+    """
+    count = config.train.eval_samples + 1
+    rewards, texts = _complete(
+        policy, offsets, items, key, config, count, greedy=True, own_adapters=own_adapters
+    )
+    return Judged(
+        _mean(rewards[:, :-1]),
+        [group[:-1] for group in texts],
+        _mean(rewards[:, -1:]),
+        [group[-1:] for group in texts],
+    )
 
 
 def evaluate(
@@ -130,6 +141,33 @@ def evaluate(
       InputError: out of device memory, logits that are not finite, or what `rollouts.score`
         raises.
     """
+    count = 1 if greedy else config.train.eval_samples
+    rewards, texts = _complete(
+        policy, offsets, items, key, config, count, greedy=greedy, own_adapters=own_adapters
+    )
+    return _mean(rewards), texts
+
+
+def _mean(rewards: np.ndarray) -> np.ndarray:
+    """Mean of each row of ``[n, samples]`` without what abstained, NaN where all did."""
+    present = ~np.isnan(rewards)
+    count = present.sum(-1)
+    sums = np.where(present, rewards, 0.0).sum(-1)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
+
+
+def _complete(
+    policy: Policy,
+    offsets: Offsets,
+    items: Sequence[rollouts.Item],
+    key: jax.Array,
+    config: Config,
+    num_samples: int,
+    *,
+    greedy: bool,
+    own_adapters: bool,
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Rewards float64 ``[n, num_samples]`` and texts; with ``greedy`` the last of each is."""
     size = min(config.train.eval_batch_size, max(len(items), 1))
     advice = (
         f"lower train.eval_batch_size={config.train.eval_batch_size} to {size // 2}"
@@ -137,7 +175,7 @@ def evaluate(
         else f"lower generation.max_new_tokens={config.generation.max_new_tokens}"
     )
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(items)))
-    rewards = np.full(len(items), np.nan)
+    rewards = np.full((len(items), num_samples), np.nan)
     texts: list[list[str]] = [[] for _ in items]
     for rows, filled in rollouts.batches([item.tokens for item in items], size):
         with memory.advise("the evaluation", advice):
@@ -147,19 +185,19 @@ def evaluate(
                 [items[i].tokens for i in filled],
                 keys[filled],
                 config.generation,
-                num_samples=1 if greedy else config.train.eval_samples,
+                num_samples=num_samples,
                 temperature=config.generation.temperature,
                 buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
                 greedy=greedy,
                 own_adapters=own_adapters,
                 require_finite=True,
             )
+            out = rollouts.with_base_logps(policy, [items[i] for i in filled], out)
         groups = out.texts[: len(rows)]
-        scores = rollouts.score([items[i] for i in rows], groups).total
-        for row, group, values in zip(rows, groups, scores, strict=True):
+        logps = None if out.base_logps is None else out.base_logps[: len(rows)]
+        rewards[rows] = rollouts.score([items[i] for i in rows], groups, logps).total
+        for row, group in zip(rows, groups, strict=True):
             texts[row] = group
-            present = values[~np.isnan(values)]
-            rewards[row] = present.mean() if len(present) else np.nan
     return rewards, texts
 
 

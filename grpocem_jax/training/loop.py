@@ -522,7 +522,9 @@ class Run:
         if not out.finite.any() and self.policy.dtype == "float16":
             fix = self.policy.nonfinite_logits("")
             raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
-        scores = rollouts.score(items, out.texts)
+        with memory.advise("a step's rollouts", self.rollouts_advice()):
+            out = rollouts.with_base_logps(self.policy, items, out)
+        scores = rollouts.score(items, out.texts, out.base_logps)
         drawn = {
             **step_metrics.rewards(items, scores),
             **step_metrics.lengths(out.mask.sum(-1), self._unended(out)),
@@ -657,7 +659,7 @@ class Run:
         """Rewards at the last token of each step, float32 ``[P, G, N]``, NaN elsewhere."""
         if self.config.grpo.supervision == "process":
             values, ends = rollouts.score_steps(
-                self.policy, items, out.texts, out.tokens, out.mask, rewards
+                self.policy, items, out.texts, out.tokens, out.mask, rewards, out.base_logps
             )
         else:  # one step a completion, worth its outcome
             values = rewards[..., None].astype(np.float32)
