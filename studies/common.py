@@ -82,6 +82,7 @@ def run(
     results: Path,
     seeds: int = 5,
     needed: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
 ) -> None:
     """The command of a study.
 
@@ -93,6 +94,7 @@ def run(
       results: file in which the figures are kept.
       seeds: draws or runs by default.
       needed: further flags, of files and folders, without which no part can be run.
+      flags: further ones with their defaults.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--parts", default=",".join(parts), help="which parts to run")
@@ -101,6 +103,8 @@ def run(
     parser.add_argument("--doc", type=Path, help="document to write the tables into")
     for name in needed:
         parser.add_argument(name, type=Path, help="needed to run a part")
+    for name, value in (flags or {}).items():
+        parser.add_argument(name, type=type(value), default=value, help=f"default: {value}")
     args = parser.parse_args()
     names = list(filter(None, args.parts.split(",")))
     missing = [name for name in needed if getattr(args, name.removeprefix("--")) is None]

@@ -52,6 +52,8 @@ def test_prompt_and_reward_fit_together(name):
     assert task.template.format_map(columns) == prompt
     assert set(task.columns) == set(columns) - {"labels"}
     repeated = {column: [value, value] for column, value in columns.items()}
+    if name == "general":
+        repeated["base_logps"] = [[-1.0], [-1.0]]
     assert task.rewards[0].function([prompt, prompt], [good, bad], **repeated) == [1.0, -1.0]
 
 
@@ -63,7 +65,8 @@ def test_a_prompt_does_not_end_in_a_space():
 def test_general_rewards_the_process_as_well():
     process = tasks.TASKS["general"].process_reward
     assert process is not None
-    assert process(["Once upon"], ["a time. A dog"]) == [[(7, 1.0), (13, 0.0)]]
+    steps = process(["Once upon"], ["a time. A dog"], base_logps=[[-1.0]])
+    assert steps == [[(7, 1.0), (13, 0.0)]]
 
 
 @pytest.mark.parametrize("name", SAMPLES)
