@@ -1,5 +1,6 @@
 """What the benchmarks share: the subject, the clock, the plain products, and the output."""
 
+import dataclasses
 import importlib
 import json
 import platform
@@ -22,6 +23,7 @@ from grpocem_jax.config import AdapterConfig, Config, commands, parse_config, se
 from grpocem_jax.models import base, hub
 from grpocem_jax.rollouts.policy import attach
 from grpocem_jax.runs import metrics
+from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
 
@@ -126,6 +128,8 @@ def _parse(settings: ml_collections.ConfigDict) -> tuple[Config, str]:
     # A program found on disk would hide what compilation takes.
     jax.config.update("jax_enable_compilation_cache", False)
     config = parse_config(settings)
+    dtype = devices.matrix_dtype(config.model.dtype)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     source = config.model.source
     name = source.rpartition("/")[2].lower()
     if name in hub.SHAPES and not Path(source).is_dir():

@@ -3,7 +3,7 @@
     python -m benchmarks.grpo [--config configs/gpt2.py] [--tokens 32] [--json] [--peers]
 
 Times what `train.py` does in an optimizer step: `sampling.sample`, advantages, weights, and
-`training.update_program` with the config's micro-batch, reference policy, KL term and entropy
+`update_program` with the config's micro-batch, reference policy, KL term and entropy
 bonus.  The reward is the share of odd tokens; no text is made of them.
 """
 
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from benchmarks import common, decode
 from grpocem_jax import grpo
 from grpocem_jax.models import sampling
-from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
+from grpocem_jax.training.update import update_program
 
 
 class Step(NamedTuple):
@@ -63,7 +63,7 @@ def compile_step(subject: common.Subject, prompt_length: int, length: int) -> St
     shapes = jax.eval_shape(lambda *x: sampling.sample(*x, **settings), *arguments)
     batch = jax.eval_shape(lambda out: make_batch(arguments, out), shapes)
     update, update_seconds = common.compile_ahead(
-        training.update_program,
+        update_program,
         state,
         subject.attached.params,
         batch,

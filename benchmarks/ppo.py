@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from grpocem_jax import grpo
 from grpocem_jax.models.base import Model, Params
 from grpocem_jax.models.likelihood import token_logps
-from grpocem_jax.training import loop as training
+from grpocem_jax.training.update import MEMORY_FIRST
 
 DISCOUNT = 1.0
 TRACE = 0.95
@@ -134,6 +134,6 @@ update = jax.jit(
     functools.partial(grpo.update, loss=loss),
     static_argnames=tuple(name for name in grpo.STATIC if name != "loss"),
     donate_argnames=("state",),
-    compiler_options=training.MEMORY_FIRST,
+    compiler_options=MEMORY_FIRST,
 )
 """`grpo.update` with this loss; the state before it is given up."""

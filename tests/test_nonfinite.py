@@ -11,10 +11,12 @@ import pytest
 from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.config import parse_config
+from grpocem_jax.models.likelihood import completion_logps
 from grpocem_jax.models.sampling import Rollouts
 from grpocem_jax.rollouts import policy
 from grpocem_jax.tasks import Example
 from grpocem_jax.training import loop as training
+from grpocem_jax.training import update as updates
 from grpocem_jax.utils.errors import InputError
 from tests.runs import read_lines, training_config
 
@@ -111,14 +113,14 @@ def test_k3_is_exponential_up_to_its_bound_and_its_tangent_beyond():
 
 
 def test_a_kl_term_that_is_very_large_is_named_with_its_log_ratio(tmp_path, monkeypatch, capsys):
-    update = training.update_program
+    update = updates.update_program
 
     def far(state, *args, **options):
         new, found = update(state, *args, **options)
         return new, {**found, "kl": jnp.float32(3e9), "skipped": jnp.float32(skipped)}
 
     monkeypatch.setattr(training, "update_program", far)
-    monkeypatch.setattr(training, "largest_log_ratio", lambda *args, **options: 119.4)
+    monkeypatch.setattr(updates, "largest_log_ratio", lambda *args, **options: 119.4)
     changes = {"train.max_steps": 1, "train.max_skipped_updates": 0}
     said = "the KL term is 3e+09, as a token is 119 nats more probable under the base model"
     skipped = 0.0
@@ -140,13 +142,13 @@ def test_the_largest_log_ratio_is_that_of_a_token_in_use():
     mask = jnp.arange(4)[None, None] < jnp.array([[[1], [4], [2]]] * 2)
     prompts = jnp.array([[5, 6], [7, 8]])
     batch = grpo.Batch(prompts, prompts > 0, tokens, mask, *(jnp.zeros(tokens.shape),) * 3)
-    found = float(training.largest_log_ratio(params, offsets, batch, 1.0, model=model))
+    found = float(updates.largest_log_ratio(params, offsets, batch, 1.0, model=model))
     ratios = []
     for p in range(2):
         both = [
-            training.completion_logps(
-                model, params, x, prompts[p], prompts[p] > 0, tokens[p], mask[p], 1.0
-            )[0]
+            completion_logps(model, params, x, prompts[p], prompts[p] > 0, tokens[p], mask[p], 1.0)[
+                0
+            ]
             for x in (run.offsets, offsets)
         ]
         ratios.append(np.asarray(both[0] - both[1])[np.asarray(mask[p])].max())

@@ -50,8 +50,8 @@ class ModelConfig:
     )
     dtype: str = setting(
         "Type of matrices and of the operands of products; sums, norms, softmax and the adapter "
-        "stay float32.",
-        one_of(*DTYPES),
+        "stay float32. `auto`: the one in which the device multiplies fastest.",
+        one_of("auto", *DTYPES),
         default="float32",
     )
 

@@ -290,6 +290,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
     total = summary.get("total_parameters")
     share = f", {100 * trainable / total:.3f}% of the model" if total else ""
     source = summary.get("model") or setting("model", "source")
+    dtype = summary.get("dtype") or setting("model", "dtype")
     found = {
         "Model": source and f"{source}{f', {total:,} parameters' if total else ''}, frozen",
         "Adapter": f"{trainable:,} {kind} at {sites_named}{share}" if record.offsets else None,
@@ -299,7 +300,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         f"{setting('grpo', 'group_size')}, learning rate {setting('train', 'learning_rate'):g}",
         "Seed": record.config.get("seed"),
         "Device": summary.get("platform")
-        and f"{summary['platform']} ({summary.get('device')}), {setting('model', 'dtype')}",
+        and f"{summary['platform']} ({summary.get('device')}), {dtype}",
         "Time": summary.get("seconds")
         and f"{summary['seconds']:.0f} s, of them {summary['train_seconds']:.0f} s of training and "
         f"{summary['compile_seconds']:.0f} s of compilation",

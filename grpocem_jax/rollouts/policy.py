@@ -218,7 +218,7 @@ def attach(
             make_adapter(settings) if adapter is None else adapter,
             settings.sites,
             key=jax.random.key(config.seed),
-            dtype=jnp.dtype(dtype or config.model.dtype),
+            dtype=jnp.dtype(devices.matrix_dtype(dtype or config.model.dtype)),
         )
 
 

@@ -20,6 +20,7 @@ def setting(config: Config, policy: Policy) -> list[str]:
     total = pretrained.num_params()
     device, used, there = jax.devices()[0], policy.num_devices, jax.device_count()
     count = f"{used} of {there} x " if used < there else f"{used} x " if used > 1 else ""
+    asked = ", by model.dtype=auto" if config.model.dtype == "auto" else ""
     packaged = hub.PACKAGED.get(pretrained.source)
     source = {
         "builtin": "the built-in tiny model",
@@ -31,7 +32,7 @@ def setting(config: Config, policy: Policy) -> list[str]:
         "hub": f"{pretrained.source} from the Hub",
     }[pretrained.kind]
     return [
-        f"device    {count}{device.platform} ({device.device_kind}), {config.model.dtype}",
+        f"device    {count}{device.platform} ({device.device_kind}), {policy.dtype}{asked}",
         f"model     {source}, {total:,} parameters, frozen",
         f"adapter   {trainable:,} {trained(config.adapter)} ({100 * trainable / total:.3f}%)",
     ]

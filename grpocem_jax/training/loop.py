@@ -2,11 +2,10 @@
 
 import collections
 import contextlib
-import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,23 @@ from grpocem_jax import grpo, report, rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.models import sampling
-from grpocem_jax.models.base import Model, Params
-from grpocem_jax.models.likelihood import completion_logps
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
 from grpocem_jax.training import evaluation, results, screens, step_metrics
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
 from grpocem_jax.training.data import Data, load_data
+from grpocem_jax.training.update import (
+    find_trouble,
+    micro_batch,
+    shorter_completions,
+    update_program,
+)
 from grpocem_jax.utils import devices, memory, user_code
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, read_object, writing
 from grpocem_jax.utils.progress import Progress
 from grpocem_jax.utils.terminal import say
-
-LARGE_KL = 1e6
-"""A mean k3 estimate from which on something is wrong: a token some 14 nats apart or more."""
-MEMORY_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""For XLA's CPU compiler, which otherwise starts the recomputation of all layers at once and keeps
-what comes of it: 1.9 instead of 1.3 GB at the report's setting. Other backends pass it over."""
-
-update_program = jax.jit(grpo.update, static_argnames=grpo.STATIC, compiler_options=MEMORY_FIRST)
-"""`grpo.update` as a program of its own, in the least memory."""
 
 
 def train(
@@ -90,6 +84,8 @@ def train(
             f"grpo.group_size{factor}); give more data or a smaller step."
         )
     identity = {"model": policy.pretrained.sha256, "data": data.sha256}
+    if config.model.dtype == "auto":
+        identity["model.dtype"] = policy.dtype
     total = total_steps(config, len(train_items))
     if config.train.final_lr_scale < 1:
         algorithm = make_algorithm(config, total_steps=total)
@@ -578,7 +574,7 @@ class Run:
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
-        self.trouble = self.find_trouble(record, out, before, batch, temperature)
+        self.trouble = find_trouble(config, self.policy, record, out, before, batch, temperature)
         self.shown_before = self.completions.size
         if step % config.logging.interval == 0 or step + 1 == self.total_steps:
             self.show(step + 1, items, out.texts, rewards, np.asarray(advantages))
@@ -612,43 +608,6 @@ class Run:
                 f"({what}); {fix} in a new run, or look at the prompts in "
                 f"{self.workdir / 'nonfinite.jsonl'}."
             )
-
-    def find_trouble(
-        self,
-        record: Mapping[str, float],
-        out: rollouts.Completions,
-        state: grpo.TrainState,
-        batch: grpo.Batch,
-        temperature: float,
-    ) -> tuple[str, str]:
-        """Why an update was skipped, and what to do; two empty strings where it was not.
-
-        A KL term that is finite and very large is said here and now.
-        """
-        rate, kl = self.config.train.learning_rate, record["kl"]
-        lower = f"lower train.learning_rate={rate:g} to {rate / 4:g}"
-        half = f"set model.dtype={self.policy.dtype!r} to 'bfloat16' or 'float32'"
-        if not out.finite.all():
-            what = f"the logits are not finite in {self.policy.dtype}"
-            return what, half if self.policy.dtype == "float16" else lower
-        if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:
-            largest = float(
-                largest_log_ratio(
-                    self.policy.params, state.offsets, batch, temperature, model=self.policy.model
-                )
-            )
-            what = (
-                f"the KL term is {kl:.3g}, as a token is {largest:.0f} nats more probable under "
-                "the base model than under the policy"
-            )
-            beta = self.config.grpo.beta
-            fix = f"{lower}, or raise grpo.beta={beta:g} to {4 * beta:g}"
-            if not record["skipped"]:
-                say(f"step {record['step']}: {what}; {fix} in a new run", sys.stderr)
-            return what, fix
-        if self.policy.dtype == "float16":
-            return "loss or gradient is not finite in float16", half
-        return "loss or gradient is not finite", lower
 
     def step_rewards(
         self,
@@ -696,60 +655,3 @@ class Run:
                     }
                 )
         Progress.write(screens.completions(step, items, texts, rewards))
-
-
-def shorter_completions(length: int) -> str:
-    """What to do where the smallest batch of completions of ``length`` tokens takes too much."""
-    if length == 1:
-        return "take a smaller model, or a device with more memory"
-    return f"lower generation.max_new_tokens={length} to {length // 2}"
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def largest_log_ratio(
-    params: Params,
-    offsets: Offsets,
-    batch: grpo.Batch,
-    temperature: float,
-    *,
-    model: Model,
-) -> jax.Array:
-    """Largest ``log pi_ref - log pi`` of a token of a step's completions, float32 ``[]``."""
-    zero = jax.tree.map(jnp.zeros_like, offsets)
-
-    def of_prompt(row: grpo.Batch) -> jax.Array:
-        inputs = (row.prompts, row.prompt_mask, row.completions, row.mask, temperature)
-        reference, policy = (
-            completion_logps(model, params, own, *inputs)[0] for own in (zero, offsets)
-        )
-        return jnp.max(jnp.where(row.mask, reference - policy, -jnp.inf))
-
-    return jnp.max(jax.lax.map(of_prompt, batch))
-
-
-def micro_batch(config: Config, size: int) -> memory.Chunk:
-    """The completions of an update that are processed at once: whole groups, at first ``size``."""
-    group, length = config.grpo.group_size, config.generation.max_new_tokens
-
-    def smaller(size: int) -> int | None:
-        sizes = range(group, size // 2 + 1, group)
-        return max((each for each in sizes if size % each == 0), default=None)
-
-    def advice(size: int, smaller: int | None) -> str:
-        if smaller is None:
-            return shorter_completions(length)
-        batch, count = config.train.batch_size, config.train.accumulation_steps
-        return (
-            f"continue with train.fit_memory=True, or lower train.batch_size={batch} to {smaller} "
-            f"and raise train.accumulation_steps={count} to {count * batch // smaller} in a new "
-            "run; neither changes a result but by rounding"
-        )
-
-    return memory.Chunk(
-        "the micro-batch, train.batch_size",
-        size,
-        "a step's update",
-        lower=config.train.fit_memory,
-        smaller=smaller,
-        advice=advice,
-    )

@@ -103,6 +103,7 @@ def summarize(
             "rms": float(np.sqrt(np.mean(values**2))),
         },
         "model": pretrained.source,
+        "dtype": policy.dtype,
         "builtin_model": pretrained.kind == "builtin",
         "random_weights": pretrained.kind == "random",
         "builtin_data": {name: sources[name].source == "builtin" for name in config.data.tasks},

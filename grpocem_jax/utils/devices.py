@@ -7,6 +7,7 @@ they lie, and XLA's partitioner does the rest (GSPMD, Xu et al. 2021, arXiv 2105
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,35 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh | None:
 def sharing(count: int) -> Mesh | None:
     """A mesh of as many of the devices there are as share ``count`` prompts evenly."""
     return make_mesh(jax.devices()[: math.gcd(jax.device_count(), count)])
+
+
+def matrix_dtype(dtype: str) -> str:
+    """What ``model.dtype`` stands for: ``auto`` for `fast_dtype`, the others for themselves."""
+    return fast_dtype(jax.devices()[0], Path("/proc/cpuinfo")) if dtype == "auto" else dtype
+
+
+def fast_dtype(device: jax.Device, processor: Path) -> str:
+    """The type in which a device multiplies matrices fastest.
+
+    bfloat16 on TPUs, GPUs of compute capability 8.0 and above, and processors with AMX; float16 on
+    GPUs from 7.0 on, such as the T4, whose tensor cores have no bfloat16; otherwise float32.
+
+    Args:
+      device: the device.
+      processor: the file in which Linux lists what a processor can do, which need not be there.
+    """
+    if device.platform == "tpu":
+        return "bfloat16"
+    if device.platform == "cpu":
+        try:
+            return "bfloat16" if "amx_bf16" in processor.read_text().split() else "float32"
+        except OSError:
+            return "float32"
+    try:
+        capability = float(device.compute_capability)
+    except (AttributeError, ValueError):  # no GPU of NVIDIA's
+        return "float32"
+    return "bfloat16" if capability >= 8 else "float16" if capability >= 7 else "float32"
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
