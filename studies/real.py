@@ -9,11 +9,12 @@ them; ``--data hub`` takes them from the Hugging Face Hub.  Each training is a r
 ``--workdir``: the same command goes on where it was cut off, and trains nothing twice.  The figures
 are kept in ``studies/real.json``; ``--parts=`` only writes the tables again.
 
-What is trained is judged on 200 held-out prompts of each label task, 100 of the others, and by what
-the model then thinks of 100 passages of the held-out texts of the task ``general``: the price.
+What is trained on the two label tasks is judged on 200 held-out prompts of each, all else on 100,
+and by what the model then thinks of 100 passages of the held-out texts of ``general``: the price.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text, TrainedRun
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
+from grpocem_jax.models.likelihood import completion_logps
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.training import evaluation
 from grpocem_jax.training import loop as training
@@ -177,6 +179,7 @@ def prompting(study: Study) -> dict[str, Any]:
         changes["data.max_prompt_tokens"] = 80 * (shots + 1)
         changes["generation.prompt_buckets"] = (80 * (shots + 1),)
         changes["data.max_samples"] = max(shots, 8)
+        changes["data.heldout_samples"] = 100
         config = parse_config(study.settings(changes))
         policy = policy or load_policy(config)
         items = load_data(config, policy).heldout
@@ -217,8 +220,25 @@ def _calibrated(run: TrainedRun, items: Sequence[Any]) -> np.ndarray:
 
 
 def _likelihoods(run: TrainedRun, prompt: str, labels: Sequence[str]) -> np.ndarray:
-    texts = [Text(prompt, f" {label}") for label in labels]
-    return adaptation.log_likelihoods(run, run.offsets, texts)
+    """Log-probability of each label after a prompt; float32 ``[labels]``."""
+    policy = run.policy
+    ids = [policy.encode_completion(f" {label}") for label in labels]
+    mask = np.arange(max(map(len, ids))) < np.array([[len(row)] for row in ids])
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(ids)
+    encoded = np.asarray(policy.encode(prompt), np.int32)
+    length = run.config.data.max_prompt_tokens
+    padded = rollouts.pad([encoded], max(length, len(encoded)))
+    group = (padded.tokens[0], padded.mask[0], tokens, mask)
+    return np.asarray(_label_logps(policy.params, run.offsets, *group, model=policy.model))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _label_logps(
+    params: Any, offsets: Any, prompt: Any, prompt_mask: Any, tokens: Any, mask: Any, *, model: Any
+) -> jax.Array:
+    group = (prompt, prompt_mask, tokens, mask)
+    return completion_logps(model, params, offsets, *group, temperature=1.0)[0].sum(-1)
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:

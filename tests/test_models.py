@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.models import base, hub
+from grpocem_jax.models import base, hub, likelihood
 from grpocem_jax.utils.errors import InputError
 from tests.parity import weights
 from tests.tiny import make_tiny
@@ -329,3 +329,21 @@ def test_a_record_may_be_a_static_argument(tiny):
     logits(tiny.params, hidden, model=tiny.base)
     logits(tiny.params, hidden, model=tiny.architecture.build(tiny.config))
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_completions_of_one_token_and_of_more_have_the_log_probabilities_of_a_whole_text(
+    tiny, count
+):
+    prompt, rest = TEXT[:PROMPT], TEXT[PROMPT : PROMPT + count]
+    logps = jax.jit(functools.partial(likelihood.completion_logps, tiny.model))(
+        tiny.factored,
+        tiny.adapted(),
+        *pad(prompt, 0, PROMPT),
+        np.asarray(rest)[None],
+        np.ones((1, count), bool),
+        1.0,
+    )[0]
+    logits = tiny.model.logits(tiny.factored, whole(tiny, TEXT[: PROMPT + count]))
+    expected = jax.nn.log_softmax(logits)[PROMPT - 1 : -1]
+    close(logps[0], expected[np.arange(count), np.asarray(rest)])

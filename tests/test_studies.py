@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpocem_jax.adaptation import Text, TrainedRun, log_likelihoods
 from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts import Item
+from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks import TASKS, Example
 from grpocem_jax.training import loop as training
 from studies import adaptation, common, pretrained, real, soak, stories
@@ -87,6 +89,18 @@ def test_the_recipes_of_the_study_are_settings(study, name):
     changed = study.settings(real.RECIPES[name])
     assert parse_config(changed)
     assert (changed.to_dict() == study.settings({}).to_dict()) == (name == "scales")
+
+
+def test_a_labels_likelihood_is_that_of_its_tokens_after_the_prompt(study):
+    config = parse_config(study.settings({}))
+    policy = load_policy(config)
+    run = TrainedRun(config, policy, policy.zero)
+    prompt, labels = "Text: The soup was cold.\nTopic:", ("World", "Sports news")
+    for label, found in zip(labels, real._likelihoods(run, prompt, labels), strict=True):
+        text = Text(prompt, f" {label}")
+        (mean,) = log_likelihoods(run, run.offsets, [text])
+        count = len(policy.encode_completion(text.completion))
+        assert found == pytest.approx(count * mean, rel=1e-4)
 
 
 def test_calibration_divides_by_the_likelihoods_without_a_text(monkeypatch):

@@ -118,8 +118,10 @@ def completion_logps(
     last, context = model.prefill(params, offsets, prompt, prompt_mask)
 
     def one(tokens, mask, positions):
-        hidden = model.forward(params, offsets, tokens[:-1], mask[:-1], context)
-        hidden = jnp.concatenate([last[None], hidden])
+        hidden = last[None]
+        if len(tokens) > 1:
+            rest = model.forward(params, offsets, tokens[:-1], mask[:-1], context)
+            hidden = jnp.concatenate([hidden, rest])
         if positions is not None:
             hidden, tokens, mask = hidden[positions], tokens[positions], mask[positions]
         found = token_logps(model, params, hidden, tokens, temperature, keep_logits=keep_logits)
