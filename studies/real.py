@@ -1,7 +1,7 @@
-"""The report's study on a real language model of its size, behind docs/reproduction.md.
+"""The report's study on a real language model of its size, behind studies/real.md.
 
     make study-real DATA=FOLDER
-    python -m studies.real --data FOLDER --doc docs/reproduction.md
+    python -m studies.real --data FOLDER --doc studies/real.md
 
 trains SmolLM2-135M-Instruct on the tasks of ``configs/smollm2.py``, or another model
 (``--model openai-community/gpt2 --site attn.c_proj``).  FOLDER holds the data as that config wants
@@ -73,8 +73,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """What is trained on the same prompts, by what differs from the config."""
 SHOTS = (0, 2, 4, 8)
-PASSAGES, WORDS = 100, 60
-"""Held-out texts of the task general that are scored, and how many words of each."""
+PASSAGES, SHORTEST, WORDS = 100, 8, 60
+"""Held-out texts of the task general that are scored, and how few and how many words of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +127,16 @@ class Study:
 
     def _likelihood(self, run: TrainedRun) -> dict[str, Any]:
         """Log-likelihood of held-out free text before training, and its change, nats a token."""
-        config = self.settings({"data.tasks": ("general",), "data.max_prompt_tokens": 128})
-        items = load_data(parse_config(config), run.policy).heldout[:PASSAGES]
-        texts = [Text(" ".join(item.example.prompt.split(" ")[:WORDS])) for item in items]
+        changes = {
+            "data.tasks": ("general",),
+            "data.heldout_samples": 4 * PASSAGES,
+            "data.max_prompt_tokens": 128,
+            "data.general.prompt_words": WORDS,
+        }
+        items = load_data(parse_config(self.settings(changes)), run.policy).heldout
+        prompts = [item.example.prompt for item in items]
+        long = [text for text in prompts if len(text.split()) >= SHORTEST]
+        texts = [Text(text) for text in long[:PASSAGES]]
         before, after = (
             adaptation.log_likelihoods(run, offsets, texts)
             for offsets in (run.policy.zero, run.offsets)
