@@ -183,6 +183,8 @@ def test_the_two_habits_differ_where_the_reward_tells_them_apart(task):
         columns = {name: [sample.row[name] for sample in samples] for name in samples[0].row}
         if task in data.LABELS:
             columns["labels"] = [data.LABELS[task]] * len(samples)
+        if task == "general":
+            columns["base_logps"] = [np.zeros(1)] * len(samples)
         reward = TASKS[task].rewards[0].function
         rewards = [
             np.array(reward([s.prompt for s in samples], answers, **columns), float)
