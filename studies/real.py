@@ -16,14 +16,16 @@ and by what the model then thinks of 100 passages of the held-out texts of ``gen
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+import grpocem_jax as gj
 from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text, TrainedRun
 from grpocem_jax.config import parse_config
@@ -97,7 +99,7 @@ class Study:
 
     def settings(self, changes: dict[str, Any], seed: int = 0) -> ml_collections.ConfigDict:
         """The config with some changes; ``all`` as sites stands for all linear maps."""
-        config = load_config("smollm2" if self.data == "hub" else f"smollm2:{self.data}")
+        config = load_config(f"smollm2:{self.data}")
         config.model.source = self.model
         config.adapter.sites = (self.site,)
         if changes.get("adapter.sites") == "all":
@@ -144,11 +146,8 @@ class Study:
         return {"before": float(before.mean()), "change": mean_ci(after - before)}
 
 
-def steering() -> Any:
+def steering() -> gj.Adapter:
     """One trained bias at each site, the steering vector of a layer."""
-    import jax.numpy as jnp
-
-    import grpocem_jax as gj
 
     def apply(kernel: jax.Array, own: jax.Array, x: jax.Array) -> jax.Array:
         y = gj.dense(kernel, x)
@@ -251,16 +250,15 @@ def _label_logps(
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """The document's tables by the name of their markers."""
     made = {}
+    labels: dict[str, Callable[[Any], str]] = {
+        "sentiment, right under greedy decoding": lambda r: _percent(r, "sentiment"),
+        "news topic": lambda r: _percent(r, "classification"),
+        "sampled reward, both": lambda r: _gain(r["sampled"]["overall"]),
+        "likelihood of other text": _price,
+    }
     if "two" in results:
         made["real two"] = table(
-            results["two"]["rows"],
-            {
-                "seed": lambda r: str(r["seed"]),
-                "sentiment, right under greedy decoding": lambda r: _percent(r, "sentiment"),
-                "news topic": lambda r: _percent(r, "classification"),
-                "sampled reward, both": lambda r: _gain(r["sampled"]["overall"]),
-                "likelihood of other text": _price,
-            },
+            results["two"]["rows"], {"seed": lambda r: str(r["seed"]), **labels}
         )
     if "five" in results:
         made["real five"] = table(
@@ -282,10 +280,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
             {
                 "trained": lambda r: r["name"],
                 "numbers": lambda r: f"{r['parameters']:,}",
-                "sentiment": lambda r: _percent(r, "sentiment"),
-                "news topic": lambda r: _percent(r, "classification"),
-                "sampled reward, both": lambda r: _gain(r["sampled"]["overall"]),
-                "likelihood of other text": _price,
+                **labels,
             },
         )
     if "prompting" in results:

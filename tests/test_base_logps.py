@@ -99,6 +99,18 @@ def test_nothing_is_computed_where_no_reward_asks(policy):
     assert rollouts.with_base_logps(dataclasses.replace(policy, params=None), items, out) is out
 
 
+def test_a_process_reward_asks_only_where_steps_are_judged(policy):
+    def by_steps(prompts, completions, *, base_logps, **columns):
+        return [[] for _ in completions]
+
+    task = dataclasses.replace(PLAIN, process_reward=by_steps)
+    items = rollouts.encode(policy, task, [Example(prompt, {}) for prompt in PROMPTS])
+    out = completed(policy, PROMPTS, GROUPS)
+    assert rollouts.with_base_logps(policy, items, out) is out
+    asked = rollouts.with_base_logps(policy, items, out, steps=True)
+    assert all(logps.size for group in asked.base_logps for logps in group)
+
+
 def test_they_are_taken_along_with_some_prompts(policy):
     items = rollouts.encode(policy, ASKS, [Example(prompt, {}) for prompt in PROMPTS])
     out = rollouts.with_base_logps(policy, items, completed(policy, PROMPTS, GROUPS))

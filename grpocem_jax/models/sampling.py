@@ -279,9 +279,9 @@ def _sample(
         params, offsets, prompts, prompt_mask
     )
     keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys)
-    greedily = jnp.arange(num_samples) == (num_samples - 1 if greedy else num_samples)
+    last = jnp.arange(num_samples) == num_samples - 1
 
-    def choose(hidden, key, seen, greedily, index):
+    def choose(hidden, key, seen, last, index):
         """One token of one sample: (token, log-probability, entropy)."""
         logits = model.logits(params, hidden)
         logps = jax.nn.log_softmax(logits / temperature)
@@ -294,7 +294,7 @@ def _sample(
             key = jax.random.fold_in(key, index)
             token = draw(key, logits / temperature, top_p, top_k=top_k, min_p=min_p)
         if greedy and num_samples > 1:
-            token = jnp.where(greedily, jnp.argmax(logits), token)
+            token = jnp.where(last, jnp.argmax(logits), token)
         return token.astype(jnp.int32), logps[token], entropy
 
     def advance(offsets, context, cache, token, index):
@@ -338,7 +338,7 @@ def _sample(
         jnp.zeros(shape, jnp.float32),
     )
     hidden = jnp.broadcast_to(hidden[:, None], (*group, hidden.shape[-1]))
-    chosen = choose_all(hidden, keys, seen, greedily, 0)
+    chosen = choose_all(hidden, keys, seen, last, 0)
     ended, stop = (
         jnp.zeros(group, bool),
         None if stop_table is None else jnp.zeros(group, jnp.int32),
@@ -356,7 +356,7 @@ def _sample(
         index, token, ended, stop, seen, cache, out = state
         hidden, cache = advance_all(offsets, context, cache, token, index - 1)
         seen = mark(seen, token)
-        chosen = choose_all(hidden, keys, seen, greedily, index)
+        chosen = choose_all(hidden, keys, seen, last, index)
         out, token, ended, stop = record(out, index, chosen, ended, stop)
         return index + 1, token, ended, stop, seen, cache, out
 

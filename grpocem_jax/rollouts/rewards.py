@@ -50,23 +50,27 @@ def _asks(function: Any) -> bool:
         return False
 
 
-def with_base_logps(policy: Policy, items: Sequence[Item], out: Completions) -> Completions:
+def with_base_logps(
+    policy: Policy, items: Sequence[Item], out: Completions, *, steps: bool = False
+) -> Completions:
     """Completions with the base model's log-probabilities, where a reward function asks for them.
 
     Args:
       policy: the policy; its adapter at zero offsets is the base model.
       items: the ``P`` prompts that were completed.
       out: their completions.
+      steps: whether `score_steps` will judge them too.
 
     Returns:
       ``out`` with ``base_logps``, those of prompts whose rewards do not ask empty; as it is where
       none does.
     """
-    rows = [
-        row
-        for row, item in enumerate(items)
-        if any(map(_asks, (*(x.function for x in item.task.rewards), item.task.process_reward)))
-    ]
+    rows: list[int] = []
+    for own in _by_task(items).values():
+        task = items[own[0]].task
+        functions = [reward.function for reward in task.rewards]
+        if any(map(_asks, [*functions, task.process_reward] if steps else functions)):
+            rows += own
     if not rows:
         return out
     # To a power of two, so that few numbers of prompts are compiled.

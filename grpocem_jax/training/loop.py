@@ -519,7 +519,8 @@ class Run:
             fix = self.policy.nonfinite_logits("")
             raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
         with memory.advise("a step's rollouts", self.rollouts_advice()):
-            out = rollouts.with_base_logps(self.policy, items, out)
+            steps = config.grpo.supervision == "process"
+            out = rollouts.with_base_logps(self.policy, items, out, steps=steps)
         scores = rollouts.score(items, out.texts, out.base_logps)
         drawn = {
             **step_metrics.rewards(items, scores),
