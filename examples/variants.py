@@ -1,17 +1,15 @@
-"""Variants of GRPO from the literature, each a function named in a config.
+"""Variants of GRPO, each a function named in a config; docs/methods.md has those of the package.
 
     python train.py --config configs/tiny.py --config.grpo.objective=examples.variants:dapo \\
         --config.grpo.weights=token
     python train.py --config configs/tiny.py --config.grpo.objective=examples.variants:gspo
-    python train.py --config configs/tiny.py --config.grpo.advantages=examples.variants:t_spmo
-    python train.py --config configs/tiny.py --config.grpo.weights=examples.variants:s_grpo
+    python train.py --config configs/tiny.py --config.grpo.advantages=examples.variants:discounted
+    python train.py --config configs/tiny.py --config.grpo.weights=examples.variants:high_entropy
     python train.py --config configs/tiny.py --config.train.optimizer=optax:lion \\
         --config.train.learning_rate=2e-3
 """
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 import grpocem_jax as gj
 
@@ -26,40 +24,31 @@ def gspo(low=3e-4, high=4e-4):
     return gj.clipped(low=low, high=high, ratio="sequence")
 
 
-def t_spmo():
-    """T-SPMO (arXiv 2504.20834): what a token adds to the reward expected of the prefix before it.
-
-    The expectation is the mean reward of the group's completions that begin with the prefix.
-    """
+def discounted(gamma=0.95):
+    """The last token has all of the reward, one before it ``gamma`` for each token between."""
 
     def advantages(rewards, step_rewards, tokens, mask):
-        judged = ~np.isnan(rewards)
-        # Completions are equal up to and including a token; [P, G, G, N].
-        equal = (tokens[:, :, None] == tokens[:, None]) & mask[:, :, None] & mask[:, None]
-        equal = np.logical_and.accumulate(equal, -1) & judged[:, None, :, None]
-        value = np.where(judged, rewards, 0)[:, None, :, None]
-        with_token = (equal * value).sum(2) / np.maximum(equal.sum(2), 1)
-        mean = (value[:, 0].sum(1) / np.maximum(judged.sum(1), 1)[:, None])[:, None]
-        prefix = np.concatenate(
-            [np.broadcast_to(mean, (*mask.shape[:2], 1)), with_token[..., :-1]], -1
-        )
-        trained = mask & judged[..., None]
-        return np.where(trained, with_token - prefix, 0).astype(np.float32)
+        whole = gj.grpo.group_advantages(rewards, step_rewards, tokens, mask)
+        to_come = jnp.sum(mask, -1, keepdims=True) - jnp.cumsum(mask, -1)
+        return jnp.where(mask, whole * gamma**to_come, 0.0)
 
     return advantages
 
 
-def s_grpo(count=8):
-    """Stochastic GRPO (arXiv 2504.20834): at most ``count`` random tokens of each completion.
+def high_entropy(share=0.2):
+    """Only the tokens at which the policy is least certain (arXiv 2506.01939, which takes 20%).
 
     The head of the model is not computed for the others.
     """
 
     def weights(key, rollouts):
-        chance = jnp.where(rollouts.mask, jax.random.uniform(key, rollouts.mask.shape), -1.0)
-        k = min(count, chance.shape[-1])
-        least = jax.lax.top_k(chance, k)[0][..., -1:]
-        drawn = gj.token_weights(rollouts.mask & (chance >= least))
-        return drawn, gj.grpo.select(drawn, k)
+        count = max(1, round(share * rollouts.mask.shape[-1]))
+        doubt = jnp.where(rollouts.mask, rollouts.entropies, -1.0)
+        least = jnp.sort(doubt, -1)[..., -count, None]
+        chosen = gj.token_weights(rollouts.mask & (doubt >= least))
+        # Where some are equal there may be more than the number computed.
+        positions = gj.grpo.select(chosen, count)
+        kept = jnp.put_along_axis(jnp.zeros_like(rollouts.mask), positions, True, -1, inplace=False)
+        return gj.token_weights(rollouts.mask & (doubt >= least) & kept), positions
 
     return weights

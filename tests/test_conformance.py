@@ -12,29 +12,36 @@ import numpy as np
 import optax
 import pytest
 
-from examples import variants
+from examples import variants as examples
 from examples.custom_adapter import scale_and_shift
 from grpocem_jax import adapters, grpo
 from grpocem_jax.adapters.checks import SHAPES
-from grpocem_jax.grpo import checks
+from grpocem_jax.grpo import checks, variants
 from grpocem_jax.utils.errors import InputError
 
 OBJECTIVES = {
     "clipped": grpo.clipped(),
     "asymmetric": grpo.clipped(low=0.1, high=0.4),
     "sequence": grpo.clipped(ratio="sequence"),
-    "dapo": variants.dapo(),
-    "gspo": variants.gspo(),
+    "cispo": variants.cispo(),
+    "policy_gradient": variants.policy_gradient(),
 }
+REGRESSION = {"rebel": variants.rebel()}
+"""Objectives that are no policy gradient with the weights given."""
 ADVANTAGES = {
     "group": grpo.group_advantages,
     "process": functools.partial(grpo.group_advantages, supervision="process"),
     "scaled": grpo.scaled_advantages,
-    "t_spmo": variants.t_spmo(),
+    **{name: make() for name, make in variants.ADVANTAGES.items()},
+    "discounted": examples.discounted(),
 }
+OF_THE_STEP = ("bnpo", "reinforce_pp")
+"""Advantages that compare the groups of a step."""
 WEIGHTS = {
     **{name: grpo.aggregate(name) for name in grpo.AGGREGATIONS},
-    "s_grpo": variants.s_grpo(2),
+    **{name: make() for name, make in variants.WEIGHTS.items()},
+    "s_grpo, few": variants.s_grpo(alpha=1, k=2),
+    "high_entropy": examples.high_entropy(),
 }
 OPTIMIZERS = {
     "adamw": grpo.adamw(),
@@ -78,6 +85,8 @@ ADAPTERS = {
     "scale": scale_and_shift(shift=False),
     "shared": shared_scale(),
     "stochastic": noisy(adapters.svf()),
+    **{name: make() for name, make in adapters.ADAPTERS.items() if name not in ("svf", "lora")},
+    "tinylora, shared": adapters.tinylora(size=4, sites_per_vector=0),
 }
 
 
@@ -114,9 +123,9 @@ def test_an_adapter_that_does_not_keep_to_it_is_named(changes, fragment):
         adapters.check_adapter(shared_scale()._replace(**changes))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, *REGRESSION])
 def test_an_objective_keeps_to_its_signature_and_adds_up_over_micro_batches(name):
-    grpo.check_objective(OBJECTIVES[name])
+    grpo.check_objective({**OBJECTIVES, **REGRESSION}[name])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -155,6 +164,8 @@ def test_advantages_of_equal_rewards_and_off_the_mask_are_zero_and_prompts_stand
     np.testing.assert_array_equal(found[~mask], 0.0)
     np.testing.assert_array_equal(found[1, 2], 0.0)  # abstained
     assert np.abs(found[1]).max() > 0
+    if name in OF_THE_STEP:
+        return
     alone = ADVANTAGES[name](rewards[1:], steps[1:], tokens[1:], mask[1:])
     np.testing.assert_allclose(alone, found[1:], atol=1e-6)
 

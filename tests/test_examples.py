@@ -149,8 +149,8 @@ def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
 VARIANTS = {
     "dapo": {"grpo.objective": "examples.variants:dapo", "grpo.weights": "token"},
     "gspo": {"grpo.objective": "examples.variants:gspo"},
-    "t_spmo": {"grpo.advantages": "examples.variants:t_spmo"},
-    "s_grpo": {"grpo.weights": "examples.variants:s_grpo"},
+    "discounted": {"grpo.advantages": "examples.variants:discounted"},
+    "high_entropy": {"grpo.weights": "examples.variants:high_entropy"},
     "lion": {"train.optimizer": "optax:lion", "train.learning_rate": 2e-3},
 }
 
@@ -163,8 +163,6 @@ def test_variants_of_grpo_train_by_config_alone(name, in_root, tmp_path):
     settings.train.warmup_steps = 0
     settings.train.accumulation_steps = 2
     settings.train.weight_decay = 0.0
-    if name == "s_grpo":
-        settings.grpo.weights_options = {"count": 2}
     if name == "lion":
         settings.train.optimizer_options = {"weight_decay": 0.0}
     summary = gj.train(settings, tmp_path / "run")
@@ -180,7 +178,7 @@ def test_variants_of_grpo_train_by_config_alone(name, in_root, tmp_path):
 
 
 def test_each_variant_is_a_few_lines():
-    for name in ("dapo", "gspo", "t_spmo", "s_grpo"):
+    for name in ("dapo", "gspo", "discounted", "high_entropy"):
         assert len(inspect.getsource(getattr(variants, name)).splitlines()) <= 40
 
 

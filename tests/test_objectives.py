@@ -127,12 +127,12 @@ def test_t_spmo_is_what_a_token_adds_to_the_reward_of_its_prefix():
     # Four completions of two tokens: a b, a c, d b, and a b which abstained.
     tokens = np.array([[[1, 2], [1, 3], [4, 2], [1, 2]]], np.int32)
     rewards = np.array([[1.0, 0.0, 0.5, np.nan]], np.float32)
-    found = variants.t_spmo()(rewards, None, tokens, np.ones(tokens.shape, bool))
+    found = grpo.variants.prefix_advantages()(rewards, None, tokens, np.ones(tokens.shape, bool))
     # The mean of all is 0.5; of those that begin with a also 0.5; a b is worth 1, a c 0.
     np.testing.assert_allclose(found, [[[0, 0.5], [0, -0.5], [0, 0], [0, 0]]], atol=1e-6)
     tokens[0, 2, 0] = 5
     rewards[0, 2] = 2.0
-    found = variants.t_spmo()(rewards, None, tokens, np.ones(tokens.shape, bool))
+    found = grpo.variants.prefix_advantages()(rewards, None, tokens, np.ones(tokens.shape, bool))
     # Now the mean is 1: beginning with a loses 0.5, with d gains 1.
     np.testing.assert_allclose(found, [[[-0.5, 0.5], [-0.5, -0.5], [1, 0], [0, 0]]], atol=1e-6)
 
@@ -245,17 +245,29 @@ def test_selection_takes_the_largest_weights_in_order():
         grpo.select(weights, 6)
 
 
-def test_s_grpo_trains_so_many_random_tokens_of_each_completion():
+def test_a_rule_of_the_users_own_trains_the_least_certain_tokens():
     out = checks.sample_rollouts()
-    rule = variants.s_grpo(2)
-    drawn = [rule(jax.random.key(seed), out) for seed in range(20)]
+    weights, positions = variants.high_entropy(0.4)(jax.random.key(0), out)
     lengths = np.asarray(out.mask).sum(-1)
-    for weights, positions in drawn:
-        np.testing.assert_array_equal(np.sum(weights > 0, -1), np.minimum(lengths, 2))
-        assert positions.shape == (2, 4, 2)
-        assert float(weights.sum()) == pytest.approx(1.0)
-    ever = np.any([weights > 0 for weights, _ in drawn], 0)
-    np.testing.assert_array_equal(ever, out.mask)
+    np.testing.assert_array_equal(np.sum(weights > 0, -1), np.minimum(lengths, 2))
+    assert positions.shape == (2, 4, 2)
+    trained, entropies = np.asarray(weights) > 0, np.asarray(out.entropies)
+    lowest = np.where(trained, entropies, np.inf).min(-1)
+    highest = np.where(out.mask & ~trained, entropies, -np.inf).max(-1)
+    assert (lowest >= highest).all()
+
+
+def test_advantages_of_the_users_own_are_discounted_from_the_last_token():
+    out = checks.sample_rollouts()
+    rewards = np.arange(8, dtype=np.float32).reshape(2, 4)
+    found = variants.discounted(0.5)(rewards, None, out.tokens, out.mask)
+    whole = np.asarray(grpo.outcome_advantages(rewards, out.mask))
+    rows = (x.reshape(8, 5) for x in (found, out.mask, whole))
+    for row, mask, plain in zip(*rows, strict=True):
+        length = int(mask.sum())
+        factors = 0.5 ** np.arange(length - 1, -1, -1)
+        np.testing.assert_allclose(row[:length], plain[:length] * factors, rtol=1e-6)
+        np.testing.assert_array_equal(row[length:], 0)
 
 
 # Static arguments

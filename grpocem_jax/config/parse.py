@@ -14,6 +14,7 @@ import ml_collections
 from grpocem_jax.config.method import make_method
 from grpocem_jax.config.names import REMOVED, RENAMED, check_removed, rename, section
 from grpocem_jax.config.schema import HUGEST, LARGEST, TINIEST, Config, DataConfig, SearchConfig
+from grpocem_jax.grpo import variants
 from grpocem_jax.search import SearchMethod
 from grpocem_jax.tasks import TASKS
 from grpocem_jax.utils import user_code
@@ -49,11 +50,21 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             f"config.data.system={parsed.data.system!r} is the first message of a chat; set "
             "config.data.chat=True, or leave it empty."
         )
+    if parsed.grpo.supervision == "process":
+        outcomes = {*variants.ADVANTAGES, *variants.SHAPINGS}
+        for field in ("advantages", "shaping"):
+            name = getattr(parsed.grpo, field)
+            if name in outcomes:
+                raise InputError(
+                    f"config.grpo.{field}={name!r} is for rewards of whole completions; set "
+                    "config.grpo.supervision='outcome', or take another method."
+                )
     for field, options in {
         "adapter.options": parsed.adapter.options,
         "search.options": parsed.search.options,
         "grpo.advantages_options": parsed.grpo.advantages_options,
         "grpo.objective_options": parsed.grpo.objective_options,
+        "grpo.shaping_options": parsed.grpo.shaping_options,
         "grpo.weights_options": parsed.grpo.weights_options,
         "train.optimizer_options": parsed.train.optimizer_options,
     }.items():
@@ -66,14 +77,15 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             ) from None
     if parsed.adapter.options and parsed.adapter.type == "svf":
         raise InputError(
-            "config.adapter.options are keywords for an adapter of your own; leave them empty with "
-            "config.adapter.type='svf'."
+            "config.adapter.options are keywords of other adapters; leave them empty with "
+            "config.adapter.type='svf', whose settings are config.adapter.rank_ratio and its like."
         )
     functions = {
         "adapter.type": parsed.adapter.type,
         "search.fitness": parsed.search.fitness,
         "grpo.advantages": parsed.grpo.advantages,
         "grpo.objective": parsed.grpo.objective,
+        "grpo.shaping": parsed.grpo.shaping,
         "grpo.weights": parsed.grpo.weights,
         "train.optimizer": train.optimizer,
     }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpocem_jax.adapters import ADAPTERS
-from grpocem_jax.grpo import AGGREGATIONS, SUPERVISIONS
+from grpocem_jax.grpo import AGGREGATIONS, SUPERVISIONS, variants
 from grpocem_jax.search import CEM, FOLLOWED, GradientAscent
 from grpocem_jax.tasks import SourceConfig, Task, make_task
 from grpocem_jax.utils.settings import (
@@ -61,13 +61,14 @@ class AdapterConfig:
     """What is trained."""
 
     type: str = setting(
-        "`svf`: scales of singular values; `lora`: a change of low rank; or "
-        "`package.module:function`, a function of the user's own that returns an `Adapter`.",
+        "`svf`: scales of singular values; `lora`: a change of low rank; a method of "
+        "docs/methods.md; or `package.module:function`, a function of the user's own that returns "
+        "an `Adapter`.",
         one_of_or_function(*ADAPTERS),
         default="svf",
     )
     options: Mapping[str, Any] = options(
-        "Keywords of `lora` (`rank`, `alpha`), or for a function of the user's own."
+        "Keywords of the adapter, but for `svf`, whose settings follow."
     )
     sites: tuple[str, ...] = setting(
         "Linear maps to adapt, in every layer.", NAMES, default=("attn.c_proj",)
@@ -207,25 +208,39 @@ class GRPOConfig:
         at_least(1),
         default=1,
     )
+    updates: int = setting(
+        "Updates on the completions of a step; the ratio of the later ones is not 1.",
+        at_least(1),
+        default=1,
+    )
     supervision: str = setting(
         "`outcome`: one reward a completion; `process`: a reward a step, where the task has one.",
         one_of(*SUPERVISIONS),
         default="outcome",
     )
+    shaping: str = setting(
+        "Changes rewards before they become advantages: a method of docs/methods.md, `none`, or "
+        "`package.module:function`.",
+        one_of_or_function("none", *variants.SHAPINGS),
+        default="none",
+    )
+    shaping_options: Mapping[str, Any] = options("Keywords of the shaping.")
     advantages: str = setting(
-        "`group`: normalised in the group (eq. 3); `scaled`: then scaled and clipped (eq. 7); or "
-        "`package.module:function`, a function of the user's own (docs/extending.md).",
-        one_of_or_function("group", "scaled"),
+        "`group`: normalised in the group (eq. 3); `scaled`: then scaled and clipped (eq. 7); a "
+        "method of docs/methods.md; or `package.module:function`, a function of the user's own "
+        "(docs/extending.md).",
+        one_of_or_function("group", "scaled", *variants.ADVANTAGES),
         default="group",
     )
     advantages_options: Mapping[str, Any] = options(
-        "Keywords of the advantages: `scale` and `clip` of `scaled`, or those of a function."
+        "Keywords of the advantages, such as `scale` and `clip` of `scaled`."
     )
     reward_scale: float = setting("Factor of `scaled` advantages.", above(0), default=0.1)
     reward_clip: float = setting("Bound of `scaled` advantages.", above(0), default=3.0)
     objective: str = setting(
-        "`clipped`: the clipped policy ratio (eq. 1); or `package.module:function`.",
-        one_of_or_function("clipped"),
+        "`clipped`: the clipped policy ratio (eq. 1); a method of docs/methods.md; or "
+        "`package.module:function`.",
+        one_of_or_function("clipped", *variants.OBJECTIVES),
         default="clipped",
     )
     objective_options: Mapping[str, Any] = options(
@@ -238,12 +253,12 @@ class GRPOConfig:
     )
     entropy: float = setting("Weight of the entropy bonus.", at_least(0), default=0.0)
     weights: str = setting(
-        "How token losses add up: `sequence` (eq. 1), `token` or `constant`; or "
-        "`package.module:function`, which also says which tokens are trained.",
-        one_of_or_function(*AGGREGATIONS),
+        "How token losses add up: `sequence` (eq. 1), `token` or `constant`; a method of "
+        "docs/methods.md; or `package.module:function`, which also says which tokens are trained.",
+        one_of_or_function(*AGGREGATIONS, *variants.WEIGHTS),
         default="sequence",
     )
-    weights_options: Mapping[str, Any] = options("Keywords of a function that makes the weights.")
+    weights_options: Mapping[str, Any] = options("Keywords of what makes the weights.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,8 +276,9 @@ class TrainConfig:
     )
     accumulation_steps: int = setting("Micro-batches in an optimizer step.", at_least(1), default=4)
     optimizer: str = setting(
-        "`adamw`; or `package.module:function` of a learning rate, such as `optax:lion`.",
-        one_of_or_function("adamw"),
+        "`adamw`; a method of docs/methods.md; or `package.module:function` of a learning rate, "
+        "such as `optax:lion`.",
+        one_of_or_function("adamw", *variants.OPTIMIZERS),
         default="adamw",
     )
     optimizer_options: Mapping[str, Any] = options(

@@ -3,6 +3,7 @@
 DeepSeekMath (Shao et al. 2024, arXiv 2402.03300) as the report states it in its eqs. 1-7. Each part
 is a value that the caller gives, so that a variant of the method is one more function beside ours:
 
+    shaping      (rewards, logps, mask) -> rewards [P, G]                      `Shaping`
     advantages   (rewards, step_rewards, tokens, mask) -> [P, G, N]            `Advantages`
     weights      (key, rollouts) -> [P, G, N] and positions                    `WeightRule`
     objective    (logps, batch) -> values [P, G, N] and metrics                `Objective`
@@ -13,6 +14,7 @@ vocabulary.  Rollouts are drawn from it after repetition penalty and top-p, but 
 the same untruncated distribution at both times, so it is exactly 1 on policy.
 """
 
+from grpocem_jax.grpo import variants
 from grpocem_jax.grpo.advantages import (
     EQUAL,
     SUPERVISIONS,
@@ -31,8 +33,10 @@ from grpocem_jax.grpo.checks import (
     check_advantages,
     check_objective,
     check_optimizer,
+    check_shaping,
     check_weights,
     require_array,
+    require_shaped,
 )
 from grpocem_jax.grpo.learning_rate import adapt_scale, adapt_to_kl, warmup
 from grpocem_jax.grpo.objectives import (
@@ -43,6 +47,7 @@ from grpocem_jax.grpo.objectives import (
     sequence_log_ratio,
 )
 from grpocem_jax.grpo.optimizers import adamw, optimizer
+from grpocem_jax.grpo.shaping import Shaping
 from grpocem_jax.grpo.step import (
     METRICS,
     STATIC,
@@ -72,6 +77,7 @@ __all__ = [
     "Batch",
     "Loss",
     "Objective",
+    "Shaping",
     "TrainState",
     "WeightRule",
     "adamw",
@@ -81,6 +87,7 @@ __all__ = [
     "check_advantages",
     "check_objective",
     "check_optimizer",
+    "check_shaping",
     "check_weights",
     "clipped",
     "clipped_objective",
@@ -96,6 +103,7 @@ __all__ = [
     "outcome_advantages",
     "process_advantages",
     "require_array",
+    "require_shaped",
     "scale_and_clip",
     "scaled_advantages",
     "select",
@@ -103,5 +111,6 @@ __all__ = [
     "surrogate",
     "token_weights",
     "update",
+    "variants",
     "warmup",
 ]

@@ -15,6 +15,7 @@ import optax
 from grpocem_jax.grpo.advantages import Advantages
 from grpocem_jax.grpo.batch import Batch, seen_by_objective
 from grpocem_jax.grpo.objectives import Objective
+from grpocem_jax.grpo.shaping import Shaping
 from grpocem_jax.grpo.step import METRICS
 from grpocem_jax.grpo.weights import WeightRule, token_weights
 from grpocem_jax.models.sampling import Rollouts
@@ -35,6 +36,45 @@ def sample_rollouts(seed: int = 0) -> Rollouts:
         jnp.asarray(np.where(mask, -rng.gamma(2.0, size=SHAPE), 0), jnp.float32),
         jnp.asarray(np.where(mask, rng.gamma(2.0, size=SHAPE), 0), jnp.float32),
     )
+
+
+def check_shaping(shaping: Shaping) -> None:
+    """Checks that a function keeps to `Shaping`.
+
+    Raises:
+      InputError: it does not.
+    """
+    contract = (
+        "it must take (rewards [P, G], logps [P, G, N], mask) and return float32 rewards [P, G], "
+        "NaN where those are and finite elsewhere"
+    )
+    _check_callable("reward shaping", contract, shaping)
+    out = sample_rollouts()
+    rewards = np.random.default_rng(1).normal(size=SHAPE[:2]).astype(np.float32)
+    rewards[0, 1:3] = rewards[1] = np.nan
+    found = _call("reward shaping", contract, shaping, jnp.asarray(rewards), out.logps, out.mask)
+    require_shaped(found, rewards, "for rewards of which some are NaN", contract)
+
+
+def require_shaped(found: Any, rewards: Any, where: str, contract: str = "correct it") -> None:
+    """Looks at what a reward shaping returned.
+
+    Raises:
+      InputError: it is no array of floats of the rewards' shape, or not NaN exactly where they are.
+    """
+    if getattr(found, "shape", None) != rewards.shape or not hasattr(found, "dtype"):
+        raise InputError(
+            f"the reward shaping returned {_kind(found)} {where}, not floats of shape "
+            f"{rewards.shape}; {contract}."
+        )
+    abstained = np.isnan(np.asarray(rewards))
+    require_array(
+        "reward shaping", jnp.where(abstained, 0.0, found), rewards.shape, where, contract
+    )
+    if not np.all(np.isnan(np.asarray(found)[abstained])):
+        raise InputError(
+            f"the reward shaping gave a reward to a completion without one {where}; {contract}."
+        )
 
 
 def check_advantages(advantages: Advantages) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -256,6 +258,8 @@ def make_adapter(settings: AdapterConfig) -> adapters.Adapter:
     field = _own_field(settings)
     if settings.type in adapters.ADAPTERS:
         function: Any = adapters.ADAPTERS[settings.type]
+        if "svd" in inspect.signature(function).parameters:
+            function = functools.partial(function, svd=adapters.cached_svd())
     else:
         function = user_code.load_function(settings.type, field="config.adapter.type")
     try:

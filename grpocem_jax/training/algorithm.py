@@ -1,4 +1,4 @@
-"""The parts of GRPO that a config names: advantages, token weights, objective, optimizer."""
+"""The parts of GRPO that a config names: shaping, advantages, weights, objective, optimizer."""
 
 import contextlib
 import functools
@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from grpocem_jax import grpo
 from grpocem_jax.config import Config
+from grpocem_jax.grpo import variants
 from grpocem_jax.models.sampling import Rollouts
 from grpocem_jax.utils import memory, user_code
 from grpocem_jax.utils.errors import InputError
@@ -21,12 +22,14 @@ class Algorithm(NamedTuple):
     """What a training step is made of; `grpocem_jax.grpo` has the signatures.
 
     Attributes:
+      shaping: a reward shaping.
       advantages: an advantage function.
       weights: a weight rule.
       objective: an objective.
       optimizer: with its learning rate and gradient clipping.
     """
 
+    shaping: grpo.Shaping
     advantages: grpo.Advantages
     weights: grpo.WeightRule
     objective: grpo.Objective
@@ -38,7 +41,7 @@ def make_algorithm(config: Config, *, total_steps: int = 0) -> Algorithm:
 
     Args:
       config: the settings.
-      total_steps: updates of the whole training, toward whose end the learning rate may fall; 0
+      total_steps: steps of the whole training, toward whose end the learning rate may fall; 0
         where they are not known yet.
 
     Raises:
@@ -46,11 +49,34 @@ def make_algorithm(config: Config, *, total_steps: int = 0) -> Algorithm:
         signature; in one sentence with the config's field and the function.
     """
     return Algorithm(
+        _make_shaping(config),
         _make_advantages(config),
         _make_weights(config),
         _make_objective(config),
         _make_optimizer(config, total_steps),
     )
+
+
+def _make_shaping(config: Config) -> grpo.Shaping:
+    settings = config.grpo
+    where, function = _make(
+        "grpo.shaping",
+        settings.shaping,
+        settings.shaping_options,
+        named={"none": lambda: lambda rewards, logps, mask: rewards, **variants.SHAPINGS},
+        returns="a function (rewards [P, G], logps [P, G, N], mask) -> rewards [P, G]",
+        check=grpo.check_shaping,
+    )
+    if not user_code.is_reference(settings.shaping):
+        return function
+
+    def guarded(rewards: jax.Array, logps: jax.Array, mask: jax.Array) -> jax.Array:
+        with _naming(where, "the reward shaping"):
+            found = function(rewards, logps, mask)
+            grpo.require_shaped(found, rewards, "in this step")
+        return jnp.asarray(found, jnp.float32)
+
+    return guarded
 
 
 def _make_advantages(config: Config) -> grpo.Advantages:
@@ -65,6 +91,7 @@ def _make_advantages(config: Config) -> grpo.Advantages:
         named={
             "group": lambda: group,
             "scaled": lambda **options: functools.partial(scaled, **{**scaling, **options}),
+            **variants.ADVANTAGES,
         },
         returns="a function (rewards, step_rewards, tokens, mask) -> advantages [P, G, N]",
         check=grpo.check_advantages,
@@ -89,7 +116,10 @@ def _make_weights(config: Config) -> grpo.WeightRule:
         "grpo.weights",
         settings.weights,
         settings.weights_options,
-        named={name: functools.partial(grpo.aggregate, name) for name in grpo.AGGREGATIONS},
+        named={
+            **{name: functools.partial(grpo.aggregate, name) for name in grpo.AGGREGATIONS},
+            **variants.WEIGHTS,
+        },
         returns="a function (key, rollouts) -> (weights [P, G, N], positions or None)",
         check=grpo.check_weights,
     )
@@ -114,7 +144,10 @@ def _make_objective(config: Config) -> grpo.Objective:
         "grpo.objective",
         settings.objective,
         settings.objective_options,
-        named={"clipped": lambda **options: grpo.clipped(**{**clip, **options})},
+        named={
+            "clipped": lambda **options: grpo.clipped(**{**clip, **options}),
+            **variants.OBJECTIVES,
+        },
         returns="a function (logps, batch) -> (values [P, G, N], metrics)",
         check=lambda objective: grpo.check_objective(objective, shape),
     )
@@ -130,20 +163,30 @@ def _make_optimizer(config: Config, total_steps: int) -> optax.GradientTransform
         "max_grad_norm": train.max_grad_norm,
         "target_kl": train.target_kl,
         "lr_scale_range": (low, high),
-        "total_steps": total_steps if train.final_lr_scale < 1 else 0,
+        "total_steps": total_steps * config.grpo.updates if train.final_lr_scale < 1 else 0,
         "final_lr_scale": train.final_lr_scale,
     }
     decay = {"weight_decay": train.weight_decay}
+
+    def at_rates(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **options: grpo.optimizer(functools.partial(function, **options), **rates)
+
+    def check(made: Any) -> None:
+        # Those of the package may need the offsets of one adapter, and look at them themselves.
+        if user_code.is_reference(train.optimizer):
+            grpo.check_optimizer(made, {"h.0": jnp.zeros(3), "h.1": jnp.zeros(2)})
+
     _, optimizer = _make(
         "train.optimizer",
         train.optimizer,
         train.optimizer_options,
-        named={"adamw": lambda **options: grpo.adamw(**rates, **{**decay, **options})},
-        own=lambda function: (
-            lambda **options: grpo.optimizer(functools.partial(function, **options), **rates)
-        ),
+        named={
+            "adamw": lambda **options: grpo.adamw(**rates, **{**decay, **options}),
+            **{name: at_rates(function) for name, function in variants.OPTIMIZERS.items()},
+        },
+        own=at_rates,
         returns="an optax.GradientTransformation; it also gets learning_rate, a schedule",
-        check=lambda made: grpo.check_optimizer(made, {"h.0": jnp.zeros(3), "h.1": jnp.zeros(2)}),
+        check=check,
     )
     return optimizer
 

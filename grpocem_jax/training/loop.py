@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -26,6 +27,7 @@ from grpocem_jax.training.data import Data, load_data
 from grpocem_jax.training.update import (
     find_trouble,
     micro_batch,
+    repeat,
     shorter_completions,
     update_program,
 )
@@ -533,7 +535,9 @@ class Run:
             rows = grpo.informative_first(rewards, config.prompts_per_step)
             items, out, rewards = [items[i] for i in rows], out.take(rows), rewards[rows]
         step_rewards = self.step_rewards(items, out, rewards)
-        found = self.algorithm.advantages(rewards, step_rewards, out.tokens, out.mask)
+        given = jnp.asarray(rewards, jnp.float32)
+        shaped = self.algorithm.shaping(given, out.rollouts.logps, out.rollouts.mask)
+        found = self.algorithm.advantages(shaped, step_rewards, out.tokens, out.mask)
         advantages = jnp.asarray(found)
         weights, positions = self.algorithm.weights(weights_key, out.rollouts)
         batch = grpo.Batch(
@@ -548,7 +552,7 @@ class Run:
         )
         batch = devices.divide(self.policy.mesh, batch)
 
-        def attempt(size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+        def once(state: grpo.TrainState, size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
             updated = update_program(
                 state,
                 self.policy.params,
@@ -564,6 +568,9 @@ class Run:
                 key=None if draw is None else draw_key,
             )
             return jax.block_until_ready(updated)
+
+        def attempt(size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+            return repeat(functools.partial(once, size=size), state, config.grpo.updates)
 
         before = state
         state, update = self.micro_batch.run(attempt)

@@ -1,0 +1,67 @@
+"""BNPO (Xiao et al. 2025, arXiv 2506.02864): rewards normalised by a Beta distribution."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import beta
+
+from grpocem_jax.grpo.advantages import Advantages
+from grpocem_jax.grpo.variants.outcomes import Groups, of_outcomes
+from grpocem_jax.utils.errors import InputError
+
+EDGE = 1e-3
+"""Mean rewards are kept so far from 0 and 1, where densities vanish."""
+LARGEST = 1e3
+"""Of ``a + b``, where the groups' means are nearly equal."""
+
+
+def bnpo(low: float = -1.0, high: float = 1.0) -> Advantages:
+    """The reward minus its group's mean, over the density of a Beta distribution at that mean.
+
+    With rewards mapped from ``[low, high]`` to ``[0, 1]`` and ``p`` the mean of a group, Beta(a, b)
+    has the mean and the variance of ``p`` over the step's groups, and
+
+        A_i = (r_i - p) / f(p; alpha, beta),   alpha = max(1, 1 + a/3),  beta = max(1, 1 + b/3).
+
+    Where the variance is as large as it can be, ``a = b = 0`` and this is `centred`.  `EDGE` and
+    `LARGEST`, and the mapping of rewards that are not binary, are ours.
+
+    Args:
+      low: the least reward; smaller ones count as this.
+      high: the largest.
+
+    Raises:
+      InputError: ``low`` is not below ``high``.
+    """
+    if not low < high:
+        raise InputError(f"low={low!r}: must be below high={high!r}.")
+
+    def rule(groups: Groups) -> jax.Array:
+        unit = jnp.clip((groups.rewards - low) / (high - low), 0.0, 1.0)
+        unit = jnp.where(groups.present, unit, 0.0)
+        p = jnp.sum(unit, -1, keepdims=True) / groups.number
+        judged = jnp.any(groups.present, -1, keepdims=True)
+        a, b = match_moments(p, judged)
+        density = beta.pdf(
+            jnp.clip(p, EDGE, 1 - EDGE), jnp.maximum(1, 1 + a / 3), jnp.maximum(1, 1 + b / 3)
+        )
+        return jnp.where(groups.flat, 0.0, (unit - p) / density)
+
+    return of_outcomes(rule)
+
+
+def match_moments(p: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The ``a`` and ``b`` of the Beta distribution with the mean and variance of some numbers.
+
+    Args:
+      p: in ``[0, 1]``.
+      present: which of them count, bool of the same shape.
+
+    Returns:
+      float32 ``[]`` each, at least 0, with ``a + b`` at most `LARGEST`.
+    """
+    count = jnp.maximum(jnp.sum(present), 1)
+    mean = jnp.sum(jnp.where(present, p, 0.0)) / count
+    variance = jnp.sum(jnp.where(present, p - mean, 0.0) ** 2) / count
+    both = mean * (1 - mean) / jnp.maximum(variance, 1e-12) - 1
+    both = jnp.clip(both, 0.0, LARGEST)
+    return mean * both, (1 - mean) * both
