@@ -281,6 +281,97 @@ def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
     assert "held-back gain at least +0.250 (nats/token)" in said
 
 
+@pytest.mark.parametrize("fitness", ["likelihood", "reward"])
+def test_every_line_with_a_number_of_the_search_names_its_unit(adapt, tmp_path, fitness):
+    rows = [example.columns for example in question_examples()]
+    texts = EXAMPLES if fitness == "likelihood" else rows
+    file = write_rows(tmp_path / "rows.jsonl", texts)
+    changes = REWARD if fitness == "reward" else {}
+    result, out, err = adapt(changes, examples=file, heldout=file)
+    unit = {"likelihood": "nats/token", "reward": "reward"}[fitness]
+    assert result["fitness_unit"] == unit
+    words = {"likelihood": "log-likelihood, nats per token", "reward": "mean reward"}
+    lines = [line for line in out.splitlines() if line.startswith(("fitness", "held"))]
+    assert all(line.endswith((f"({words['likelihood']})", f"({words['reward']})")) for line in lines)
+    (own,) = [line for line in lines if line.startswith("fitness")]
+    assert own.endswith(f"({words[fitness]})")
+    generations = [line for line in err.splitlines() if "generation " in line]
+    assert generations
+    assert all(f"({unit})" in line for line in generations)
+    held = [line for line in lines if line.startswith("held out")]
+    assert sum(words["likelihood"] in line for line in held) == 1
+    assert sum(words["reward"] in line for line in held) == (fitness == "reward")
+
+
+def test_held_out_rows_of_a_task_are_judged_by_its_reward_and_texts_by_likelihood(adapt, tmp_path):
+    rows = [example.columns for example in question_examples()]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    changes = {**REWARD, "cem.gate": False, "train.eval_samples": 2}
+    result, _, _ = adapt(changes, examples=file, heldout=file)
+    low, high = result["heldout_reward_gain_ci95"]
+    gain = result["heldout_reward_after"] - result["heldout_reward_before"]
+    assert low <= gain <= high
+    assert -1 <= result["heldout_reward_before"] <= 1
+    assert result["heldout_before"] < 0
+    result, _, _ = adapt(
+        changes, examples=file, heldout=write_rows(tmp_path / "texts.jsonl", [{"text": OTHER}])
+    )
+    assert result["heldout_before"] < 0
+    assert "heldout_reward_before" not in result
+
+
+def test_a_completion_that_stays_the_same_is_called_unchanged(adapt, monkeypatch):
+    for same in (True, False):
+        texts = iter([" soup", " soup" if same else " tea"])
+        monkeypatch.setattr(adaptation, "complete", lambda run, a, p, texts=texts: [next(texts)])
+        _, out, _ = adapt(prompt=PROMPT)
+        assert ("after     the same completion, unchanged" in out) == same
+        assert ("after    > tea" in out) != same
+
+
+def test_several_prompts_end_with_what_came_of_them_together(adapt, tmp_path):
+    file = write_rows(tmp_path / "prompts.jsonl", [{"text": PROMPT}, {"text": OTHER}])
+    result, out, _ = adapt({"cem.gate": False}, prompts=file)
+    results, summary = result["results"], result["summary"]
+    assert (summary["prompts"], summary["adapted"]) == (2, 2)
+    gains = [one["fitness_after"] - one["fitness_before"] for one in results]
+    assert summary["mean_gain"] == pytest.approx(sum(gains) / 2)
+    assert summary["seconds"] == pytest.approx(sum(one["seconds"] for one in results))
+    assert summary["changed"] == sum(one["text_before"] != one["text_after"] for one in results)
+    last = out.splitlines()[-1]
+    said = f"2 of 2 prompts adapted, mean gain {sum(gains) / 2:+.3f} (log-likelihood, nats per token)"
+    assert said in last
+    # One prompt needs none.
+    one = write_rows(tmp_path / "one.jsonl", [{"text": PROMPT}])
+    assert "in all" not in adapt(prompts=one)[1]
+
+
+def test_one_search_for_many_prompts_is_described_once(adapt, tmp_path):
+    examples = write_rows(tmp_path / "examples.jsonl", EXAMPLES)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": PROMPT}, {"text": OTHER}])
+    changes = {"cem.method": "gradient", "cem.gate": False}
+    _, out, _ = adapt(changes, examples=examples, prompts=prompts)
+    lines = out.splitlines()
+    assert sum(line.startswith("search ") for line in lines) == 1
+    assert sum(line.startswith("prompt ") for line in lines) == 2
+
+
+def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
+    settings = parse_config(get_config(**{"cem.generations": 20})).cem
+    monkeypatch.setattr(inference._LiveView, "interval_s", (0.01, 0.01))
+    with inference._LiveView("examples", settings):
+        time.sleep(0.1)
+    assert "examples  under way for 0 s, compilation included" in capsys.readouterr().err
+    view = inference._LiveView("examples", settings)
+    history = searching.History(*(np.float32([value]) for value in (-2.0, -3.0, 0.1, 0.0, 0.25)))
+    view.show(4, history)
+    view.started = view.reported - 40.0
+    said = view.under_way(view.reported + 7.0)
+    # 4 generations in 40 s.
+    assert said.startswith("examples  7 s since generation 4/20, at about 10 s for each  best -2.000")
+    assert "held-back gain at least +0.250 (nats/token)" in said
+
+
 def test_a_prompt_that_the_gate_cannot_judge_says_so(adapt, monkeypatch):
     monkeypatch.setattr(adaptation, "complete", lambda run, offsets, prompts: [" soup"])
     result, out, _ = adapt(prompt="Review: The")

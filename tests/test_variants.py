@@ -1,6 +1,7 @@
 """Methods of the literature: numbers computed by hand, and what each becomes in its limits."""
 
 import functools
+import json
 import math
 
 import jax
@@ -9,13 +10,17 @@ import numpy as np
 import optax
 import pytest
 
+import grpocem_jax as gj
 from grpocem_jax import adapters, grpo
+from grpocem_jax.config import parse_config
 from grpocem_jax.grpo import checks, variants
 from grpocem_jax.grpo.variants.bnpo import LARGEST, match_moments
 from grpocem_jax.grpo.variants.t_spmo import shared_prefixes
 from grpocem_jax.models.sampling import Rollouts
+from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.update import repeat
 from grpocem_jax.utils.errors import InputError
+from tests.runs import training_config
 
 NAN = float("nan")
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -89,15 +94,15 @@ def test_bnpo_at_its_clamps():
     # Means 0 and 1 have the largest variance: a = b = 0, a flat density, and no signal.
     a, b = match_moments(jnp.array([0.0, 1.0]), jnp.ones(2, bool))
     close([a, b], 0)
-    close(of(variants.bnpo(low=0), [[0, 0], [1, 1]]), 0)
+    close(of(variants.bnpo(), [[0, 0], [1, 1]]), 0)
     # Equal means: a + b at its largest.
     a, b = match_moments(jnp.array([0.25, 0.25]), jnp.ones(2, bool))
     close([a, b], [0.25 * LARGEST, 0.75 * LARGEST])
-    same = of(variants.bnpo(low=0), [[1, 0, 0, 0], [1, 0, 0, 0]])[..., 0]
+    same = of(variants.bnpo(), [[1, 0, 0, 0], [1, 0, 0, 0]])[..., 0]
     assert np.isfinite(same).all()
     close(same[0, 0] / same[0, 1], -3)
-    # Rewards outside the range are at its ends.
-    close(of(variants.bnpo(low=0), [[7, -7, 0, 0], [1, 0, 0, 0]])[..., 0], same)
+    # The unit of rewards does not matter.
+    close(of(variants.bnpo(), [[9, 5, 5, 5], [9, 5, 5, 5]])[..., 0], same)
 
 
 def test_krpo_filters_the_baseline_reward_by_reward():
@@ -321,7 +326,6 @@ def test_increlora_grows_where_it_matters_and_never_beyond_its_budget():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: variants.bnpo(low=1.0, high=0.0), "low=1.0: must be below high=0.0"),
         (lambda: variants.krpo(measurement_noise=0.0), "measurement_noise=0.0: must be above 0"),
         (lambda: variants.krpo(process_noise=-1.0), "process_noise=-1.0: must be at least 0"),
         (lambda: variants.reinforce_pp(baseline=1), "baseline=1: must be True or False"),
@@ -356,6 +360,82 @@ def test_increlora_grows_where_it_matters_and_never_beyond_its_budget():
 def test_a_value_out_of_range_is_named(make, said):
     with pytest.raises(InputError, match=said):
         make()
+
+
+# By config
+
+
+TRAINED = {
+    "shaped, two updates": {
+        "grpo.shaping": "overlong",
+        "grpo.advantages": "bnpo",
+        "grpo.objective": "cispo",
+        "grpo.updates": 2,
+    },
+    "a tree of completions, a shared vector": {
+        "grpo.objective": "policy_gradient",
+        "grpo.advantages": "t_spmo",
+        "grpo.weights": "t_spmo",
+        "adapter.type": "tinylora",
+        "adapter.options": {"size": 4, "sites_per_vector": 0},
+    },
+    "growing ranks": {
+        "adapter.type": "increlora",
+        "adapter.options": {"max_rank": 2},
+        "train.optimizer": "increlora",
+        "train.optimizer_options": {"budget": 2, "every": 1},
+    },
+    "drawn": {"adapter.type": "stoch_grasp", "grpo.weights": "s_grpo"},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_methods_train_search_and_export_together(name, tmp_path):
+    changes = {"train.max_steps": 1, "search.generations": 1, "search.experts": "", **TRAINED[name]}
+    settings = training_config(
+        **{"train.warmup_steps": 0, "search.gate": False, "cem.population_size": 4, **changes}
+    )
+    summary = gj.train(settings, tmp_path / "run")
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["skipped"] == 0.0
+    run = gj.load_run(tmp_path / "run")
+    assert adapters.num_params(run.offsets) == summary["trainable_parameters"]
+    assert any(np.any(x) for x in jax.tree.leaves(run.offsets))
+    found = gj.adapt(run, "A text to adapt to.")
+    assert found.returned == "mean"
+    # It refuses a merged model whose logits are others than the adapted one's.
+    gj.export_model(tmp_path / "run", tmp_path / "exported")
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"grpo.supervision": "process", "grpo.advantages": "t_spmo"},
+            "config.grpo.advantages='t_spmo' is for rewards of whole completions",
+        ),
+        (
+            {"grpo.supervision": "process", "grpo.shaping": "overlong"},
+            "config.grpo.shaping='overlong' is for rewards of whole completions",
+        ),
+        ({"grpo.advantages": "bnpoo"}, "config.grpo.advantages='bnpoo'.*bnpo"),
+        ({"grpo.updates": 0}, "config.grpo.updates=0: must be at least 1"),
+    ],
+)
+def test_a_combination_without_a_meaning_is_refused(changes, said):
+    settings = gj.load_config("tiny")
+    settings.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=said):
+        parse_config(settings)
+
+
+def test_options_that_a_method_does_not_take_are_named():
+    settings = gj.load_config("tiny")
+    settings.grpo.advantages = "krpo"
+    settings.grpo.advantages_options = {"low": 0.0}
+    with pytest.raises(InputError, match=r"config.grpo.advantages='krpo' with options .*'low'"):
+        make_algorithm(parse_config(settings))
 
 
 # Several updates

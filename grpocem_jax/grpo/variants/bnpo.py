@@ -6,7 +6,6 @@ from jax.scipy.stats import beta
 
 from grpocem_jax.grpo.advantages import Advantages
 from grpocem_jax.grpo.variants.outcomes import Groups, of_outcomes
-from grpocem_jax.utils.errors import InputError
 
 EDGE = 1e-3
 """Mean rewards are kept so far from 0 and 1, where densities vanish."""
@@ -14,30 +13,24 @@ LARGEST = 1e3
 """Of ``a + b``, where the groups' means are nearly equal."""
 
 
-def bnpo(low: float = -1.0, high: float = 1.0) -> Advantages:
+def bnpo() -> Advantages:
     """The reward minus its group's mean, over the density of a Beta distribution at that mean.
 
-    With rewards mapped from ``[low, high]`` to ``[0, 1]`` and ``p`` the mean of a group, Beta(a, b)
-    has the mean and the variance of ``p`` over the step's groups, and
+    With rewards mapped to ``[0, 1]`` and ``p`` the mean of a group, Beta(a, b) has the mean and the
+    variance of ``p`` over the step's groups, and
 
         A_i = (r_i - p) / f(p; alpha, beta),   alpha = max(1, 1 + a/3),  beta = max(1, 1 + b/3).
 
-    Where the variance is as large as it can be, ``a = b = 0`` and this is `centred`.  `EDGE` and
-    `LARGEST`, and the mapping of rewards that are not binary, are ours.
-
-    Args:
-      low: the least reward; smaller ones count as this.
-      high: the largest.
-
-    Raises:
-      InputError: ``low`` is not below ``high``.
+    Where the variance is as large as it can be, ``a = b = 0`` and this is `centred`.  The paper's
+    rewards are 0 and 1; that others are mapped by the least and the largest of the step, and the
+    bounds `EDGE` and `LARGEST`, are ours.
     """
-    if not low < high:
-        raise InputError(f"low={low!r}: must be below high={high!r}.")
 
     def rule(groups: Groups) -> jax.Array:
-        unit = jnp.clip((groups.rewards - low) / (high - low), 0.0, 1.0)
-        unit = jnp.where(groups.present, unit, 0.0)
+        low = jnp.min(jnp.where(groups.present, groups.rewards, jnp.inf))
+        high = jnp.max(jnp.where(groups.present, groups.rewards, -jnp.inf))
+        span = jnp.where(high > low, high - low, 1.0)
+        unit = jnp.where(groups.present, (groups.rewards - low) / span, 0.0)
         p = jnp.sum(unit, -1, keepdims=True) / groups.number
         judged = jnp.any(groups.present, -1, keepdims=True)
         a, b = match_moments(p, judged)

@@ -7,9 +7,8 @@ after it,
              - mean reward of those that begin with p.
 
 The loss is the mean over the different edges, whatever the number of completions that go through
-one.  The paper adds an L2 penalty on what is trained: ``train.optimizer_options={"l2": ...}``.  Its
-text leaves open how several prompts add up, which is here the mean over prompts, and takes one
-update a batch, for which the objective is `policy_gradient`.
+one; with several prompts, the mean over these, which is ours.  The paper adds an L2 penalty on what
+is trained, for which weight decay stands here, and takes one update a batch: `policy_gradient`.
 """
 
 import jax
