@@ -110,6 +110,7 @@ from pathlib import Path
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import jax
 import grpocem_jax as gj
+from tests.runs import thin_model
 
 @contextlib.contextmanager
 def limited(megabytes):
@@ -124,7 +125,9 @@ def limited(megabytes):
 """
 
 SEARCH = """
-config = gj.parse_config(gj.load_config("tiny"))
+settings = gj.load_config("tiny")
+settings.model.source = thin_model()
+config = gj.parse_config(settings)
 policy = gj.load_policy(config)
 run = gj.TrainedRun(config, policy, policy.zero)
 
@@ -146,14 +149,14 @@ TRAINING = """
 from grpocem_jax.training import loop as training
 config = gj.load_config("tiny")
 config.update_from_flattened_dict({
-    "data.tasks": ("general",), "data.heldout_samples": 2, "train.eval_samples": 1,
+    "model.source": thin_model(), "data.tasks": ("general",), "data.heldout_samples": 2, "train.eval_samples": 1,
     "generation.max_new_tokens": 24, "train.max_steps": 1, "train.fit_memory": True,
     "train.batch_size": 256, "train.accumulation_steps": 1,
 })
 update = training.update_program
 
 def scarce(*args, **options):
-    with limited(400):
+    with limited(150):
         return jax.block_until_ready(update(*args, **options))
 
 training.update_program = scarce
