@@ -1,5 +1,6 @@
 """Fixtures of all tests, strict arrays, and how programs are compiled."""
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -67,6 +68,14 @@ def _compilation_cache() -> Iterator[None]:
     if not jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", True)
         compilation_cache.reset_cache()  # which remembers whether it was on at the first program
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap() -> Iterator[None]:
+    """JAX looks through all objects for what holds a leaked tracer: only those of the module."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
