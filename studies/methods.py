@@ -55,6 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "grpo.weights": "t_spmo",
     },
     "invadam": {"train.optimizer": "invadam", "train.optimizer_options": {"adam": 0.5}},
+    "extrapolated": {"train.optimizer": "extrapolated"},
     **{
         name: {"adapter.type": name}
         for name in ("vera", "steering", "ia3", "grasp", "stoch_grasp", "hut", "tera", "lora_xs")

@@ -149,7 +149,8 @@ TRAINING = """
 from grpocem_jax.training import loop as training
 config = gj.load_config("tiny")
 config.update_from_flattened_dict({
-    "model.source": thin_model(), "data.tasks": ("general",), "data.heldout_samples": 2, "train.eval_samples": 1,
+    "model.source": thin_model(), "data.tasks": ("general",),
+    "data.heldout_samples": 2, "train.eval_samples": 1,
     "generation.max_new_tokens": 24, "train.max_steps": 1, "train.fit_memory": True,
     "train.batch_size": 256, "train.accumulation_steps": 1,
 })

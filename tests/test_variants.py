@@ -291,6 +291,25 @@ def test_invadam_multiplies_by_the_root_of_the_second_moment():
         states = [state for _, state in found]
 
 
+@pytest.mark.parametrize(("degree", "ahead"), [(1, 0), (1, 5), (2, 5)])
+def test_extrapolation_goes_on_along_a_path(degree, ahead):
+    # Adam on a constant gradient goes straight on by its rate, which makes a parabola here.
+    every, rates = 4, lambda count: 0.01 * (1 + (degree - 1) * count)
+    optimizer = variants.extrapolated(rates, every=every, ahead=ahead, degree=degree)
+    offsets, gradient = {"a": jnp.array([1.0, -1.0])}, {"a": jnp.array([-3.0, 2.0])}
+    state, signs = optimizer.init(offsets), np.array([1.0, -1.0])
+    for count in range(every):
+        updates, state = optimizer.update(gradient, state, offsets)
+        if count < every - 1:
+            close(updates["a"], rates(count) * signs, rtol=1e-4)
+        offsets = optax.apply_updates(offsets, updates)
+    # The path is of points before an update, so the change begins at the last of these.
+    later = sum(rates(every - 1 + i) for i in range(ahead))
+    close(updates["a"], (rates(every - 1) + later) * signs, rtol=1e-3)
+    updates, _ = optimizer.update(gradient, state, offsets)
+    close(updates["a"], rates(every) * signs, rtol=1e-4)
+
+
 def grown(sites, gradients, steps, **options):
     """Offsets and ranks after updates with the same gradient of the scales."""
     offsets = {
@@ -339,6 +358,9 @@ def test_increlora_grows_where_it_matters_and_never_beyond_its_budget():
         (lambda: variants.s_grpo(probability=1.5), "probability=1.5: must be from 0 to 1"),
         (lambda: variants.invadam(0.1, adam=2.0), "adam=2.0: must be from 0 to 1"),
         (lambda: variants.invadam(0.1, b1=1.0), "b1=1.0: must be from 0"),
+        (lambda: variants.extrapolated(0.1, every=1), "every=1: must be a whole number above"),
+        (lambda: variants.extrapolated(0.1, ahead=-1), "ahead=-1: must be a whole number"),
+        (lambda: variants.extrapolated(0.1, degree=0), "degree=0: must be a whole number"),
         (lambda: variants.increlora(0.1, budget=0), "budget=0: must be a whole number"),
         (lambda: variants.increlora(0.1, budget=1, decay=1.0), "decay=1.0: must be from 0"),
         (lambda: grown(["x", "y"], [1.0, 1.0], 1, budget=1), "budget=1: must be at least 2"),

@@ -22,6 +22,7 @@ from grpocem_jax.adapters.hut import hut
 from grpocem_jax.adapters.increlora import increlora
 from grpocem_jax.adapters.lora import lora
 from grpocem_jax.adapters.lora_xs import lora_xs
+from grpocem_jax.adapters.merging import combine, compete, project
 from grpocem_jax.adapters.scales import ia3, steering
 from grpocem_jax.adapters.svf import SVFFactors, cached_svd, singular_values, svd, svf
 from grpocem_jax.adapters.tera import tera
@@ -59,6 +60,8 @@ __all__ = [
     "cached_svd",
     "calling",
     "check_adapter",
+    "combine",
+    "compete",
     "each_site",
     "factor_params",
     "get",
@@ -71,6 +74,7 @@ __all__ = [
     "lora_xs",
     "merge_params",
     "num_params",
+    "project",
     "select_sites",
     "singular_values",
     "steering",

@@ -10,6 +10,7 @@ import optax
 from grpocem_jax.grpo.variants.baselines import centred, reinforce_pp, rloo
 from grpocem_jax.grpo.variants.bnpo import bnpo
 from grpocem_jax.grpo.variants.cispo import cispo
+from grpocem_jax.grpo.variants.extrapolated import extrapolated
 from grpocem_jax.grpo.variants.increlora import increlora
 from grpocem_jax.grpo.variants.invadam import invadam
 from grpocem_jax.grpo.variants.krpo import krpo
@@ -34,6 +35,7 @@ OBJECTIVES = {"cispo": cispo, "policy_gradient": policy_gradient, "rebel": rebel
 """Makers of objectives."""
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "extrapolated": extrapolated,
     "increlora": increlora,
     "invadam": invadam,
 }
@@ -54,6 +56,7 @@ __all__ = [
     "bnpo",
     "centred",
     "cispo",
+    "extrapolated",
     "increlora",
     "invadam",
     "krpo",
