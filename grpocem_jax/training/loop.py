@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from grpocem_jax import grpo, report, rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config, with_defaults
-from grpocem_jax.models import sampling
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
-from grpocem_jax.training import evaluation, results, screens, step_metrics
+from grpocem_jax.training import evaluation, results, screens
+from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
 from grpocem_jax.training.data import Data, load_data
 from grpocem_jax.training.update import (
@@ -485,87 +484,44 @@ class Run:
             numbers = {f"train/{name}": x for name, x in finite.items() if name != "step"}
             log.log(numbers, record["step"])
 
-    def batch(self, step: int) -> list[rollouts.Item]:
-        """The prompts that a step completes: a shuffle an epoch, of seed and epoch alone."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.items))
-        size = self.config.prompts_drawn_per_step
-        return [self.items[i] for i in order[position * size : (position + 1) * size]]
-
     def step(self, state: grpo.TrainState, step: int) -> tuple[grpo.TrainState, dict[str, Any]]:
         """One optimizer step: rollouts, rewards, advantages, update."""
-        config = self.config
-        items = self.batch(step)
-        temperature = sampling.anneal(
-            config.generation.temperature,
-            config.generation.final_temperature,
-            step / max(self.total_steps - 1, 1),
-        )
-        # The first keys of a step are those of its prompts.
-        weights_key, draw_key = (
-            jax.random.fold_in(jax.random.fold_in(self.key, step), len(items) + i) for i in (0, 1)
-        )
-        draw = self.policy.adapter.draw
+        config, policy = self.config, self.policy
+        items = steps.prompts(config, self.items, step)
+        keys = steps.keys(self.key, step, len(items))
+        temperature = steps.temperature(config, step, self.total_steps)
+        draw = policy.adapter.draw
         with memory.advise("a step's rollouts", self.rollouts_advice()):
             out = rollouts.complete(
-                self.policy,
-                state.offsets if draw is None else draw(draw_key, state.offsets),
+                policy,
+                state.offsets if draw is None else draw(keys.draw, state.offsets),
                 [item.tokens for item in items],
-                jax.random.split(jax.random.fold_in(self.key, step), len(items)),
+                keys.prompts,
                 config.generation,
                 num_samples=config.grpo.group_size,
                 temperature=temperature,
                 buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
             )
-        if not out.finite.any() and self.policy.dtype == "float16":
-            fix = self.policy.nonfinite_logits("")
-            raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
-        with memory.advise("a step's rollouts", self.rollouts_advice()):
-            steps = config.grpo.supervision == "process"
-            out = rollouts.with_base_logps(self.policy, items, out, steps=steps)
-        scores = rollouts.score(items, out.texts, out.base_logps)
-        drawn = {
-            **step_metrics.rewards(items, scores),
-            **step_metrics.lengths(out.mask.sum(-1), self._unended(out)),
-        }
-        self.step_tokens = int(out.mask.sum() + out.prompts.mask.sum() * config.grpo.group_size)
+            out = steps.with_likelihoods(config, policy, items, out)
+        prepared = steps.prepare(config, policy, self.algorithm, items, out, keys.weights)
+        self.step_tokens = prepared.tokens
         self.num_tokens += self.step_tokens
-        rewards = scores.total
-        if len(items) > config.prompts_per_step:
-            rows = grpo.informative_first(rewards, config.prompts_per_step)
-            items, out, rewards = [items[i] for i in rows], out.take(rows), rewards[rows]
-        step_rewards = self.step_rewards(items, out, rewards)
-        given = jnp.asarray(rewards, jnp.float32)
-        shaped = self.algorithm.shaping(given, out.rollouts.logps, out.rollouts.mask)
-        found = self.algorithm.advantages(shaped, step_rewards, out.tokens, out.mask)
-        advantages = jnp.asarray(found)
-        weights, positions = self.algorithm.weights(weights_key, out.rollouts)
-        batch = grpo.Batch(
-            jnp.asarray(out.prompts.tokens),
-            jnp.asarray(out.prompts.mask),
-            out.rollouts.tokens,
-            out.rollouts.mask,
-            out.rollouts.logps,
-            advantages,
-            weights,
-            positions,
-        )
-        batch = devices.divide(self.policy.mesh, batch)
+        batch = devices.divide(policy.mesh, prepared.batch)
 
         def once(state: grpo.TrainState, size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
             updated = update_program(
                 state,
-                self.policy.params,
+                policy.params,
                 batch,
                 temperature,
-                model=self.policy.model,
+                model=policy.model,
                 objective=self.algorithm.objective,
                 optimizer=self.algorithm.optimizer,
                 beta=config.grpo.beta,
                 entropy=config.grpo.entropy,
                 micro_batch=size,
                 draw=draw,
-                key=None if draw is None else draw_key,
+                key=None if draw is None else keys.draw,
             )
             return jax.block_until_ready(updated)
 
@@ -578,14 +534,18 @@ class Run:
             "step": step + 1,
             "epoch": (step + 1) / self.steps_per_epoch,
             **{name: float(value) for name, value in jax.device_get(update).items()},
-            **drawn,
+            **prepared.metrics,
             "temperature": temperature,
             "num_tokens": self.num_tokens,
         }
-        self.trouble = find_trouble(config, self.policy, record, out, before, batch, temperature)
+        self.trouble = find_trouble(config, policy, record, out, before, batch, temperature)
         self.shown_before = self.completions.size
         if step % config.logging.interval == 0 or step + 1 == self.total_steps:
-            self.show(step + 1, items, out.texts, rewards, np.asarray(advantages))
+            for line in steps.records(prepared, step + 1):
+                self.completions.write(line)
+            Progress.write(
+                screens.completions(step + 1, prepared.items, prepared.texts, prepared.rewards)
+            )
         return state, record
 
     def rollouts_advice(self) -> str:
@@ -606,7 +566,7 @@ class Run:
         self.skipped += 1
         what, fix = self.trouble
         say(f"step {step + 1}: {what}; update skipped", sys.stderr)
-        for item in self.batch(step):
+        for item in steps.prompts(self.config, self.items, step):
             prompt = {"step": step + 1, "task": item.task.name, "prompt": item.example.prompt}
             self.nonfinite.write(prompt)
         if self.skipped_in_a_row > self.config.train.max_skipped_updates:
@@ -616,50 +576,3 @@ class Run:
                 f"({what}); {fix} in a new run, or look at the prompts in "
                 f"{self.workdir / 'nonfinite.jsonl'}."
             )
-
-    def step_rewards(
-        self,
-        items: Sequence[rollouts.Item],
-        out: rollouts.Completions,
-        rewards: np.ndarray,
-    ) -> np.ndarray:
-        """Rewards at the last token of each step, float32 ``[P, G, N]``, NaN elsewhere."""
-        if self.config.grpo.supervision == "process":
-            values, ends = rollouts.score_steps(
-                self.policy, items, out.texts, out.tokens, out.mask, rewards, out.base_logps
-            )
-        else:  # one step a completion, worth its outcome
-            values = rewards[..., None].astype(np.float32)
-            ends = np.arange(out.mask.shape[-1]) == out.mask.sum(-1, keepdims=True) - 1
-        return np.where(ends, values, np.float32(np.nan))
-
-    def _unended(self, out: rollouts.Completions) -> np.ndarray:
-        """Which completions were cut at the largest length; bool ``[P, G]``."""
-        ended = np.isin(out.tokens[..., -1], np.asarray(self.policy.end_ids))
-        return out.mask[..., -1] & ~ended
-
-    def show(
-        self,
-        step: int,
-        items: Sequence[rollouts.Item],
-        texts: Sequence[Sequence[str]],
-        rewards: np.ndarray,
-        advantages: np.ndarray,
-    ) -> None:
-        """Stores a step's completions, and shows the first of each task."""
-        for row, item in enumerate(items):
-            for sample, text in enumerate(texts[row]):
-                numbers = {
-                    "reward": float(rewards[row, sample]),
-                    "advantage": float(advantages[row, sample, 0]),
-                }
-                self.completions.write(
-                    {
-                        "step": step,
-                        "task": item.task.name,
-                        "prompt": item.example.prompt,
-                        "completion": text,
-                        **{n: x if np.isfinite(x) else None for n, x in numbers.items()},
-                    }
-                )
-        Progress.write(screens.completions(step, items, texts, rewards))
