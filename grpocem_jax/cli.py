@@ -7,15 +7,24 @@ from absl import flags
 from ml_collections import config_flags
 
 from grpocem_jax.adaptation import command as inference
+from grpocem_jax.compare import compare
 from grpocem_jax.config import commands
+from grpocem_jax.training import sweep
 from grpocem_jax.training.loop import train as train_run
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.terminal import say
 
 
 def train() -> None:
     """Trains an adapter."""
     config = commands.define_config()
     workdir = flags.DEFINE_string("workdir", None, "Run directory; by default runs/CONFIG-TIME.")
+    grid = flags.DEFINE_string(
+        "sweep",
+        None,
+        "Train a run for each combination of seeds, learning rates and tasks, all in one program: "
+        "'seed=0,1,2 train.learning_rate=0.01,0.02 data.tasks=qa,sentiment+general'.",
+    )
 
     def main(argv: list[str]) -> None:
         del argv
@@ -23,7 +32,13 @@ def train() -> None:
             raise InputError("--workdir='': is no folder; give one, or leave the flag out.")
         name = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
         default = f"runs/{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        train_run(config.value, workdir.value or default)
+        if grid.value is None:
+            train_run(config.value, workdir.value or default)
+            return
+        folder = Path(workdir.value or default)
+        runs = sweep.sweep(config.value, sweep.parse(grid.value), folder)
+        say(compare([str(folder / name) for name in runs], folder / "compare.html"))
+        say(f"page      {folder / 'compare.html'}")
 
     commands.run(main)
 

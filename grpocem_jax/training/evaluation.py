@@ -129,6 +129,7 @@ def evaluate(
       offsets: its offsets; with ``own_adapters`` one for each prompt, a leading axis ``n``.
       items: ``n`` prompts.
       key: PRNG key; consumed. A prompt's samples depend on it and the prompt's place in ``items``.
+        Or one for each prompt, ``[n]``, see `prompt_keys`.
       config: for sampling settings; samples are drawn at ``generation.temperature``.
       greedy: one greedy completion a prompt, instead of ``train.eval_samples`` drawn ones.
       own_adapters: whether each prompt has an adapter of its own.
@@ -146,6 +147,11 @@ def evaluate(
         policy, offsets, items, key, config, count, greedy=greedy, own_adapters=own_adapters
     )
     return _mean(rewards), texts
+
+
+def prompt_keys(key: jax.Array, count: int) -> jax.Array:
+    """The keys ``[count]`` that `evaluate` completes prompts with."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(count))
 
 
 def _mean(rewards: np.ndarray) -> np.ndarray:
@@ -174,7 +180,7 @@ def _complete(
         if size > 1
         else f"lower generation.max_new_tokens={config.generation.max_new_tokens}"
     )
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(items)))
+    keys = key if key.ndim else prompt_keys(key, len(items))
     rewards = np.full((len(items), num_samples), np.nan)
     texts: list[list[str]] = [[] for _ in items]
     for rows, filled in rollouts.batches([item.tokens for item in items], size):

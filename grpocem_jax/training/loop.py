@@ -72,7 +72,7 @@ def train(
     policy = load_policy(
         config, mesh=devices.sharing(config.train.batch_size // config.grpo.group_size)
     )
-    _check_length(config, policy)
+    check_length(config, policy)
     if user_code.is_reference(config.train.optimizer):
         _check_optimizer(config, algorithm, policy)
     data = load_data(config, policy, held_out=held_out)
@@ -210,7 +210,8 @@ def _check_optimizer(config: Config, algorithm: Algorithm, policy: Policy) -> No
         raise InputError(f"config.train.optimizer={config.train.optimizer!r}: {error}") from error
 
 
-def _check_length(config: Config, policy: Policy) -> None:
+def check_length(config: Config, policy: Policy) -> None:
+    """Refuses prompts and completions that are longer together than the model's context."""
     longest = config.data.max_prompt_tokens + config.generation.max_new_tokens
     if longest > policy.model.context_length:
         raise InputError(

@@ -47,9 +47,9 @@ def repeat(
     for _ in range(count):
         new, metrics = once(new)
         found.append(metrics)
-    joined = {name: jnp.mean(jnp.stack([one[name] for one in found])) for name in metrics}
+    joined = {name: jnp.mean(jnp.stack([one[name] for one in found]), 0) for name in metrics}
     joined |= {name: metrics[name] for name in ("learning_rate",) if name in metrics}
-    joined["skipped"] = jnp.max(jnp.stack([one["skipped"] for one in found]))
+    joined["skipped"] = jnp.max(jnp.stack([one["skipped"] for one in found]), 0)
     return new._replace(step=state.step + 1), joined
 
 

@@ -1,0 +1,520 @@
+"""Many runs in one program: adapters are small, so runs are a batch axis over one frozen model.
+
+The runs of a sweep differ in seed, learning rate and tasks.  They go in step: the prompts of all
+are completed in one decode loop, each with its run's adapter, and all adapters are updated in one
+program.  Each is what it would be by itself but for rounding, and has a run directory of its own
+that every command takes.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from grpocem_jax import adapters, grpo, rollouts
+from grpocem_jax.config import Config, parse_config, with_defaults
+from grpocem_jax.rollouts.policy import Policy, load_policy
+from grpocem_jax.runs import checkpoints, metrics, rundir
+from grpocem_jax.training import evaluation, results
+from grpocem_jax.training import step as steps
+from grpocem_jax.training.algorithm import Algorithm, make_algorithm
+from grpocem_jax.training.data import Data, load_data
+from grpocem_jax.training.loop import check_length, total_steps
+from grpocem_jax.training.update import MEMORY_FIRST, repeat
+from grpocem_jax.utils import memory
+from grpocem_jax.utils.clock import CompileClock
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.files import expand, is_file, read_object, writing
+from grpocem_jax.utils.progress import Progress
+from grpocem_jax.utils.terminal import say
+
+READ: dict[str, Callable[[str], Any]] = {
+    "seed": int,
+    "train.learning_rate": float,
+    "data.tasks": lambda names: tuple(names.split("+")),
+}
+"""What runs of a sweep may differ in, and how their values are read."""
+MOST = 32
+"""Runs of a sweep."""
+
+
+class Member(NamedTuple):
+    """A run of a sweep.
+
+    Attributes:
+      name: what it differs in, and its folder.
+      settings: its config.
+      config: that config, parsed.
+      data: its prompts.
+      workdir: its run directory.
+      key: PRNG key of its training.
+      eval_key: of its evaluation.
+    """
+
+    name: str
+    settings: ml_collections.ConfigDict
+    config: Config
+    data: Data
+    workdir: Path
+    key: jax.Array
+    eval_key: jax.Array
+
+
+def parse(text: str) -> dict[str, list[Any]]:
+    """What runs differ in: ``seed=0,1 train.learning_rate=0.01,0.02 data.tasks=qa,sentiment+qa``.
+
+    Fields stand apart by spaces, values by commas, and tasks of one run by a plus.
+
+    Raises:
+      InputError: another field, a value that is none, or one twice.
+    """
+    grid: dict[str, list[Any]] = {}
+    for part in text.split():
+        field, equals, values = part.partition("=")
+        if field not in READ or field in grid or not equals:
+            raise InputError(
+                f"--sweep={text!r}: {part!r} is not one of {', '.join(READ)}, each once, with "
+                "values behind an equals sign; as in --sweep 'seed=0,1 train.learning_rate=1e-2'."
+            )
+        try:
+            grid[field] = [READ[field](value) for value in values.split(",")]
+        except ValueError:
+            raise InputError(
+                f"--sweep={text!r}: {part!r} has a value that is no number; separate numbers by "
+                "commas."
+            ) from None
+        if len(set(grid[field])) < len(grid[field]):
+            raise InputError(f"--sweep={text!r}: {part!r} has a value twice; give each once.")
+    count = int(np.prod([len(values) for values in grid.values()]))
+    if not 2 <= count <= MOST:
+        raise InputError(f"--sweep={text!r}: makes {count} runs; give 2 to {MOST}.")
+    return grid
+
+
+def sweep(
+    settings: ml_collections.ConfigDict, grid: Mapping[str, Sequence[Any]], workdir: str | Path
+) -> dict[str, dict[str, Any]]:
+    """Trains a run for each combination of some settings, all in one program.
+
+    An interrupted sweep goes on from its last checkpoint.  The optimizer's update must be
+    proportional to its learning rate, as that of all of optax's is.
+
+    Args:
+      settings: a config, of which all runs are made.
+      grid: values by the names of `READ`, see `parse`.
+      workdir: the folder of the run directories.
+
+    Returns:
+      each run's summary.json by the run's name.
+
+    Raises:
+      InputError: settings, model, data or folder that cannot be used, for some run; runs of other
+        lengths; what differs with the seed and cannot.
+      Interrupted: SIGTERM or SIGINT came; the sweep was saved.
+    """
+    started = time.perf_counter()
+    workdir = expand(workdir, "--workdir")
+    named = _settings(settings, grid)
+    configs = {name: parse_config(own) for name, own in named.items()}
+    first, *others = configs.values()
+    done = _complete(workdir, named)
+    if done is not None:
+        say(f"the sweep in {workdir} is complete")
+        return done
+    policy = load_policy(first)
+    check_length(first, policy)
+    if any(config.seed != first.seed for config in others):
+        _check_seeds(first, policy)
+    members = [
+        Member(name, named[name], config, load_data(config, policy), workdir / name, *_keys(config))
+        for name, config in configs.items()
+    ]
+    lengths = {total_steps(member.config, len(member.data.train)) for member in members}
+    if len(lengths) > 1 or 0 in lengths:
+        raise InputError(
+            f"--sweep: its runs have {', '.join(map(str, sorted(lengths)))} steps, and go in step; "
+            "set train.max_steps so that all have the same."
+        )
+    algorithm = make_algorithm(first, total_steps=max(lengths))
+    with (
+        writing(f"--workdir={workdir}", "make room; the same command continues the sweep"),
+        rundir.Signals() as signals,
+        contextlib.ExitStack() as claims,
+    ):
+        for member in members:
+            identity = {"model": policy.pretrained.sha256, "data": member.data.sha256}
+            if first.model.dtype == "auto":
+                identity["model.dtype"] = policy.dtype
+            claims.enter_context(
+                rundir.claim(member.workdir, with_defaults(member.settings).to_dict(), identity)
+            )
+        course = _Course(policy, algorithm, members, max(lengths), workdir, signals)
+        say(f"sweep     {len(members)} runs of {course.total} steps in {workdir}")
+        if course.first_step:
+            say(f"resumed   after step {course.first_step}")
+        clock, began = CompileClock.start(), time.perf_counter()
+        states = course.train()
+        trained = time.perf_counter() - began
+        judged = _judge(policy, members, states.offsets)
+        clock.stop()
+        summaries = {}
+        for i, (member, heldout) in enumerate(zip(members, judged, strict=True)):
+            offsets = jax.tree.map(lambda x, i=i: x[i], states.offsets)
+            summary = results.summarize(
+                member.config,
+                policy,
+                offsets,
+                member.data.train,
+                member.data.bad_lines,
+                heldout,
+                {
+                    "steps": course.total,
+                    "adapter": "last",
+                    "best_adapter": None,
+                    "resumed_after_step": course.first_step,
+                    "skipped_updates": course.skipped[i],
+                    "continued": [],
+                    "micro_batch": member.config.train.batch_size,
+                    "sweep": len(members),
+                    # Of all runs together.
+                    "seconds": time.perf_counter() - started,
+                    "train_seconds": trained,
+                    "compile_seconds": clock.seconds,
+                },
+            )
+            results.write(member.workdir, member.config, policy, offsets, None, heldout, summary)
+            summaries[member.name] = summary
+        return summaries
+
+
+def _settings(
+    settings: ml_collections.ConfigDict, grid: Mapping[str, Sequence[Any]]
+) -> dict[str, ml_collections.ConfigDict]:
+    """The config of each run by its name."""
+    if settings.get("train", {}).get("evaluate_every_steps"):
+        raise InputError(
+            "train.evaluate_every_steps: a sweep compares no checkpoints; set it to 0."
+        )
+    named = {}
+    for values in itertools.product(*grid.values()):
+        own = ml_collections.ConfigDict(settings.to_dict())
+        parts = []
+        for field, value in zip(grid, values, strict=True):
+            own.update_from_flattened_dict({field: value})
+            text = "+".join(value) if isinstance(value, tuple) else f"{value:g}"
+            parts.append(f"{field.rpartition('.')[2]}={text}")
+        named[",".join(parts)] = own
+    return named
+
+
+def _complete(
+    workdir: Path, named: Mapping[str, ml_collections.ConfigDict]
+) -> dict[str, dict[str, Any]] | None:
+    """The summaries, where all runs of these settings have ended; None where not."""
+    for name, settings in named.items():
+        rundir.check_settings(workdir / name, with_defaults(settings).to_dict())
+    paths = {name: workdir / name / "summary.json" for name in named}
+    if not all(map(is_file, paths.values())):
+        return None
+    return {name: read_object(path, fix="delete it") for name, path in paths.items()}
+
+
+def _keys(config: Config) -> tuple[jax.Array, jax.Array]:
+    key, eval_key = jax.random.split(jax.random.key(config.seed))
+    return key, eval_key
+
+
+def _check_seeds(config: Config, policy: Policy) -> None:
+    """Refuses seeds where the frozen model is another with each."""
+    if policy.pretrained.kind == "random":
+        raise InputError(
+            f"--sweep: model.source={config.model.source!r} has other weights with each seed; "
+            "sweep something else, or a model with weights."
+        )
+    kernel = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    one, two = (policy.adapter.factor(jax.random.key(seed), kernel) for seed in (0, 1))
+    if not all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(two))):
+        raise InputError(
+            f"--sweep: adapter.type={config.adapter.type!r} has other frozen arrays with each "
+            "seed; sweep something else, or another adapter."
+        )
+
+
+class _Course:
+    """The training of all runs, from the last checkpoint on."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        members: Sequence[Member],
+        total: int,
+        workdir: Path,
+        signals: rundir.Signals,
+    ):
+        self.policy, self.algorithm, self.members = policy, algorithm, members
+        self.config, self.total, self.signals = members[0].config, total, signals
+        rates = np.array([member.config.train.learning_rate for member in members])
+        self.factors = jnp.asarray(rates / self.config.train.learning_rate, jnp.float32)
+        started = [
+            grpo.init_state(
+                adapters.init_adapter(
+                    policy.adapter, jax.random.key(member.config.seed), policy.params, policy.sites
+                ),
+                algorithm.optimizer,
+            )
+            for member in members
+        ]
+        self.states = jax.tree.map(lambda *x: jnp.stack(x), *started)
+        self.digest = checkpoints.config_hash(
+            {
+                member.name: rundir.trained_settings(with_defaults(member.settings).to_dict())
+                for member in members
+            }
+        )
+        self.checkpoints = checkpoints.Checkpoints(workdir, keep=self.config.train.keep_checkpoints)
+        found, damaged = self.checkpoints.restore_latest(self._saved(self.states))
+        for sentence in damaged:
+            say(f"passed over: {sentence}", sys.stderr)
+        position: dict[str, Any] = {}
+        if found is not None:
+            saved, _, position = found
+            if position.get("digest") != self.digest:
+                raise InputError(
+                    f"--workdir={workdir}: holds the checkpoints of another sweep; give another "
+                    "folder."
+                )
+            step = jnp.full(len(members), saved.step, jnp.int32)
+            self.states = jax.tree.map(jnp.asarray, saved._replace(step=step))
+        self.first_step = int(self.states.step[0])
+        zeros = [0] * len(members)
+        self.tokens = list(position.get("num_tokens", zeros))
+        self.skipped = list(position.get("skipped", zeros))
+        sizes = position.get("metrics_bytes", zeros)
+        shown = position.get("completions_bytes", zeros)
+        self.metrics = [
+            metrics.JsonLines(member.workdir / "metrics.jsonl", size)
+            for member, size in zip(members, sizes, strict=True)
+        ]
+        self.completions = [
+            metrics.JsonLines(member.workdir / "completions.jsonl", size)
+            for member, size in zip(members, shown, strict=True)
+        ]
+
+    @staticmethod
+    def _saved(states: grpo.TrainState) -> grpo.TrainState:
+        """The states as a checkpoint has them: the step is one number."""
+        return states._replace(step=states.step[0])
+
+    def train(self) -> grpo.TrainState:
+        """Runs the steps that are left.
+
+        Raises:
+          Interrupted: a signal came; the step under way and its checkpoint were finished.
+        """
+        every, saved = self.config.train.checkpoint_every_steps, self.first_step
+        progress, self.signals.at_once = Progress(self.total), False
+        try:
+            for step in range(self.first_step, self.total):
+                began = time.perf_counter()
+                rewards = self.step(step, began)
+                progress.update(step + 1, reward=" ".join(f"{reward:.2f}" for reward in rewards))
+                last = step + 1 == self.total
+                if self.signals.received or last or (every and (step + 1) % every == 0):
+                    self.save()
+                    saved = step + 1
+                if self.signals.received:
+                    say(
+                        f"stopped after step {saved} of {self.total}; the same command continues "
+                        "the sweep",
+                        sys.stderr,
+                    )
+                    raise rundir.Interrupted(128 + self.signals.received)
+        finally:
+            self.signals.at_once = True
+            for log in (*self.metrics, *self.completions):
+                log.close()
+            self.checkpoints.close()
+            progress.close()
+        return self.states
+
+    def save(self) -> None:
+        """Saves a checkpoint of all runs."""
+        logs = (*self.metrics, *self.completions)
+        for log in logs:
+            log.sync()
+        position = {
+            "digest": self.digest,
+            "num_tokens": self.tokens,
+            "skipped": self.skipped,
+            "metrics_bytes": [log.size for log in self.metrics],
+            "completions_bytes": [log.size for log in self.completions],
+        }
+        self.checkpoints.save(self._saved(self.states), jax.random.key(0), position)
+
+    def step(self, step: int, began: float) -> list[float]:
+        """One step of all runs; the mean reward of each."""
+        config, policy, draw = self.config, self.policy, self.policy.adapter.draw
+        items = [steps.prompts(member.config, member.data.train, step) for member in self.members]
+        count = len(items[0])
+        keys = [steps.keys(member.key, step, count) for member in self.members]
+        draw_keys = jnp.stack([own.draw for own in keys])
+        offsets = self.states.offsets
+        if draw is not None:
+            offsets = jax.vmap(draw)(draw_keys, offsets)
+        temperature = steps.temperature(config, step, self.total)
+        advice = "give fewer runs, or lower train.accumulation_steps"
+        with memory.advise("a step's rollouts", advice):
+            out = rollouts.complete(
+                policy,
+                jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), offsets),
+                [item.tokens for own in items for item in own],
+                jnp.concatenate([own.prompts for own in keys]),
+                config.generation,
+                num_samples=config.grpo.group_size,
+                temperature=temperature,
+                buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
+                own_adapters=True,
+            )
+            out = steps.with_likelihoods(config, policy, list(itertools.chain(*items)), out)
+        prepared = [
+            steps.prepare(
+                member.config,
+                policy,
+                self.algorithm,
+                own,
+                out.take(np.arange(i * count, (i + 1) * count)),
+                own_keys.weights,
+            )
+            for i, (member, own, own_keys) in enumerate(zip(self.members, items, keys, strict=True))
+        ]
+        batches = jax.tree.map(lambda *x: jnp.stack(x), *(one.batch for one in prepared))
+
+        def once(states: grpo.TrainState) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+            return _update(
+                states,
+                policy.params,
+                batches,
+                temperature,
+                self.factors,
+                draw_keys,
+                model=policy.model,
+                objective=self.algorithm.objective,
+                optimizer=self.algorithm.optimizer,
+                beta=config.grpo.beta,
+                entropy=config.grpo.entropy,
+                micro_batch=config.train.batch_size,
+                draw=draw,
+            )
+
+        with memory.advise("a step's update", "give fewer runs, or lower train.batch_size"):
+            new, updates = repeat(once, self.states, config.grpo.updates)
+            self.states = jax.block_until_ready(new)
+        updates = jax.device_get(updates)
+        seconds = time.perf_counter() - began
+        for i, own in enumerate(prepared):
+            self.tokens[i] += own.tokens
+            self.skipped[i] += int(updates["skipped"][i])
+            record = {
+                "step": step + 1,
+                "epoch": (step + 1) * count / len(self.members[i].data.train),
+                **{name: float(values[i]) for name, values in updates.items()},
+                **own.metrics,
+                "temperature": temperature,
+                "num_tokens": self.tokens[i],
+                "step_time": seconds,
+            }
+            self.metrics[i].write({n: x if np.isfinite(x) else None for n, x in record.items()})
+            if step % config.logging.interval == 0 or step + 1 == self.total:
+                for line in steps.records(own, step + 1):
+                    self.completions[i].write(line)
+        return [own.metrics["reward"] for own in prepared]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=tuple(name for name in grpo.STATIC if name != "loss"),
+    compiler_options=MEMORY_FIRST,
+)
+def _update(
+    states: grpo.TrainState,
+    params: Any,
+    batches: grpo.Batch,
+    temperature: float,
+    factors: jax.Array,
+    draw_keys: jax.Array,
+    **options: Any,
+) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+    """`grpo.update` of each run, its change times the run's factor of the learning rate."""
+
+    def one(
+        state: grpo.TrainState, batch: grpo.Batch, factor: jax.Array, key: jax.Array
+    ) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+        new, metrics = grpo.update(
+            state,
+            params,
+            batch,
+            temperature,
+            key=None if options["draw"] is None else key,
+            **options,
+        )
+        offsets = jax.tree.map(lambda a, b: a + factor * (b - a), state.offsets, new.offsets)
+        if "learning_rate" in metrics:
+            metrics = {**metrics, "learning_rate": factor * metrics["learning_rate"]}
+        return new._replace(offsets=offsets), metrics
+
+    return jax.vmap(one)(states, batches, factors, draw_keys)
+
+
+def _judge(
+    policy: Policy, members: Sequence[Member], offsets: adapters.Offsets
+) -> list[results.Heldout]:
+    """Held-out prompts of each run before and after; the base model once for equal prompts."""
+    say("held-out reward before training", sys.stderr)
+    before: dict[str, evaluation.Judged] = {}
+    for member in members:
+        given = json.dumps([member.config.seed, member.config.data.tasks])
+        if given not in before:
+            before[given] = evaluation.judge(
+                policy, policy.zero, member.data.heldout, member.eval_key, member.config
+            )
+    say("held-out reward after training", sys.stderr)
+    counts = [len(member.data.heldout) for member in members]
+    keys = jnp.concatenate(
+        [
+            evaluation.prompt_keys(member.eval_key, count)
+            for member, count in zip(members, counts, strict=True)
+        ]
+    )
+    after = evaluation.judge(
+        policy,
+        jax.tree.map(lambda x: jnp.repeat(x, np.array(counts), axis=0), offsets),
+        [item for member in members for item in member.data.heldout],
+        keys,
+        members[0].config,
+        own_adapters=True,
+    )
+    ends = np.cumsum(counts)
+    return [
+        results.Heldout(
+            member.data.heldout,
+            before[json.dumps([member.config.seed, member.config.data.tasks])],
+            evaluation.Judged(
+                after.rewards[end - count : end],
+                after.texts[end - count : end],
+                after.greedy_rewards[end - count : end],
+                after.greedy_texts[end - count : end],
+            ),
+        )
+        for member, count, end in zip(members, counts, ends, strict=True)
+    ]

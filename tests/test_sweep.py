@@ -1,0 +1,165 @@
+"""Sweeps: many runs in one program are what each is by itself."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import grpocem_jax as gj
+from grpocem_jax.runs import checkpoints, rundir
+from grpocem_jax.training import loop as training
+from grpocem_jax.training import sweep
+from grpocem_jax.utils.errors import InputError
+from tests.runs import read_lines, training_config
+
+GRID = {"seed": [0, 1], "train.learning_rate": [0.01, 0.03]}
+SHORT = {"train.max_steps": 3, "data.heldout_samples": 3, "grpo.beta": 0.05}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, sweep.sweep(training_config(**SHORT), GRID, folder)
+
+
+def difference(one, two):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
+
+
+def test_each_run_of_a_sweep_is_what_it_is_by_itself(swept, tmp_path):
+    folder, summaries = swept
+    assert list(summaries) == [
+        f"seed={seed},learning_rate={rate:g}" for seed in (0, 1) for rate in (0.01, 0.03)
+    ]
+    name = "seed=1,learning_rate=0.03"
+    changes = {**SHORT, "seed": 1, "train.learning_rate": 0.03}
+    alone = training.train(training_config(**changes), tmp_path)
+    one, two = gj.load_run(tmp_path), gj.load_run(folder / name)
+    largest = max(float(np.abs(x).max()) for x in one.offsets.values())
+    assert largest > 0.02
+    assert difference(one.offsets, two.offsets) < 1e-5
+    for kind in ("heldout", "heldout_greedy"):
+        for column in ("before", "after"):
+            expected = alone[kind]["overall"][column]
+            assert summaries[name][kind]["overall"][column] == pytest.approx(expected, abs=1e-4)
+    for own, other in zip(
+        read_lines(tmp_path / "metrics.jsonl"), read_lines(folder / name / "metrics.jsonl"),
+        strict=True,
+    ):  # fmt: skip
+        assert own.keys() == other.keys()
+        for key in own.keys() - {"step_time"}:
+            assert other[key] == pytest.approx(own[key], rel=1e-3, abs=1e-5), key
+    texts = [
+        [line["completion"] for line in read_lines(where / "completions.jsonl")]
+        for where in (tmp_path, folder / name)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_runs_of_a_sweep_differ(swept):
+    folder, summaries = swept
+    offsets = [gj.load_run(folder / name).offsets for name in summaries]
+    for i in range(4):
+        for j in range(i):
+            assert difference(offsets[i], offsets[j]) > 1e-3
+
+
+def test_a_complete_sweep_is_not_run_again(swept, monkeypatch, capsys):
+    folder, summaries = swept
+    monkeypatch.setattr(sweep, "load_policy", None)
+    again = sweep.sweep(training_config(**SHORT), GRID, folder)
+    assert again == json.loads(json.dumps(summaries))
+    assert f"the sweep in {folder} is complete" in capsys.readouterr().out
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_bits(swept, tmp_path, monkeypatch):
+    folder, summaries = swept
+    step = sweep._Course.step
+
+    def interrupted(self, number, began):
+        if number == 1:
+            self.signals.received = 15
+        return step(self, number, began)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep._Course, "step", interrupted)
+        with pytest.raises(rundir.Interrupted):
+            sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    assert checkpoints.last_step(tmp_path) == 2
+    found = sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    for name in summaries:
+        assert found[name]["resumed_after_step"] == 2
+        one, two = (gj.load_run(where / name).offsets for where in (folder, tmp_path))
+        assert difference(one, two) == 0
+        lines = [read_lines(where / name / "metrics.jsonl") for where in (folder, tmp_path)]
+        assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
+
+
+def test_tasks_and_random_starts_differ_too(tmp_path):
+    changes = {
+        **SHORT,
+        "train.max_steps": 1,
+        "train.warmup_steps": 0,
+        "adapter.type": "lora",
+        "adapter.options": {"rank": 1},
+    }
+    grid = {"seed": [0, 1], "data.tasks": [("general",), ("sentiment", "general")]}
+    found = sweep.sweep(training_config(**changes), grid, tmp_path)
+    assert [list(one["heldout"]) for one in found.values()] == [
+        ["general", "overall"], ["sentiment", "general", "overall"],
+    ] * 2  # fmt: skip
+    starts = [gj.load_run(tmp_path / name).offsets for name in list(found)[::2]]
+    assert difference(starts[0], starts[1]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "makes 1 runs; give 2 to 32"),
+        ("seed=0", "makes 1 runs; give 2 to 32"),
+        ("seed=" + ",".join(map(str, range(33))), "makes 33 runs"),
+        ("seed", "'seed' is not one of seed, train.learning_rate, data.tasks"),
+        ("grpo.beta=0,1", "'grpo.beta=0,1' is not one of"),
+        ("seed=0,1 seed=2", "'seed=2' is not one of .* each once"),
+        ("seed=0,a", "'seed=0,a' has a value that is no number"),
+        ("seed=0,0", "'seed=0,0' has a value twice"),
+    ],
+)
+def test_a_sweep_that_cannot_be_read_is_named(text, said):
+    with pytest.raises(InputError, match=f"^--sweep={text!r}: .*{said}"):
+        sweep.parse(text)
+
+
+def test_what_runs_differ_in_is_read():
+    text = "seed=0,1  train.learning_rate=1e-2 data.tasks=qa,sentiment+general"
+    assert sweep.parse(text) == {
+        "seed": [0, 1],
+        "train.learning_rate": [0.01],
+        "data.tasks": [("qa",), ("sentiment", "general")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "said"),
+    [
+        ({"train.evaluate_every_steps": 1}, GRID, "train.evaluate_every_steps: a sweep compares"),
+        ({"adapter.type": "tinylora"}, GRID, "adapter.type='tinylora' has other frozen arrays"),
+        ({"train.learning_rate": -1.0}, {"seed": [0, 1]}, "train.learning_rate=-1.0"),
+        (
+            {"train.max_steps": 0},
+            {"data.tasks": [("general",), ("general", "sentiment")]},
+            "its runs have 8, 16 steps",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_be_run_is_named(changes, grid, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        sweep.sweep(training_config(**{**SHORT, **changes}), grid, tmp_path)
+
+
+def test_a_folder_of_another_sweep_is_refused(swept):
+    folder, _ = swept
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        sweep.sweep(training_config(**SHORT, **{"grpo.clip": 0.3}), GRID, folder)
