@@ -37,8 +37,9 @@ def train() -> None:
             return
         folder = Path(workdir.value or default)
         runs = sweep.sweep(config.value, sweep.parse(grid.value), folder)
-        say(compare([str(folder / name) for name in runs], folder / "compare.html"))
-        say(f"page      {folder / 'compare.html'}")
+        page = folder / "compare.html"
+        compare([str(folder / name) for name in runs], page)
+        say(f"{sweep.table(runs)}\npage      {page}")
 
     commands.run(main)
 

@@ -58,6 +58,17 @@ def test_each_run_of_a_sweep_is_what_it_is_by_itself(swept, tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_the_table_has_a_line_for_each_run(swept):
+    _, summaries = swept
+    head, *lines = sweep.table(summaries).splitlines()
+    assert head.split() == ["held-out", "reward,", "sampled", "greedy"]
+    for line, (name, summary) in zip(lines, summaries.items(), strict=True):
+        assert line.startswith(f"{name} ")
+        for kind in ("heldout", "heldout_greedy"):
+            gain = summary[kind]["overall"]
+            assert f"{gain['after']:6.3f}  {gain['gain']:+.3f} [" in line
+
+
 def test_runs_of_a_sweep_differ(swept):
     folder, summaries = swept
     offsets = [gj.load_run(folder / name).offsets for name in summaries]

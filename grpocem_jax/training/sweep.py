@@ -25,6 +25,7 @@ from grpocem_jax import adapters, grpo, rollouts
 from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints, metrics, rundir
+from grpocem_jax.runs.screens import setting
 from grpocem_jax.training import evaluation, results
 from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
@@ -159,6 +160,8 @@ def sweep(
                 rundir.claim(member.workdir, with_defaults(member.settings).to_dict(), identity)
             )
         course = _Course(policy, algorithm, members, max(lengths), workdir, signals)
+        sources = dict.fromkeys(line for member in members for line in member.data.lines)
+        say("\n".join([*setting(first, policy), *(f"data      {line}" for line in sources)]))
         say(f"sweep     {len(members)} runs of {course.total} steps in {workdir}")
         if course.first_step:
             say(f"resumed   after step {course.first_step}")
@@ -195,6 +198,20 @@ def sweep(
             results.write(member.workdir, member.config, policy, offsets, None, heldout, summary)
             summaries[member.name] = summary
         return summaries
+
+
+def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The held-out reward of each run over its tasks, sampled and greedy, one run a line."""
+    wide = max(map(len, summaries))
+    lines = [f"{'':<{wide}}  held-out reward, sampled          greedy"]
+    for name, summary in summaries.items():
+        parts = []
+        for kind in ("heldout", "heldout_greedy"):
+            gain = summary[kind]["overall"]
+            low, high = gain["gain_ci95"]
+            parts.append(f"{gain['after']:6.3f}  {gain['gain']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append(f"{name:<{wide}}  {'  '.join(parts)}")
+    return "\n".join(lines)
 
 
 def _settings(
