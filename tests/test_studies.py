@@ -11,10 +11,11 @@ import pytest
 from grpocem_jax.adaptation import Text, TrainedRun, log_likelihoods
 from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts import Item
-from grpocem_jax.rollouts.policy import load_policy
+from grpocem_jax.rollouts.policy import load_policy, make_adapter
 from grpocem_jax.tasks import TASKS, Example
 from grpocem_jax.training import loop as training
-from studies import adaptation, common, pretrained, real, soak, stories
+from grpocem_jax.training.algorithm import make_algorithm
+from studies import adaptation, common, methods, pretrained, real, soak, stories
 from tests.runs import ROOT, thin_model
 
 
@@ -52,6 +53,18 @@ def test_a_real_model_is_adapted_to_passages_and_judged_by_others(shared):
     assert whole[: len(encode(prompt.prompt))] == encode(prompt.prompt)
     found = study.adapt("one", support, 0, **pretrained.GRADIENT)
     assert study.gain("one", found, judges) > 0.1
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_each_method_of_the_comparison_is_a_config_of_names_in_the_docs(name, tmp_path):
+    study, changes = methods.Study(tmp_path, 1), methods.METHODS[name]
+    config = parse_config(study.settings("tiny", changes, 0))
+    make_algorithm(config)
+    make_adapter(config.adapter)
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for field, value in changes.items():
+        if isinstance(value, str):
+            assert f"| `{value}`" in text or f", `{value}`" in text, field
 
 
 SHORT = {

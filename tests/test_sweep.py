@@ -1,6 +1,8 @@
 """Sweeps: many runs in one program are what each is by itself."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from grpocem_jax.runs import checkpoints, rundir
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import sweep
 from grpocem_jax.utils.errors import InputError
-from tests.runs import read_lines, training_config
+from tests.runs import ROOT, TRAINING, read_lines, thin_model, training_config
 
 GRID = {"seed": [0, 1], "train.learning_rate": [0.01, 0.03]}
 SHORT = {"train.max_steps": 3, "data.heldout_samples": 3, "grpo.beta": 0.05}
@@ -67,6 +69,20 @@ def test_the_table_has_a_line_for_each_run(swept):
         for kind in ("heldout", "heldout_greedy"):
             gain = summary[kind]["overall"]
             assert f"{gain['after']:6.3f}  {gain['gain']:+.3f} [" in line
+
+
+def test_the_command_ends_with_the_table_and_a_page(tmp_path):
+    changes = {**TRAINING, **SHORT, "model.source": thin_model(), "train.max_steps": 1}
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    command = [sys.executable, "train.py", "--config=tiny", f"--workdir={tmp_path}", *flags]
+    result = subprocess.run(
+        [*command, "--sweep=seed=0,1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    *_, one, two, page = result.stdout.splitlines()
+    assert (one.split()[0], two.split()[0]) == ("seed=0", "seed=1")
+    assert page == f"page      {tmp_path / 'compare.html'}"
+    assert "held-out" in (tmp_path / "compare.html").read_text()
 
 
 def test_runs_of_a_sweep_differ(swept):
