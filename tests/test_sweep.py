@@ -171,7 +171,9 @@ def test_what_runs_differ_in_is_read():
 @pytest.mark.parametrize(
     ("changes", "grid", "said"),
     [
-        ({"train.evaluate_every_steps": 1}, GRID, "train.evaluate_every_steps: a sweep compares"),
+        ({"train.evaluate_every_steps": 1}, GRID, "train.evaluate_every_steps=1 is for single"),
+        ({"logging.report_to": ("tensorboard",)}, GRID, r"logging.report_to=.* set it to \(\)"),
+        ({"grpo.dynamic_sampling": 9}, GRID, "a step takes 36 training prompts, and a run has 32"),
         ({"adapter.type": "tinylora"}, GRID, "adapter.type='tinylora' has other frozen arrays"),
         ({"train.learning_rate": -1.0}, {"seed": [0, 1]}, "train.learning_rate=-1.0"),
         (

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,13 @@ def sweep(
     named = _settings(settings, grid)
     configs = {name: parse_config(own) for name, own in named.items()}
     first, *others = configs.values()
+    for field, given, leave in (
+        ("train.evaluate_every_steps", first.train.evaluate_every_steps, 0),
+        ("train.fit_memory", first.train.fit_memory, False),
+        ("logging.report_to", first.logging.report_to, ()),
+    ):
+        if given:
+            raise InputError(f"--sweep: {field}={given!r} is for single runs; set it to {leave}.")
     done = _complete(workdir, named)
     if done is not None:
         say(f"the sweep in {workdir} is complete")
@@ -141,7 +149,13 @@ def sweep(
         for name, config in configs.items()
     ]
     lengths = {total_steps(member.config, len(member.data.train)) for member in members}
-    if len(lengths) > 1 or 0 in lengths:
+    if 0 in lengths:
+        raise InputError(
+            f"--sweep: a step takes {first.prompts_drawn_per_step} training prompts, and a run has "
+            f"{min(len(member.data.train) for member in members)}; give more data or a smaller "
+            "step."
+        )
+    if len(lengths) > 1:
         raise InputError(
             f"--sweep: its runs have {', '.join(map(str, sorted(lengths)))} steps, and go in step; "
             "set train.max_steps so that all have the same."
@@ -210,6 +224,8 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             gain = summary[kind]["overall"]
             low, high = gain["gain_ci95"]
             parts.append(f"{gain['after']:6.3f}  {gain['gain']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        if summary["skipped_updates"]:
+            parts.append(f"{summary['skipped_updates']} updates skipped as not finite")
         lines.append(f"{name:<{wide}}  {'  '.join(parts)}")
     return "\n".join(lines)
 
@@ -218,10 +234,6 @@ def _settings(
     settings: ml_collections.ConfigDict, grid: Mapping[str, Sequence[Any]]
 ) -> dict[str, ml_collections.ConfigDict]:
     """The config of each run by its name."""
-    if settings.get("train", {}).get("evaluate_every_steps"):
-        raise InputError(
-            "train.evaluate_every_steps: a sweep compares no checkpoints; set it to 0."
-        )
     named = {}
     for values in itertools.product(*grid.values()):
         own = ml_collections.ConfigDict(settings.to_dict())
@@ -339,17 +351,20 @@ class _Course:
         Raises:
           Interrupted: a signal came; the step under way and its checkpoint were finished.
         """
-        every, saved = self.config.train.checkpoint_every_steps, self.first_step
+        every = self.config.train.checkpoint_every_steps
+        minutes = self.config.train.checkpoint_every_minutes or math.inf
+        saved, saved_at = self.first_step, time.monotonic()
         progress, self.signals.at_once = Progress(self.total), False
         try:
             for step in range(self.first_step, self.total):
                 began = time.perf_counter()
                 rewards = self.step(step, began)
                 progress.update(step + 1, reward=" ".join(f"{reward:.2f}" for reward in rewards))
-                last = step + 1 == self.total
-                if self.signals.received or last or (every and (step + 1) % every == 0):
+                due = step + 1 == self.total or (every and (step + 1) % every == 0)
+                late = time.monotonic() - saved_at >= 60 * minutes
+                if self.signals.received or due or late:
                     self.save()
-                    saved = step + 1
+                    saved, saved_at = step + 1, time.monotonic()
                 if self.signals.received:
                     say(
                         f"stopped after step {saved} of {self.total}; the same command continues "
