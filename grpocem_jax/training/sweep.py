@@ -505,7 +505,10 @@ def _update(
             metrics = {**metrics, "learning_rate": factor * metrics["learning_rate"]}
         return new._replace(offsets=offsets), metrics
 
-    return jax.vmap(one)(states, batches, factors, draw_keys)
+    # A few runs fill a processor, and more at once only crowd its caches.
+    size = 1 if jax.default_backend() == "cpu" else len(factors)
+    runs = (states, batches, factors, draw_keys)
+    return jax.lax.map(lambda run: one(*run), runs, batch_size=size)
 
 
 def _judge(
