@@ -596,7 +596,7 @@ def test_a_second_signal_during_a_reward_saves_the_steps_before(
         ("rollouts.score", InputError("The reward function judge raised ConnectionError.")),
         ("rollouts.complete", RuntimeError("the device is gone")),
         ("rollouts.score", KeyboardInterrupt()),
-        ("step_metrics.rewards", MemoryError()),
+        ("steps.prepare", MemoryError()),
     ],
 )
 def test_whatever_ends_a_run_its_last_step_is_saved_first(

@@ -14,11 +14,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, grpo
 from grpocem_jax.adaptation import Adaptation
 from grpocem_jax.adaptation import command as inference
 from grpocem_jax.config.files import load_config
-from grpocem_jax.training import evaluation
+from grpocem_jax.training import evaluation, step
 from grpocem_jax.training import loop as training
 from grpocem_jax.utils import terminal
 from grpocem_jax.utils.terminal import one_line, visible
@@ -182,7 +182,8 @@ def test_what_training_shows_is_text(tmp_path, monkeypatch, capsys):
 
     def train(run):
         rewards = np.zeros((1, 1))
-        run.show(1, run.items[:1], [[HOSTILE]], rewards, rewards[..., None])
+        batch = grpo.Batch(*[None] * 5, advantages=rewards[..., None], weights=None)
+        run.show(1, step.Prepared(run.items[:1], [[HOSTILE]], rewards, batch, {}, 0))
         for file in (run.metrics, run.completions, run.checkpoints):
             file.close()
         return run.state

@@ -503,7 +503,7 @@ class Run:
                 temperature=temperature,
                 buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
             )
-            out = steps.with_likelihoods(config, policy, items, out)
+            out = steps.with_likelihoods(config, policy, items, out, step)
         prepared = steps.prepare(config, policy, self.algorithm, items, out, keys.weights)
         self.step_tokens = prepared.tokens
         self.num_tokens += self.step_tokens
@@ -542,12 +542,14 @@ class Run:
         self.trouble = find_trouble(config, policy, record, out, before, batch, temperature)
         self.shown_before = self.completions.size
         if step % config.logging.interval == 0 or step + 1 == self.total_steps:
-            for line in steps.records(prepared, step + 1):
-                self.completions.write(line)
-            Progress.write(
-                screens.completions(step + 1, prepared.items, prepared.texts, prepared.rewards)
-            )
+            self.show(step + 1, prepared)
         return state, record
+
+    def show(self, step: int, prepared: steps.Prepared) -> None:
+        """Stores a step's completions, and shows the first of each task."""
+        for line in steps.records(prepared, step):
+            self.completions.write(line)
+        Progress.write(screens.completions(step, prepared.items, prepared.texts, prepared.rewards))
 
     def rollouts_advice(self) -> str:
         """What to lower where the rollouts of a step take too much memory."""

@@ -67,7 +67,11 @@ def temperature(config: Config, step: int, total: int) -> float:
 
 
 def with_likelihoods(
-    config: Config, policy: Policy, items: Sequence[rollouts.Item], out: rollouts.Completions
+    config: Config,
+    policy: Policy,
+    items: Sequence[rollouts.Item],
+    out: rollouts.Completions,
+    step: int,
 ) -> rollouts.Completions:
     """Completions with what reward functions ask for beside their texts.
 
@@ -75,9 +79,10 @@ def with_likelihoods(
       InputError: none of them has finite log-probabilities, in float16.
     """
     if not out.finite.any() and policy.dtype == "float16":
-        raise InputError(f"in all completions {policy.nonfinite_logits('')}, in a new run.")
-    steps = config.grpo.supervision == "process"
-    return rollouts.with_base_logps(policy, items, out, steps=steps)
+        fix = policy.nonfinite_logits("")
+        raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
+    process = config.grpo.supervision == "process"
+    return rollouts.with_base_logps(policy, items, out, steps=process)
 
 
 def prepare(

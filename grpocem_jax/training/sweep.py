@@ -418,7 +418,7 @@ class _Course:
                 buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
                 own_adapters=True,
             )
-            out = steps.with_likelihoods(config, policy, list(itertools.chain(*items)), out)
+            out = steps.with_likelihoods(config, policy, list(itertools.chain(*items)), out, step)
         prepared = [
             steps.prepare(
                 member.config,
