@@ -1,7 +1,7 @@
 """The methods of the literature beside the report's, behind docs/methods.md.
 
     python -m studies.methods --quick
-    python -m studies.methods --parts=builtin --seeds=3 --doc docs/methods.md
+    python -m studies.methods --parts=builtin --seeds=1 --steps=100 --doc docs/methods.md
     python -m studies.methods --parts=smollm2 --data FOLDER --doc docs/methods.md
 
 Each method is a few changes of a config (`METHODS`), and trains on the same prompts with as many
@@ -28,6 +28,8 @@ from studies import common
 from studies.common import interval, mean_ci, say, table
 
 RESULTS = Path("studies/methods.json")
+QUICK = 3
+"""Steps of ``--quick``."""
 RATIO: dict[str, Any] = {"grpo.updates": 2}
 """Two updates on a step's completions: with one, all ratios are 1 and their rules alike."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -112,6 +114,7 @@ class Study:
         settings.seed = seed
         if self.steps:
             settings.train.max_steps = self.steps
+        if self.steps == QUICK:
             settings.data.heldout_samples = 2
         return settings
 
@@ -158,7 +161,7 @@ def main() -> None:
     """Reads the flags, trains and writes the tables."""
     if "--quick" in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
-            for row in Study(Path(folder), 1, steps=3).rows("tiny"):
+            for row in Study(Path(folder), 1, steps=QUICK).rows("tiny"):
                 assert math.isfinite(row["heldout"][0]), row
                 print(json.dumps(row), flush=True)
         return
@@ -167,11 +170,15 @@ def main() -> None:
         PARTS,
         tables,
         lambda args: Study(
-            args.workdir, args.seeds, args.data, tuple(filter(None, args.only.split(",")))
+            args.workdir,
+            args.seeds,
+            args.data,
+            tuple(filter(None, args.only.split(","))),
+            args.steps,
         ),
         results=RESULTS,
         seeds=3,
-        flags={"--workdir": Path("runs/methods"), "--data": "hub", "--only": ""},
+        flags={"--workdir": Path("runs/methods"), "--data": "hub", "--only": "", "--steps": 0},
     )
 
 

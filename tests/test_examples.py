@@ -17,11 +17,14 @@ import pytest
 
 import grpocem_jax as gj
 from examples import variants
+from examples.arithmetic import config as arithmetic
+from examples.arithmetic import multiplication
+from examples.arithmetic import rewards as numbers
 from examples.own_task import rewards
 from examples.stories import rewards as stories
 from grpocem_jax import adaptation
 from grpocem_jax.config import load_config, parse_config
-from grpocem_jax.tasks import example_of
+from grpocem_jax.tasks import example_of, load_examples
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.training import loop as training
 from tests.runs import ROOT, get_config, thin_model, tiny_policy, write_run
@@ -144,6 +147,46 @@ def test_the_custom_adapter_and_fitness_train_and_adapt(in_root, tmp_path):
     # The worst token of a text is below the mean of all.
     assert found.fitness_before < float(gj.log_likelihoods(run, run.offsets, [text])[0])
     assert found.fitness_after != found.fitness_before
+
+
+def test_arithmetic_is_judged_by_the_first_number():
+    said = [" 12 apples", " 1,212.0 or 3", "-7", " twelve", "is 12"]
+    assert numbers.exact([""] * 5, said, [12, "1212", -7.0, 12, 13]) == [1, 1, 1, -1, -1]
+
+
+def test_multiplications_are_those_that_the_script_makes_and_train_by_config(in_root, tmp_path):
+    folder = ROOT / "examples" / "arithmetic"
+    lines = "".join((folder / f"{name}.jsonl").read_text() for name in ("train", "test"))
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert rows == multiplication.rows()[:600]
+    assert len({row["prompt"] for row in rows}) == 600
+    for row in rows:
+        first, second = map(int, row["prompt"].removesuffix(" =").split(" x "))
+        assert first * second == row["Answer"]
+    settings = short(arithmetic.get_config())
+    settings.model.source = thin_model()
+    settings.adapter.sites = ("attn.c_proj",)
+    settings.train.accumulation_steps = 1
+    assert gj.train(settings, tmp_path / "run")["heldout"]["arithmetic"]["before"] == -1.0
+
+
+def test_word_problems_are_written_from_the_columns_of_svamp(shared):
+    config = parse_config(arithmetic.get_config(str(shared / "data" / "svamp")))
+    loaded = load_examples(
+        config.task("arithmetic"),
+        config.data.sources["arithmetic"],
+        split="heldout",
+        count_tokens=len,
+        max_prompt_tokens=10_000,
+        max_samples=20,
+        seed=0,
+    )
+    assert len(loaded.examples) == 20
+    for example in loaded.examples:
+        assert example.prompt.startswith(example.columns["Body"])
+        assert example.prompt.endswith("\nThe answer is a number.\nAnswer:")
+        answer = example.columns["Answer"]
+        assert numbers.exact([""], [f" {answer:g}."], [answer]) == [1.0]
 
 
 VARIANTS = {
