@@ -26,6 +26,7 @@ from tests.runs import ROOT, thin_model
         (pretrained, "studies/adaptation.md"),
         (stories, "docs/reproduction.md"),
         (real, "studies/real.md"),
+        (methods, "docs/methods.md"),
     ],
 )
 def test_the_document_shows_the_figures_that_are_kept(study, name, tmp_path, monkeypatch):
