@@ -4,7 +4,8 @@ VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 TRANSFORMERS_4_VENV ?= .venv-transformers-4
 PEERS_VENV ?= .venv-peers
-PIP_FLAGS = --quiet --disable-pip-version-check
+# Modules are compiled when they are imported, which most of them never are.
+PIP_FLAGS = --quiet --disable-pip-version-check --no-compile
 
 .PHONY: train smollm2 test check algorithms lint parity bench gpu model experts study study-real docs clean
 
