@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-import grpocem_jax as gj
 from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text, TrainedRun
 from grpocem_jax.config import parse_config
@@ -67,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "scales, all maps": {"adapter.sites": "all"},
     "scales, the report's rate": {"train.learning_rate": 5e-5, "train.warmup_steps": 100},
     "LoRA of rank 1": {"adapter.type": "lora", "adapter.options": {"rank": 1}},
-    "a bias (steering vector)": {"adapter.type": "studies.real:steering"},
+    "a bias (steering vector)": {"adapter.type": "steering"},
     **{
         f"scales, largest {share:.1%}": {"adapter.rank_ratio": share}
         for share in (0.0035, 0.028, 0.112)
@@ -144,21 +142,6 @@ class Study:
             for offsets in (run.policy.zero, run.offsets)
         )
         return {"before": float(before.mean()), "change": mean_ci(after - before)}
-
-
-def steering() -> gj.Adapter:
-    """One trained bias at each site, the steering vector of a layer."""
-
-    def apply(kernel: jax.Array, own: jax.Array, x: jax.Array) -> jax.Array:
-        y = gj.dense(kernel, x)
-        return y + jnp.broadcast_to(own, y.shape).astype(y.dtype)
-
-    return gj.Adapter(
-        factor=lambda key, kernel: jnp.asarray(kernel),
-        init=gj.each_site(lambda key, kernel: jnp.zeros(kernel.shape[1])),
-        apply=apply,
-        merge=lambda kernel, own: (kernel, own),
-    )
 
 
 def two(study: Study) -> dict[str, Any]:

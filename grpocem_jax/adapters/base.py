@@ -76,6 +76,12 @@ def each_site(
     return of_all
 
 
+def keep_kernel(key: jax.Array, kernel: np.ndarray) -> jax.Array:
+    """`Adapter.factor` of an adapter whose only frozen array is the kernel."""
+    del key  # nothing frozen is random
+    return jnp.asarray(kernel)
+
+
 def select_sites(sites: Sites, patterns: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The sites whose name ends in one of ``patterns`` (``attn.c_proj``: that map of every layer).
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax.adapters.base import Adapter, Offsets, each_site
+from grpocem_jax.adapters.base import Adapter, Offsets, each_site, keep_kernel
 from grpocem_jax.models.base import dense
 from grpocem_jax.utils.errors import InputError
 
@@ -35,10 +35,6 @@ def grasp(*, groups: int = 16, seed: int = 0) -> Adapter:
         group[np.random.default_rng(seed).permutation(count)] = number
         return own["shift"][group], 1.0 + own["scale"][group]
 
-    def factor(key: jax.Array, kernel: np.ndarray) -> jax.Array:
-        del key  # the permutation is one for all
-        return jnp.asarray(kernel)
-
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         del key
         zeros = jnp.zeros(min(groups, kernel.shape[0]), jnp.float32)
@@ -53,7 +49,7 @@ def grasp(*, groups: int = 16, seed: int = 0) -> Adapter:
         shift, scale = of_inputs(own, kernel.shape[0])
         return kernel / scale[:, None], -jnp.dot(shift / scale, kernel, precision="highest")
 
-    return Adapter(factor, each_site(init), apply, merge)
+    return Adapter(keep_kernel, each_site(init), apply, merge)
 
 
 def stoch_grasp(*, groups: int = 16, noise: float = 0.05, seed: int = 0) -> Adapter:

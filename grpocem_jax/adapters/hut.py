@@ -7,9 +7,8 @@ two matrices of low rank; the 1, so that training begins at the base model, is o
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from grpocem_jax.adapters.base import Adapter, each_site
+from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
 from grpocem_jax.utils.errors import InputError
 
@@ -29,10 +28,6 @@ def hut(*, rank: int = 1) -> Adapter:
     if type(rank) is not int or rank < 1:
         raise InputError(f"rank={rank!r}: must be a whole number of at least 1.")
 
-    def factor(key: jax.Array, kernel: np.ndarray) -> jax.Array:
-        del key  # nothing frozen is random
-        return jnp.asarray(kernel)
-
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         rows, columns = kernel.shape
         a = jax.random.normal(key, (rows, rank), jnp.float32)
@@ -48,4 +43,4 @@ def hut(*, rank: int = 1) -> Adapter:
     def merge(kernel: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
         return kernel * (1.0 + jnp.dot(own["a"], own["b"], precision="highest"))
 
-    return Adapter(factor, each_site(init), apply, merge)
+    return Adapter(keep_kernel, each_site(init), apply, merge)

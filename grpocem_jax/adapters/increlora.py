@@ -7,9 +7,8 @@ same name, `grpo.variants.increlora`, which adds components where they matter, w
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from grpocem_jax.adapters.base import Adapter, each_site
+from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
 from grpocem_jax.utils.errors import InputError
 
@@ -28,10 +27,6 @@ def increlora(*, max_rank: int = 8) -> Adapter:
     if type(max_rank) is not int or max_rank < 1:
         raise InputError(f"max_rank={max_rank!r}: must be a whole number of at least 1.")
 
-    def factor(key: jax.Array, kernel: np.ndarray) -> jax.Array:
-        del key  # nothing frozen is random
-        return jnp.asarray(kernel)
-
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         (rows, columns), (left, right) = kernel.shape, jax.random.split(key)
         return {
@@ -48,4 +43,4 @@ def increlora(*, max_rank: int = 8) -> Adapter:
     def merge(kernel: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
         return kernel + jnp.dot(own["a"] * own["scale"][None], own["b"], precision="highest")
 
-    return Adapter(factor, each_site(init), apply, merge)
+    return Adapter(keep_kernel, each_site(init), apply, merge)

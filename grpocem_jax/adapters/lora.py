@@ -5,9 +5,8 @@ y = x W + (alpha / rank) (x A) B
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from grpocem_jax.adapters.base import Adapter, each_site
+from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
 from grpocem_jax.utils.errors import InputError
 
@@ -31,10 +30,6 @@ def lora(*, rank: int = 8, alpha: float | None = None) -> Adapter:
     if not scale > 0:
         raise InputError(f"alpha={alpha!r}: must be above 0.")
 
-    def factor(key: jax.Array, kernel: np.ndarray) -> jax.Array:
-        del key  # nothing frozen is random
-        return jnp.asarray(kernel)
-
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         rows, columns = kernel.shape
         a = jax.random.normal(key, (rows, rank), jnp.float32) * rows**-0.5
@@ -46,4 +41,4 @@ def lora(*, rank: int = 8, alpha: float | None = None) -> Adapter:
     def merge(kernel: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
         return kernel + scale * jnp.dot(own["a"], own["b"], precision="highest")
 
-    return Adapter(factor, each_site(init), apply, merge)
+    return Adapter(keep_kernel, each_site(init), apply, merge)

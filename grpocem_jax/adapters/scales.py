@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from grpocem_jax.adapters.base import Adapter, each_site
+from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
 
 
@@ -18,7 +17,7 @@ def steering() -> Adapter:
         y = dense(kernel, x)
         return y + jnp.broadcast_to(own, y.shape)
 
-    return Adapter(_plain, each_site(_zeros), apply, lambda kernel, own: (kernel, own))
+    return Adapter(keep_kernel, each_site(_zeros), apply, lambda kernel, own: (kernel, own))
 
 
 def ia3() -> Adapter:
@@ -32,12 +31,9 @@ def ia3() -> Adapter:
         y = dense(kernel, x)
         return y * jnp.broadcast_to(1.0 + own, y.shape)
 
-    return Adapter(_plain, each_site(_zeros), apply, lambda kernel, own: kernel * (1.0 + own)[None])
-
-
-def _plain(key: jax.Array, kernel: np.ndarray) -> jax.Array:
-    del key  # nothing frozen is random
-    return jnp.asarray(kernel)
+    return Adapter(
+        keep_kernel, each_site(_zeros), apply, lambda kernel, own: kernel * (1.0 + own)[None]
+    )
 
 
 def _zeros(key: jax.Array, kernel: jax.Array) -> jax.Array:
