@@ -92,15 +92,22 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e .
 	touch $@
 
-$(PARITY_VENV)/.installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(PARITY_VENV)
-	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.lock torch==2.13.0 peft==0.21.2
-	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps -e . evosax==0.3.2 dotmap
+# An environment that also has the packages of another one, after its own: $(call beside,NEW,OTHER).
+define beside
+	$(PYTHON) -m venv $(1)
+	echo "import site; site.addsitedir('$$(echo $(abspath $(2))/lib/python*/site-packages)')" \
+	    > "$$(echo $(1)/lib/python*/site-packages)/beside.pth"
+endef
+
+$(PARITY_VENV)/.installed: $(VENV)/.installed
+	$(call beside,$(PARITY_VENV),$(VENV))
+	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) torch==2.13.0 peft==0.21.2
+	$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --no-deps evosax==0.3.2 dotmap
 	touch $@
 
-$(TRANSFORMERS_4_VENV)/.installed:
-	$(PYTHON) -m venv $(TRANSFORMERS_4_VENV)
-	$(TRANSFORMERS_4_VENV)/bin/pip install $(PIP_FLAGS) torch==2.13.0 'transformers==4.57.*'
+$(TRANSFORMERS_4_VENV)/.installed: $(PARITY_VENV)/.installed
+	$(call beside,$(TRANSFORMERS_4_VENV),$(PARITY_VENV))
+	$(TRANSFORMERS_4_VENV)/bin/pip install $(PIP_FLAGS) --no-warn-conflicts 'transformers==4.57.*'
 	touch $@
 
 $(PEERS_VENV)/.installed: requirements.lock pyproject.toml
