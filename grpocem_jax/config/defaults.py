@@ -93,8 +93,9 @@ def _lay(section: ml_collections.ConfigDict, kind: Any) -> None:
         if plain is float and type(value) is int and abs(value) <= LARGEST:
             value = float(value)
         if value is None or type(value) is plain:
-            with section.ignore_type():
-                section[name] = config_dict.FieldReference(value, field_type=plain)
+            if name in section:
+                del section[name]  # and its type; ignore_type() walks through all that is there
+            section[name] = config_dict.FieldReference(value, field_type=plain)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
