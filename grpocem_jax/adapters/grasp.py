@@ -13,7 +13,7 @@ import numpy as np
 
 from grpocem_jax.adapters.base import Adapter, Offsets, each_site, keep_kernel
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import InputError, check_whole
 
 
 def grasp(*, groups: int = 16, seed: int = 0) -> Adapter:
@@ -26,8 +26,7 @@ def grasp(*, groups: int = 16, seed: int = 0) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    if type(groups) is not int or groups < 1:
-        raise InputError(f"groups={groups!r}: must be a whole number of at least 1.")
+    check_whole(groups=groups)
 
     def of_inputs(own: dict[str, jax.Array], count: int) -> tuple[jax.Array, jax.Array]:
         number = np.arange(count) * min(groups, count) // count

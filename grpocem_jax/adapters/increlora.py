@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import check_whole
 
 
 def increlora(*, max_rank: int = 8) -> Adapter:
@@ -24,8 +24,7 @@ def increlora(*, max_rank: int = 8) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    if type(max_rank) is not int or max_rank < 1:
-        raise InputError(f"max_rank={max_rank!r}: must be a whole number of at least 1.")
+    check_whole(max_rank=max_rank)
 
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         (rows, columns), (left, right) = kernel.shape, jax.random.split(key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import InputError, check_whole
 
 
 def lora(*, rank: int = 8, alpha: float | None = None) -> Adapter:
@@ -24,8 +24,7 @@ def lora(*, rank: int = 8, alpha: float | None = None) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    if type(rank) is not int or rank < 1:
-        raise InputError(f"rank={rank!r}: must be a whole number of at least 1.")
+    check_whole(rank=rank)
     scale = 1.0 if alpha is None else alpha / rank
     if not scale > 0:
         raise InputError(f"alpha={alpha!r}: must be above 0.")

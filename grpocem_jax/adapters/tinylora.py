@@ -15,7 +15,7 @@ from grpocem_jax.adapters.base import Adapter, Offsets
 from grpocem_jax.adapters.lora_xs import Frozen, leading
 from grpocem_jax.adapters.svf import SVD, svd
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import check_whole
 
 
 class Projected(NamedTuple):
@@ -43,13 +43,8 @@ def tinylora(
     Raises:
       InputError: a value outside its range.
     """
-    for name, value, least in (
-        ("rank", rank, 1),
-        ("size", size, 1),
-        ("sites_per_vector", sites_per_vector, 0),
-    ):
-        if type(value) is not int or value < least:
-            raise InputError(f"{name}={value!r}: must be a whole number of at least {least}.")
+    check_whole(rank=rank, size=size)
+    check_whole(0, sites_per_vector=sites_per_vector)
 
     def factor(key: jax.Array, kernel: np.ndarray) -> Projected:
         frozen = leading(kernel, rank, svd)

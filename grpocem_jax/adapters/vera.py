@@ -12,7 +12,7 @@ import numpy as np
 
 from grpocem_jax.adapters.base import Adapter, each_site
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import InputError, check_whole
 
 
 class Random(NamedTuple):
@@ -37,8 +37,7 @@ def vera(*, rank: int = 64, d: float = 0.1, seed: int = 0) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    if type(rank) is not int or rank < 1:
-        raise InputError(f"rank={rank!r}: must be a whole number of at least 1.")
+    check_whole(rank=rank)
     if d == 0:
         raise InputError(f"d={d!r}: must not be 0, where nothing has a gradient.")
     start = d

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import InputError, check_whole
 
 
 class ExtrapolatedState(NamedTuple):
@@ -49,9 +49,8 @@ def extrapolated(
     Raises:
       InputError: a value outside its range.
     """
-    for name, value, least in (("ahead", ahead, 0), ("degree", degree, 1)):
-        if type(value) is not int or value < least:
-            raise InputError(f"{name}={value!r}: must be a whole number of at least {least}.")
+    check_whole(0, ahead=ahead)
+    check_whole(degree=degree)
     if type(every) is not int or every <= degree:
         raise InputError(f"every={every!r}: must be a whole number above degree={degree}.")
     base = optax.adamw(learning_rate, weight_decay=weight_decay)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import InputError, check_whole
 
 
 class IncreLoRAState(NamedTuple):
@@ -51,9 +51,7 @@ def increlora(
       InputError: a value outside its range; in ``init``, a budget below the number of sites, or
         offsets of another adapter.
     """
-    for name, value in (("budget", budget), ("every", every), ("grow", grow)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{name}={value!r}: must be a whole number of at least 1.")
+    check_whole(budget=budget, every=every, grow=grow)
     if not 0 <= decay < 1:
         raise InputError(f"decay={decay!r}: must be from 0 to below 1.")
     base = optax.adam(learning_rate)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.grpo.weights import WeightRule, select, token_weights
 from grpocem_jax.models.sampling import Rollouts
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.errors import InputError, check_whole
 
 
 def s_grpo(alpha: int = 4, probability: float = 0.5, k: int = 16) -> WeightRule:
@@ -25,9 +25,8 @@ def s_grpo(alpha: int = 4, probability: float = 0.5, k: int = 16) -> WeightRule:
     Raises:
       InputError: a value outside its range.
     """
-    for name, value, least in (("alpha", alpha, 0), ("k", k, max(1, alpha))):
-        if type(value) is not int or value < least:
-            raise InputError(f"{name}={value!r}: must be a whole number of at least {least}.")
+    check_whole(0, alpha=alpha)
+    check_whole(max(1, alpha), k=k)
     if not 0 <= probability <= 1:
         raise InputError(f"probability={probability!r}: must be from 0 to 1.")
 
