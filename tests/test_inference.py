@@ -484,7 +484,7 @@ def refused(adapt, monkeypatch):
         ),
         ({"cem.noise_std": -0.1}, {"prompt": PROMPT}, "cem.noise_std=-0.1"),
         ({"search.budget_s": 0.0}, {"prompt": PROMPT}, "search.budget_s=0.0"),
-        ({"search.held_back": 0.0}, {"prompt": PROMPT}, "search.held_back=0.0"),
+        ({"search.gate_z": -1.0}, {"prompt": PROMPT}, "search.gate_z=-1.0"),
         ({"search.space": "experts", "search.experts": ""}, {"prompt": PROMPT}, "search.experts"),
         (
             {"search.space": "experts", "search.experts": "/no"},
