@@ -292,10 +292,9 @@ def rewards(study: Study) -> dict[str, Any]:
         )
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
-    half = {"gate": True, "held_back": 0.5}
     gated: dict[str, dict[str, Any]] = {
-        "cem, half held back": half,
-        "cem, half held back, again": {**half, "gate_z": 0.0},
+        "cem, gate": {"gate": True},
+        "cem, gate at z = 0": {"gate": True, "gate_z": 0.0},
     }
     common = {
         "generations": 8,
