@@ -151,28 +151,33 @@ def gate(study: Study) -> dict[str, Any]:
     """The same with more prompts: how many standard errors the gate should ask for."""
     rows = []
     for kind in ("familiar", "foreign"):
-        for name, z in (*(("gradient", z) for z in (0.0, 0.5, 1.0, 1.5, 2.0)), ("cem", 1.5)):
+        for name, asked in (("gradient", (0.0, 0.5, 1.0, 1.5, 2.0)), ("cem", (1.0,))):
             count = 48 if name == "gradient" else 24
             texts = (
                 study.texts(kind, count, 7, 40)
                 if kind == "familiar"
                 else [t for k in foreign.KINDS for t in study.texts(k, count // 2, 7, 40)]
             )
-            settings = study.settings(
-                population_size=100, generations=50, noise_std=0.1, method=name, gate_z=z
-            )
-            gated, free, adapted = [], [], 0
-            for i, text in enumerate(texts):
-                judge = [Text(study.cut(text, 0, 30), study.cut(text, 30, None))]
-                found = study.adapt(judge[0].prompt, i, settings)
-                before = study.likelihood(study.run.offsets, judge)
-                gated.append(study.likelihood(found.offsets, judge) - before)
-                assert found.search is not None
-                free.append(study.likelihood(found.search.final, judge) - before)
-                adapted += found.returned != "start"
-            row = {"text": kind, "method": name, "z": z, "n": count, "adapted": adapted}
-            rows.append({**row, "gain": mean_ci(gated), "ungated": mean_ci(free)})
-            say(rows[-1])
+
+            def gains(texts=texts, **changes: Any) -> tuple[list[float], int]:
+                settings = study.settings(
+                    population_size=100, generations=50, noise_std=0.1, **changes
+                )
+                found, adapted = [], 0
+                for i, text in enumerate(texts):
+                    judge = [Text(study.cut(text, 0, 30), study.cut(text, 30, None))]
+                    one = study.adapt(judge[0].prompt, i, settings)
+                    before = study.likelihood(study.run.offsets, judge)
+                    found.append(study.likelihood(one.offsets, judge) - before)
+                    adapted += one.returned != "start"
+                return found, adapted
+
+            free, _ = gains(method=name, gate=False)
+            for z in asked:
+                gated, adapted = gains(method=name, gate_z=z)
+                row = {"text": kind, "method": name, "z": z, "n": count, "adapted": adapted}
+                rows.append({**row, "gain": mean_ci(gated), "ungated": mean_ci(free)})
+                say(rows[-1])
     return {"rows": rows}
 
 
@@ -183,6 +188,7 @@ def fewshot(study: Study) -> dict[str, Any]:
         "cem, no gate": {"gate": False},
         "random search": {"momentum": 1.0, "std_momentum": 1.0, "returned": "best", "gate": False},
         "gradient, gate": {"method": "gradient"},
+        "gradient, no gate": {"method": "gradient", "gate": False},
     }
     rows = []
     for kind in ("familiar", "recipe", "log"):
@@ -206,10 +212,7 @@ def _task_rows(
     adapt: Callable[[Sequence[rollouts.Item], int, Config, str], Adaptation],
     **common: Any,
 ) -> list[dict[str, Any]]:
-    """Every task, space, method and seed, judged on 24 held-out prompts of the task.
-
-    A gated search gives two rows: what the gate returned, and what the search ended with.
-    """
+    """Every task, space, method and seed, judged on 24 held-out prompts of the task."""
     rows = []
     for task in TASKS:
         support = [item for item in study.train if item.task.name == task]
@@ -227,16 +230,10 @@ def _task_rows(
                 for name, changes in methods.items():
                     settings = study.settings(space, **{**common, **changes})
                     found = adapt(examples, seed, settings, space)
-                    assert found.search is not None
-                    if settings.search.gate:
-                        gated = f"{name}, gate at z = {settings.search.gate_z:g}"
-                        results.setdefault(gated, []).append(judge(found.offsets))
-                    if settings.search.gate_z:
-                        results.setdefault(name, []).append(judge(found.search.final))
+                    results.setdefault(name, []).append(judge(found.offsets))
             random = np.array(results["random search"])
             for name, values in results.items():
-                method = name.replace(", again", "")
-                row = {"task": task, "space": space, "method": method, "n": study.seeds}
+                row = {"task": task, "space": space, "method": name, "n": study.seeds}
                 for column, kind in enumerate(("likelihood", "reward")):
                     gains = np.array(values)[:, column]
                     row[kind] = mean_ci(gains - base[column])
@@ -252,13 +249,13 @@ def demonstrations(items: Sequence[rollouts.Item], split: str) -> list[Text]:
     return [Text(item.example.prompt, answers[item.example.prompt]) for item in items]
 
 
-RANDOM = {"momentum": 1.0, "std_momentum": 1.0, "returned": "best"}
+RANDOM: dict[str, Any] = {"momentum": 1.0, "std_momentum": 1.0, "returned": "best"}
 SPREAD = {"full": 0.1, "subspace": 1.0, "experts": 0.3, "experts per layer": 0.3}
 """Initial standard deviations; a direction of the subspace has length 1, an expert about 10."""
 
 
 def tasks(study: Study) -> dict[str, Any]:
-    """Eight examples of a task by likelihood of their answers, two of them for the gate."""
+    """Eight examples of a task by likelihood of their answers."""
 
     def adapt(items, seed, settings, space):
         settings = searching(settings, noise_std=SPREAD[space])
@@ -268,15 +265,22 @@ def tasks(study: Study) -> dict[str, Any]:
             settings = searching(settings, generations=steps)
         return study.adapt(demonstrations(items, "train"), seed, settings, space)
 
-    searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
-    gradient: dict[str, dict[str, Any]] = {"gradient": {"method": "gradient"}}
+    searches: dict[str, dict[str, Any]] = {
+        "cem": {},
+        "cem, gate": {"gate": True},
+        "random search": RANDOM,
+    }
+    gradient: dict[str, dict[str, Any]] = {
+        "gradient": {"method": "gradient"},
+        "gradient, gate": {"method": "gradient", "gate": True},
+    }
     spaces = {
         "full": searches | gradient,
         "subspace": searches,
         "experts": searches | gradient,
         "experts per layer": searches,
     }
-    return {"rows": _task_rows(study, spaces, adapt)}
+    return {"rows": _task_rows(study, spaces, adapt, gate=False)}
 
 
 def rewards(study: Study) -> dict[str, Any]:
@@ -292,10 +296,9 @@ def rewards(study: Study) -> dict[str, Any]:
         )
 
     searches: dict[str, dict[str, Any]] = {"cem": {}, "random search": RANDOM}
-    half = {"gate": True, "held_back": 0.5}
     gated: dict[str, dict[str, Any]] = {
-        "cem, half held back": half,
-        "cem, half held back, again": {**half, "gate_z": 0.0},
+        "cem, gate": {"gate": True},
+        "cem, gate at z = 0": {"gate": True, "gate_z": 0.0},
     }
     common = {
         "generations": 8,

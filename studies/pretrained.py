@@ -198,7 +198,7 @@ def support(study: Study) -> dict[str, Any]:
         "gradient, gate": {**GRADIENT, "gate": True},
     }
     rows = []
-    for kind, (method, changes), count in itertools.product(KINDS, methods.items(), (2, 8, 32)):
+    for kind, (method, changes), count in itertools.product(KINDS, methods.items(), (2, 4, 8, 32)):
         gains, adapted = _draws(study, (kind,), count, "one", **changes)
         row = {"text": kind, "method": method, "passages": count, "gains": gains}
         rows.append({**row, "gain": mean_ci(gains), "adapted": int(sum(adapted))})

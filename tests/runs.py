@@ -36,7 +36,6 @@ REWARD = {
     "search.fitness": "reward",
     "search.task": "qa",
     "search.samples": 2,
-    "search.held_back": 0.5,
 }
 TRAINING = {
     "data.tasks": ("general",),  # whose reward tells even poor completions apart

@@ -84,7 +84,7 @@ def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(workdir):
     assert isinstance(text, str)
     assert result.returned in ("mean", "start")
     assert result.search.generations == 2
-    assert result.search.candidates == 8
+    assert result.search.candidates == 16  # of both halves
     # The settings came from the run's config.json, not from the defaults.
     assert run.config == parse_config(get_config())
 
@@ -226,42 +226,35 @@ def test_a_gate_that_lets_nothing_pass_returns_the_start_bit_for_bit(run):
     assert result.search.generations == 2
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
 @pytest.mark.parametrize("text", [Text(OTHER), Text(OTHER, " bad. The soup was cold and bad.")])
-def test_one_text_is_split_into_fitted_tokens_and_the_ones_after_them(run, text, share):
-    settings = cem(run, held_back=share)
-    tokens, scored = adaptation.encode(run.policy, text, settings)
-    parts = adaptation.hold_back([(tokens, scored)], settings)
-    count = int(np.ceil(share * scored.sum()))
-    if min(count, scored.sum() - count) < 2:
-        assert parts is None
-        return
-    fitted, held = parts = [type(part)(*map(np.array, part)) for part in parts]
-    assert fitted.tokens.shape == held.tokens.shape == (1, 16 if len(tokens) <= 16 else 32)
-    fitted_places, held_places = (np.flatnonzero(part.scored[0]) for part in parts)
-    assert fitted_places.max() < held_places.min()
-    np.testing.assert_array_equal(
-        np.concatenate([fitted_places, held_places]), np.flatnonzero(scored)
-    )
-    assert len(held_places) == count
-    # What is held back is not shown to the search, and is judged after all that comes before it.
-    assert int(fitted.mask[0].sum()) == held_places.min()
-    np.testing.assert_array_equal(fitted.tokens[0][fitted.mask[0]], tokens[: held_places.min()])
-    np.testing.assert_array_equal(held.tokens[0][held.mask[0]], tokens)
+def test_one_text_is_split_in_the_middle_of_what_is_scored(run, text):
+    tokens, scored = adaptation.encode(run.policy, text, run.config.search)
+    parts = adaptation.halves([(tokens, scored)], run.config.search)
+    first, second = [type(part)(*map(np.array, part)) for part in parts]
+    assert first.tokens.shape == second.tokens.shape == (1, 16 if len(tokens) <= 16 else 32)
+    places = [np.flatnonzero(part.scored[0]) for part in (first, second)]
+    np.testing.assert_array_equal(np.concatenate(places), np.flatnonzero(scored))
+    assert len(places[1]) - len(places[0]) in (0, 1)
+    # Each token is judged after all that comes before it.
+    for part in (first, second):
+        np.testing.assert_array_equal(part.tokens[0][part.mask[0]], tokens)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.95])
-def test_several_texts_are_split_into_disjoint_texts(run, share):
-    texts = [Text(f"{OTHER} Cold {word}", " and bad") for word in "soup tea milk rice".split()]
-    settings = cem(run, held_back=share)
-    encoded = [adaptation.encode(run.policy, text, settings) for text in texts]
-    fitted, held = adaptation.hold_back(encoded, settings)
-    assert len(fitted.tokens) + len(held.tokens) == 4
-    assert min(len(fitted.tokens), len(held.tokens)) >= 1
-    assert len(held.tokens) == min(max(1, round(4 * share)), 3)
-    rows = rows_of(held) + rows_of(fitted)
-    assert rows == rows_of(adaptation.batch(encoded, settings))
-    assert len(set(rows)) == 4
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_several_texts_are_dealt_in_turn_and_the_last_of_an_odd_number_is_shared(run, count):
+    words = "soup tea milk rice bread".split()[:count]
+    texts = [Text(f"{OTHER} Cold {word}", " and bad or so") for word in words]
+    encoded = [adaptation.encode(run.policy, text, run.config.search) for text in texts]
+    first, second = adaptation.halves(encoded, run.config.search)
+    assert first.tokens.shape == second.tokens.shape == ((count + 1) // 2, 32)
+    rows = rows_of(adaptation.batch(encoded, run.config.search))
+    even = count // 2
+    assert rows_of(first)[:even] == rows[: 2 * even : 2]
+    assert rows_of(second)[:even] == rows[1 : 2 * even : 2]
+    if count % 2:
+        last = [np.array(part.scored[-1]) for part in (first, second)]
+        assert not np.any(last[0] & last[1])
+        np.testing.assert_array_equal((last[0] | last[1])[: len(encoded[-1][1])], encoded[-1][1])
 
 
 def rows_of(batch):
@@ -459,7 +452,7 @@ def test_samples_under_own_adapters_are_those_of_one_call_for_each_adapter(
 def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     run, questions, by_words, monkeypatch
 ):
-    monkeypatch.setattr(workflow, "HELD_BACK_SAMPLES", 1)
+    monkeypatch.setattr(workflow, "JUDGED_SAMPLES", 1)
 
     def compiling(**columns):
         jax.jit(lambda x: x + 1)(0.0)  # a new function: the other programs may be there already
@@ -482,7 +475,7 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     assert found.compile_seconds > 0
     assert seen == [1, 2]
     assert found.generations == 2
-    assert found.candidates == 8
+    assert found.candidates == 16  # of both halves
     assert result.returned in ("mean", "start")
     assert (found.held_back_gain > 0) == (result.returned == "mean")
     assert np.all(found.history.best >= found.history.mean)
@@ -559,7 +552,7 @@ def test_a_result_whose_rewards_all_abstain_is_named(run, questions):
 
 def test_several_texts_are_adapted_to_together(run, questions):
     texts = [Text(i.example.prompt, i.task.completion(i.example)) for i in questions]
-    settings = cem(run, gate_z=0.0, generations=3, held_back=0.5)
+    settings = cem(run, gate_z=0.0, generations=3)
     method = GradientAscent(learning_rate=0.05)
     result = adaptation.adapt(run, texts, settings=settings, method=method)
     scored = np.array([adaptation.encode(run.policy, text, settings)[1].sum() for text in texts])
@@ -568,8 +561,7 @@ def test_several_texts_are_adapted_to_together(run, questions):
     assert result.fitness_after > result.fitness_before
 
 
-def test_the_search_and_the_gate_judge_by_different_prompts(run, questions, monkeypatch):
-    # Two are held back: 30% of four would round to the first alone.
+def test_the_halves_of_the_prompts_are_searched_and_judge_each_other(run, questions, monkeypatch):
     asked = []
 
     def record(prompts, completions, **columns):
@@ -579,30 +571,27 @@ def test_the_search_and_the_gate_judge_by_different_prompts(run, questions, monk
     task = dataclasses.replace(TASKS["qa"], rewards=(Reward(record),))
     items = [item._replace(task=task) for item in questions]
     by_prompt = {item.example.prompt: row for row, item in enumerate(items)}
-    monkeypatch.setattr(workflow, "HELD_BACK_SAMPLES", 1)
-    adaptation.adapt(run, items, settings=reward_settings(run, held_back=0.3, generations=1))
-    # Before; the start; the candidates; the points of the gate; after.
-    assert asked == [[0, 1, 2, 3], [0, 1], [2, 3], [0, 1], [0, 1, 2, 3]]
+    monkeypatch.setattr(workflow, "JUDGED_SAMPLES", 1)
+    adaptation.adapt(run, items, settings=reward_settings(run, generations=1))
+    # Before; the candidates of each half; the points of each by the other; after.
+    assert asked == [[0, 1, 2, 3], [0, 2], [1, 3], [1, 3], [0, 2], [0, 1, 2, 3]]
 
 
-def test_one_lucky_prompt_of_those_held_back_does_not_pass_the_gate(run, questions, monkeypatch):
-    gains = dict(zip((i.example.prompt for i in questions), (3.0, -1.0, 0.5), strict=False))
+def test_the_spread_over_prompts_decides_what_passes_the_gate(run, questions, monkeypatch):
+    gains = dict(zip((i.example.prompt for i in questions), (3.0, -1.0, 0.0, 2.0), strict=True))
 
     def rewards(policy, adapters, items, *args, **options):
         moved = [distance(a, run.offsets) > 0 for a in unstacked(adapters)]
         return np.array([[gains[i.example.prompt] * away for i in items] for away in moved])
 
     monkeypatch.setattr(rollouts, "population_rewards", rewards)
-    search = functools.partial(adaptation.adapt, run, questions[:3])
-    # Of the two held back the gain is 1, its standard error sqrt(8) / sqrt(2) = 2. The first alone
-    # would pass with a gain of 3 and no standard error.
-    settings = reward_settings(run, held_back=0.3, generations=1)
-    result = search(settings=dataclasses.replace(settings, gate_z=0.6))
-    assert result.returned == "start"
-    result = search(settings=dataclasses.replace(settings, gate_z=0.4))
+    search = functools.partial(adaptation.adapt, run, questions)
+    # The mean gain is 1, its standard error sqrt(10 / 3) / 2 = 0.91.
+    settings = reward_settings(run, generations=1)
+    assert search(settings=dataclasses.replace(settings, gate_z=1.2)).returned == "start"
+    result = search(settings=dataclasses.replace(settings, gate_z=1.0))
     assert result.returned == "mean"
     assert result.search.held_back_gain == 1.0
-    assert result.search.history.held_back[0] == pytest.approx(1 - 0.4 * 2)
 
 
 def test_a_reward_has_no_gradient(run, questions):
@@ -611,9 +600,9 @@ def test_a_reward_has_no_gradient(run, questions):
         adaptation.adapt(run, questions, settings=settings)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_gate_needs_three_prompts(run, questions, count):
-    with pytest.raises(InputError, match=f"^{count} prompts to adapt to: .* at least 3"):
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_gate_needs_four_prompts(run, questions, count):
+    with pytest.raises(InputError, match=f"^{count} prompts to adapt to: .* at least 4"):
         adaptation.adapt(run, questions[:count], settings=reward_settings(run))
 
 
@@ -659,18 +648,6 @@ def test_a_fitness_that_is_not_finite_for_the_result_is_named(run, monkeypatch):
 def test_a_prompt_of_a_task_that_leaves_no_room_is_refused(run, questions, monkeypatch):
     example = questions[0].example
     long = Example(example.prompt * 8, example.columns)
-    items = rollouts.encode(run.policy, TASKS["qa"], [long] * 3)
+    items = rollouts.encode(run.policy, TASKS["qa"], [long] * 4)
     with pytest.raises(InputError, match="shorten it"):
         adaptation.adapt(run, items, settings=reward_settings(run))
-
-
-def test_a_large_share_held_back_leaves_a_prompt_to_search_with(run, questions, monkeypatch):
-    class Searched(Exception):  # noqa: N818
-        pass
-
-    def search(*args, **kwargs):
-        raise Searched
-
-    monkeypatch.setattr(loop, "maximize", search)
-    with pytest.raises(Searched):
-        adaptation.adapt(run, questions[:3], settings=reward_settings(run, held_back=0.9))

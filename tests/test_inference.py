@@ -102,7 +102,7 @@ def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(work
     assert record.keys() >= RESULT_KEYS
     assert record["prompt"] == PROMPT
     assert record["generations"] == 2
-    assert record["candidates"] == 8
+    assert record["candidates"] == 16  # 8 for each half
     assert record["adapted"] == (record["returned"] != "start")
     assert record["seconds"] > 0
     assert record["compile_seconds"] > 0
@@ -116,7 +116,7 @@ def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(work
 def test_the_text_before_and_after_is_printed(adapt):
     _, out, err = adapt(prompt=PROMPT)
     lines = out.splitlines()
-    for start in ("fitness ", "search    2 generations, 8 candidates", "result ", "prompt "):
+    for start in ("fitness ", "search    2 generations, 16 candidates", "result ", "prompt "):
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert sum(line.startswith("before   >") for line in lines) == 1
     assert sum(line.startswith(("after    >", "after     the same")) for line in lines) == 1
@@ -271,14 +271,14 @@ def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
         time.sleep(0.1)
     assert "examples  under way for 0 s, compilation included" in capsys.readouterr().err
     view = inference._LiveView("examples", settings)
-    history = loop.History(*(np.float32([value]) for value in (-2.0, -3.0, 0.1, 0.0, 0.25)))
+    history = loop.History(*(np.float32([value]) for value in (-2.0, -3.0, 0.1, 0.0)))
     view.show(4, history)
     view.started = view.reported - 40.0
     said = view.under_way(view.reported + 7.0)
     # 4 generations in 40 s.
     start = "examples  7 s since generation 4/20, at about 10 s for each  best -2.000"
     assert said.startswith(start)
-    assert "held-back gain at least +0.250 (nats/token)" in said
+    assert said.endswith("mean -3.000 (nats/token)  sigma 0.100")
 
 
 def test_a_prompt_that_the_gate_cannot_judge_says_so(adapt, monkeypatch):
@@ -412,7 +412,7 @@ def test_examples_with_the_columns_of_a_task_are_adapted_to_for_its_reward(adapt
     result, _, err = adapt(REWARD, examples=examples, as_json=True)
     assert -1 <= result["fitness_before"] <= 1
     assert -1 <= result["fitness_after"] <= 1
-    assert result["candidates"] == 4 * result["generations"]
+    assert result["candidates"] == 2 * 4 * result["generations"]
     assert "on the reward" in err
 
 
@@ -446,7 +446,7 @@ def test_evaluate_gives_the_tables_of_the_report(adapt, workdir, support):
         # One search for each prompt, or one for all prompts of the task.
         assert row["searches"] == (1 if support else 2)
         assert 0 <= row["adapted"] <= 1
-        assert row["candidates"] == 4 * row["generations"]
+        assert row["candidates"] == 2 * 4 * row["generations"]  # each half is searched
         # Open-ended text has no reference completion.
         assert ("heldout_before" in row) == ("heldout_after" in row) == (name == "sentiment")
     assert f"searches {2 if support else 4}/{2 if support else 4}" in err
@@ -484,7 +484,7 @@ def refused(adapt, monkeypatch):
         ),
         ({"cem.noise_std": -0.1}, {"prompt": PROMPT}, "cem.noise_std=-0.1"),
         ({"search.budget_s": 0.0}, {"prompt": PROMPT}, "search.budget_s=0.0"),
-        ({"search.held_back": 0.0}, {"prompt": PROMPT}, "search.held_back=0.0"),
+        ({"search.gate_z": -1.0}, {"prompt": PROMPT}, "search.gate_z=-1.0"),
         ({"search.space": "experts", "search.experts": ""}, {"prompt": PROMPT}, "search.experts"),
         (
             {"search.space": "experts", "search.experts": "/no"},

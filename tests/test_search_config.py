@@ -106,6 +106,7 @@ REMOVED = {
     "evaluate_mean": (False, True),
     "anchor": (0.0, 0.01),
     "common_random_numbers": (True, False),
+    "held_back": (0.3, 0.5),
 }
 
 

@@ -7,9 +7,9 @@ from grpocem_jax.adaptation.adapted import (
     log_likelihoods,
     room,
 )
-from grpocem_jax.adaptation.texts import Text, batch, encode, hold_back, num_held_back
+from grpocem_jax.adaptation.texts import Text, batch, encode, halves
 from grpocem_jax.adaptation.workflow import (
-    HELD_BACK_SAMPLES,
+    JUDGED_SAMPLES,
     LIBRARY,
     Adaptation,
     adapt,
@@ -20,7 +20,7 @@ from grpocem_jax.adaptation.workflow import (
 from grpocem_jax.runs.trained import TrainedRun, load_base, load_run
 
 __all__ = [
-    "HELD_BACK_SAMPLES",
+    "JUDGED_SAMPLES",
     "LIBRARY",
     "Adaptation",
     "Text",
@@ -31,13 +31,12 @@ __all__ = [
     "complete",
     "count_tokens",
     "encode",
-    "hold_back",
+    "halves",
     "load_base",
     "load_run",
     "log_likelihoods",
     "make_fitness",
     "make_space",
-    "num_held_back",
     "room",
     "summary",
 ]

@@ -471,10 +471,8 @@ class _LiveView:
                 print(file=sys.stderr)
 
     def show(self, done: int, history: History) -> None:
-        held = history.held_back[-1]
-        gate = "" if np.isnan(held) else f"  held-back gain at least {held:+.3f}"
         self.line = (
-            f"best {history.best[-1]:.3f}  mean {history.mean[-1]:.3f}{gate} ({self.unit})"
+            f"best {history.best[-1]:.3f}  mean {history.mean[-1]:.3f} ({self.unit})"
             # A gradient has none.
             + (f"  sigma {history.std[-1]:.3f}" if history.std[-1] else "")
         )

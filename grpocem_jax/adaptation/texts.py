@@ -1,7 +1,6 @@
 """Texts to adapt to, as arrays: what counts, and what is held back."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,39 +93,26 @@ def batch(
     return to_arrays(encoded, length)
 
 
-def num_held_back(count: int, share: float, *, least: int = 1) -> int:
-    """How many of ``count`` texts or prompts are held back: a share, ``least``, but never all.
-
-    It is always the first ones.
-    """
-    return min(max(least, round(share * count)), count - 1)
-
-
-def hold_back(
+def halves(
     encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: SearchConfig
 ) -> tuple[fitness.Texts, fitness.Texts] | None:
-    """Splits texts into what is fitted and what the gate judges by.
+    """Splits texts into halves that judge each other.
 
-    Of one text the last part of its scored tokens is held back; of several, the first texts.
+    The texts are dealt in turn.  Of an odd number the last goes to both, scored in its first half
+    in one, and in its second in the other, so that the two have one shape.
 
     Returns:
       the two, padded alike; None where either would have fewer than 2 scored tokens.
     """
     length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
-    if len(encoded) > 1:
-        count = num_held_back(len(encoded), settings.held_back)
-        fitted, held = encoded[count:], encoded[:count]
-        parts = [to_arrays(part, length) for part in (fitted, held)]
-    else:
-        ((tokens, scored),) = encoded
+    even = len(encoded) // 2 * 2
+    first, second = list(encoded[0:even:2]), list(encoded[1:even:2])
+    for tokens, scored in encoded[even:]:
         places = np.flatnonzero(scored)
-        count = math.ceil(settings.held_back * len(places))
-        last = np.isin(np.arange(len(tokens)), places[len(places) - count :])
-        cut = places[len(places) - count] if count else len(tokens)
-        parts = [
-            to_arrays([(tokens[:cut], scored[:cut])], length),
-            to_arrays([(tokens, last)], length),
-        ]
+        middle = len(places) // 2
+        for part, own in ((first, places[:middle]), (second, places[middle:])):
+            part.append((tokens, np.isin(np.arange(len(tokens)), own)))
+    parts = [to_arrays(part, length) for part in (first, second)]
     if min(int(part.scored[:, 1:].sum()) for part in parts) < 2:
         return None
     return parts[0], parts[1]

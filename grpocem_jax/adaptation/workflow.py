@@ -24,8 +24,7 @@ from grpocem_jax.adaptation.texts import (
     Text,
     batch,
     encode,
-    hold_back,
-    num_held_back,
+    halves,
     tokenize,
     within_context,
 )
@@ -40,9 +39,9 @@ from grpocem_jax.utils import memory, user_code
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand
 
-HELD_BACK_SAMPLES = 8
-"""Completions of a held-back prompt for each one of a prompt that is adapted to: single rewards of
-a few prompts tell little, and the gate judges three points at a time, not a population."""
+JUDGED_SAMPLES = 8
+"""Completions of a prompt that the gate judges by, for each one of a prompt that is adapted to:
+single rewards of a few prompts tell little, and the gate judges four points, once."""
 
 LIBRARY = Path(__file__).parents[1] / "builtin" / "experts"
 """The experts of the built-in model."""
@@ -96,8 +95,7 @@ class _Subject(NamedTuple):
 
     Attributes:
       fitness: what is maximised.
-      fitted: its data.
-      held_back: data for the gate, None without one.
+      data: its data; with the gate in two halves, None where they are too few for that.
       value: the fitness of one adapter on all that was given.
       name: the setting that names the fitness.
       fix: what to do where it is not finite.
@@ -105,8 +103,7 @@ class _Subject(NamedTuple):
     """
 
     fitness: loop.Fitness | loop.HostFitness
-    fitted: Any
-    held_back: Any
+    data: Any
     value: Callable[[Offsets], float]
     name: str
     fix: str
@@ -129,15 +126,15 @@ def adapt(
     reward of their completions.  The search method may be any; with a reward, one that needs no
     gradient.
 
-    With the gate, one text is adapted to in its first part and judged on its last; of several texts
-    or prompts, some are held back, at least 2 prompts: the gain on a single one has no standard
-    error, and what helped it by chance would pass. Where the texts are too short for that, they are
-    left alone, as is a text of one token, of which nothing can be scored.
+    With the gate, the texts or prompts are split into halves, a single text at its middle; each
+    half is searched by itself and judged by the other, see `search.cross_fit`. Where the texts are
+    too short for that, they are left alone, as is a text of one token, of which nothing can be
+    scored.
 
     Args:
       run: what to adapt.
       examples: a text, or several; with ``settings.fitness="reward"`` prompts, `rollouts.encode`,
-        at least 3 with the gate.
+        at least 4 with the gate.
       key: PRNG key; by default from the config's seed.
       settings: other settings than ``run.config.search``.
       method: another search method than the one that the settings name.
@@ -178,19 +175,20 @@ def adapt(
         check_method(method, space.origin, name=name)
     fix = subject.fix
     before = _finite(subject.value(run.offsets), subject.name, "to start from", fix)
-    if settings.gate and subject.held_back is None:
-        note = "too few tokens to hold a part back, so the gate cannot judge"
+    if subject.data is None:
+        note = "too few tokens for two halves, so the gate cannot judge"
         return Adaptation(run.offsets, before, before, None, note)
+    search: Callable[..., loop.SearchResult] = loop.maximize
+    if settings.gate:
+        search = functools.partial(loop.cross_fit, gate_z=settings.gate_z)
     with section("search", SearchConfig):
-        found = loop.maximize(
+        found = search(
             method,
             subject.fitness,
             space,
-            subject.fitted,
+            subject.data,
             key,
             generations=settings.generations,
-            held_back=subject.held_back,
-            gate_z=settings.gate_z,
             returned=settings.returned,
             population_chunk=settings.population_chunk or subject.chunk,
             fit_memory=settings.fit_memory,
@@ -226,16 +224,14 @@ def _written(
         fix = "return a finite number for it"
     elif run.policy.dtype == "float16":
         fix = run.policy.nonfinite_logits("")
-    parts = hold_back(encoded, settings) if settings.gate else None
-    fitted, held_back = parts or (everything, None)
+    parts = halves(encoded, settings) if settings.gate else None
     return _Subject(
         fitness=score,
-        fitted=fitted,
-        held_back=held_back,
+        data=parts if settings.gate else everything,
         value=value,
         name=settings.fitness if own else "likelihood",
         fix=fix,
-        chunk=fitness.population_chunk(method.population_size, fitted),
+        chunk=fitness.population_chunk(method.population_size, parts[0] if parts else everything),
     )
 
 
@@ -248,14 +244,13 @@ def _rewarded(
             "config.search.fitness='reward': a text has no reward; give prompts of a task "
             "(grpocem_jax.encode), or set config.search.fitness='likelihood'."
         )
-    if len(items) < (3 if settings.gate else 1):
+    if len(items) < (4 if settings.gate else 1):
         raise InputError(
             f"{len(items)} prompts to adapt to: give at least 1, and with search.gate=True, which "
-            "holds back at least 2, at least 3."
+            "judges by halves of at least 2, at least 4."
         )
     for item in items:
         check_room(run, len(item.tokens))
-    held = num_held_back(len(items), settings.held_back, least=2) if settings.gate else 0
 
     def rewards(num_samples, offsets, items, key):
         return rollouts.population_rewards(
@@ -269,7 +264,7 @@ def _rewarded(
         )
 
     # What is compared with the start is paired with it, and looked at more closely.
-    closely = functools.partial(rewards, HELD_BACK_SAMPLES * settings.samples)
+    closely = functools.partial(rewards, JUDGED_SAMPLES * settings.samples)
 
     def value(offsets: Offsets) -> float:
         one = jax.tree.map(lambda x: x[None], offsets)
@@ -280,8 +275,7 @@ def _rewarded(
 
     return _Subject(
         fitness=loop.HostFitness(functools.partial(rewards, settings.samples), closely),
-        fitted=items[held:],
-        held_back=items[:held] if held else None,
+        data=(items[::2], items[1::2]) if settings.gate else items,
         value=value,
         name="reward",
         fix="correct the reward function, which abstained each time, or give other examples",

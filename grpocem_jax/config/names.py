@@ -16,7 +16,7 @@ RENAMED = {
         f"cem.{name}": f"search.{name}"
         for name in (
             "method options fitness task support samples space experts rank per_site generations "
-            "returned gate gate_z held_back budget_s population_chunk fit_memory buckets"
+            "returned gate gate_z budget_s population_chunk fit_memory buckets"
         ).split()
     },
 }
@@ -28,8 +28,10 @@ REMOVED = {
     "cem.evaluate_mean": False,
     "cem.anchor": 0.0,
     "cem.common_random_numbers": True,
+    "cem.held_back": 0.3,
+    "search.held_back": 0.3,
 }
-"""Settings of earlier versions, with the value that is what happens now: configs of theirs, such as
+"""Settings of earlier versions, with the value that was their default: configs of theirs, such as
 those stored in run directories, still load."""
 
 
@@ -60,7 +62,7 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_removed(path: str, value: Any) -> None:
-    """Refuses a field of `REMOVED` that has another value than that of now.
+    """Refuses a field of `REMOVED` that has another value than its default.
 
     Raises:
       InputError: it has.

@@ -406,13 +406,11 @@ class SearchConfig:
         "Which point: `mean` or `best` ever seen.", one_of(*FOLLOWED), default="mean"
     )
     gate: bool = setting(
-        "Return the start unless another point is better on a part of the text that is held back.",
+        "Search by each half of the texts, and return the start unless what was found is better on "
+        "the other half.",
         default=True,
     )
-    gate_z: float = setting("Standard errors by which it must be better.", at_least(0), default=1.5)
-    held_back: float = setting(
-        "Share of the text that the gate holds back.", within(0.05, 0.95), default=0.3
-    )
+    gate_z: float = setting("Standard errors by which it must be better.", at_least(0), default=1.0)
     budget_s: float | None = setting(
         "Seconds for the search, or None for no bound.", above(0), default=None
     )

@@ -1,14 +1,14 @@
 """Search for an adapter: methods, spaces, fitness, and the loop that brings them together.
 
-A method is anything that keeps to `SearchMethod`; the loop (`maximize`, and its pure kernel
-`advance`) does everything else.
+A method is anything that keeps to `SearchMethod`; the loop (`maximize`, `cross_fit` with the gate,
+and their pure kernel `advance`) does everything else.
 """
 
 from grpocem_jax.search.base import Point, SearchMethod, check_method
 from grpocem_jax.search.cem import CEM, CEMState
 from grpocem_jax.search.evosax import Evosax, EvosaxState
 from grpocem_jax.search.fitness import Likelihood, Texts
-from grpocem_jax.search.gate import Chosen, choose, scaled
+from grpocem_jax.search.gate import Verdict, judge, scaled
 from grpocem_jax.search.gradient import GradientAscent, GradientState
 from grpocem_jax.search.loop import (
     FOLLOWED,
@@ -20,6 +20,7 @@ from grpocem_jax.search.loop import (
     SearchState,
     advance,
     begin,
+    cross_fit,
     maximize,
 )
 from grpocem_jax.search.spaces import Space, decode, expert_space, full_space, principal_space
@@ -28,7 +29,6 @@ __all__ = [
     "CEM",
     "FOLLOWED",
     "CEMState",
-    "Chosen",
     "Evosax",
     "EvosaxState",
     "Fitness",
@@ -44,13 +44,15 @@ __all__ = [
     "SearchState",
     "Space",
     "Texts",
+    "Verdict",
     "advance",
     "begin",
     "check_method",
-    "choose",
+    "cross_fit",
     "decode",
     "expert_space",
     "full_space",
+    "judge",
     "maximize",
     "principal_space",
     "scaled",

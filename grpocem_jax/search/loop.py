@@ -1,20 +1,20 @@
 """The search: the loop around a method, as a pure kernel and as a driver with a clock.
 
-`advance` runs generations of a search: asking, scoring, telling, the convergence test and the gate,
-all on the device and without returning to Python.  It is a pure function, so searches of many
-problems are advanced by one call under `jax.vmap`.
+`advance` runs generations of a search: asking, scoring, telling and the convergence test, all on
+the device and without returning to Python.  It is a pure function, so searches of many problems are
+advanced by one call under `jax.vmap`.
 
-`maximize` drives one search: it compiles the kernel, and returns to Python between chunks of
-generations only where a time budget or a live view asks for it.  A fitness that judges in Python,
-such as the reward of completions (`HostFitness`), goes through the same driver, a generation at a
-time.
+`maximize` drives one search, `cross_fit` two on halves of the data that judge each other (`gate`):
+they compile the kernel, and return to Python between chunks of generations only where a time budget
+or a live view asks for it.  A fitness that judges in Python, such as the reward of completions
+(`HostFitness`), goes through the same driver, a generation at a time.
 """
 
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,14 +74,12 @@ class History(NamedTuple):
       std: root mean square of the search distribution's standard deviation; 0 for a method whose
         state has none.
       change: norm of the mean's move.
-      held_back: best lower bound of the gain on held-back text among this generation's points.
     """
 
     best: Any
     mean: Any
     std: Any
     change: Any
-    held_back: Any
 
 
 class Problem(NamedTuple):
@@ -91,33 +89,20 @@ class Problem(NamedTuple):
       fitness: a pytree that is called as `Fitness`.
       space: where; the search starts at its origin.
       batch: data for the fitness.
-      key: PRNG key; generation ``g`` uses ``fold_in(key, g)``, the gate the one after the last.
-      held_back: data for the gate, in the form of ``batch``; None for no gate.
-      gate_z: standard errors that the gate takes off; float32 ``[]``.
+      key: PRNG key; generation ``g`` uses ``fold_in(key, g)``.
     """
 
     fitness: Any
     space: Space
     batch: Any
     key: jax.Array
-    held_back: Any = None
-    gate_z: Any = 1.0
 
     @classmethod
-    def of(
-        cls,
-        fitness: Fitness,
-        space: Space,
-        batch: Any,
-        key: jax.Array,
-        *,
-        held_back: Any = None,
-        gate_z: float = 1.0,
-    ) -> "Problem":
+    def of(cls, fitness: Fitness, space: Space, batch: Any, key: jax.Array) -> "Problem":
         """A problem whose fitness may be any function, also one that is not a pytree."""
         if jax.tree_util.all_leaves([fitness]):
             fitness = jax.tree_util.Partial(fitness)
-        return cls(fitness, space, batch, key, held_back, jnp.float32(gate_z))
+        return cls(fitness, space, batch, key)
 
 
 class SearchState(NamedTuple):
@@ -128,8 +113,6 @@ class SearchState(NamedTuple):
       generation: generations run; int32 ``[]``.
       best: the candidate of largest fitness so far, the origin before the first generation.
       best_fitness: its fitness; float32 ``[]``, -inf before the first.
-      chosen: the gate's choice so far.
-      start_scores: scores of the start on held-back data and which count; None without a gate.
       history: see `History`.
     """
 
@@ -137,8 +120,6 @@ class SearchState(NamedTuple):
     generation: jax.Array
     best: Point
     best_fitness: jax.Array
-    chosen: gate.Chosen
-    start_scores: Any
     history: History
 
 
@@ -149,11 +130,13 @@ class SearchResult(NamedTuple):
       offsets: the adapter of the point returned.
       final: the adapter that the search ended with, whatever the gate says of it.
       returned: "mean" or "best", or "start" where the gate let nothing pass.
-      held_back_gain: its gain on held-back text; 0 for the start, NaN without a gate.
-      generations: how many were run.
+      held_back_gain: gain of each half's point on the other half; 0 for the start, NaN of
+        `maximize`, which has no gate.
+      generations: how many were run; of two searches, by the longer.
       candidates: how many candidates the method scored, without those of the gate.
       converged: whether the method stopped before the generations were used up.
-      history: the generations, arrays on the host, as long as there were generations.
+      history: the generations, arrays on the host, as long as there were generations; of two
+        searches the mean.
       seconds: of the search, without compilation.
       compile_seconds: spent to compile, or to find the compiled program.
       population_chunk: candidates scored at a time in the end.
@@ -180,11 +163,15 @@ def begin(method: SearchMethod, problem: Problem, *, generations: int) -> Search
       problem: the problem.
       generations: how many there will be at most, which is the length of the history; static.
     """
-    scores = None
-    if problem.held_back is not None:
-        key = jax.random.fold_in(problem.key, generations)
-        scores = _scores(problem, problem.space.origin, key)
-    return _first(method, problem.space.origin, scores, generations)
+    origin = problem.space.origin
+    empty = jnp.full(generations, jnp.nan, jnp.float32)
+    return SearchState(
+        state=method.init(origin),
+        generation=jnp.int32(0),
+        best=jax.tree.map(jnp.asarray, origin),
+        best_fitness=jnp.float32(-jnp.inf),
+        history=History(*(empty,) * len(History._fields)),
+    )
 
 
 def advance(
@@ -193,7 +180,6 @@ def advance(
     search: SearchState,
     limit: jax.Array | int,
     *,
-    returned: str = "mean",
     population_chunk: int = 0,
     mesh: Mesh | None = None,
 ) -> SearchState:
@@ -215,7 +201,6 @@ def advance(
       problem: the problem.
       search: of `begin` or `advance`, with the same method and problem.
       limit: generations in all, at most those that `begin` was given; int32 ``[]``.
-      returned: the point that the gate follows, "mean" or "best"; static.
       population_chunk: candidates scored at a time; 0 for all of them; static.
       mesh: devices among which the candidates are divided, see `grpocem_jax.utils.devices`; static.
 
@@ -223,10 +208,6 @@ def advance(
       the state of the search after these generations.
     """
     size = method.population_size
-    # The key after those of the generations.
-    gate_key = jax.random.fold_in(problem.key, len(search.history.best))
-    parts = 0 < population_chunk < size
-    gate_chunk = min(len(gate.SCALES), population_chunk) if parts else len(gate.SCALES)
 
     def unfinished(search: SearchState) -> jax.Array:
         return (search.generation < limit) & ~method.converged(search.state)
@@ -244,14 +225,7 @@ def advance(
             values, gradient = jax.lax.map(jax.value_and_grad(score), candidates)
         else:
             values = map_chunks(score, (candidates,), size=population_chunk or size, mesh=mesh)
-        search = _told(method, search, ask_key, candidates, values, gradient)
-        if problem.held_back is None:
-            return search
-        points = gate.scaled(_followed(search, returned))
-        own = jax.lax.map(
-            lambda point: _scores(problem, point, gate_key), points, batch_size=gate_chunk
-        )
-        return _judged(search, points, own, problem.gate_z)
+        return _told(method, search, ask_key, candidates, values, gradient)
 
     return jax.lax.while_loop(unfinished, generation, search)
 
@@ -264,8 +238,6 @@ def maximize(
     key: jax.Array,
     *,
     generations: int = 50,
-    held_back: Any = None,
-    gate_z: float = 1.0,
     returned: str = "mean",
     population_chunk: int = 0,
     fit_memory: bool = False,
@@ -275,9 +247,8 @@ def maximize(
 ) -> SearchResult:
     """Searches a space for the adapter with the largest fitness.
 
-    Generation ``g`` uses ``fold_in(key, g)``, all its candidates the same random numbers, and the
-    gate those of one key, so a search in chunks, or one that stops early, has the same generations
-    as one in a piece.
+    Generation ``g`` uses ``fold_in(key, g)``, all its candidates the same random numbers, so a
+    search in chunks, or one that stops early, has the same generations as one in a piece.
 
     Args:
       method: the search method.
@@ -286,10 +257,7 @@ def maximize(
       batch: data for the fitness.
       key: PRNG key; consumed.
       generations: at most so many.
-      held_back: data for the gate, in the form of ``batch``; None returns what the search ends
-        with.
-      gate_z: standard errors that the gate takes off, at least 0.
-      returned: which point is followed and returned: "mean", or "best" ever scored.
+      returned: which point is returned: "mean", or "best" ever scored.
       population_chunk: candidates scored at a time; 0 for all of them.
       fit_memory: whether ``population_chunk`` is halved where device memory runs out, and the
         generations that did not fit are tried again.
@@ -300,81 +268,239 @@ def maximize(
       on_chunk: called with the number of generations done and their history, after the first and
         at least every tenth of them; with a `HostFitness` after each.
 
-    Returns:
-      `SearchResult`; with the gate its adapter may be the start.
-
     Raises:
       InputError: a setting out of range; a method that `check_method` refuses, or that needs a
         gradient of a `HostFitness`; scores on the host of another shape; out of device memory.
     """
-    _check(generations, gate_z, returned, budget_s, population_chunk)
-    if not isinstance(method, CEM | GradientAscent):
-        check_method(method, space.origin)
-    if isinstance(fitness, HostFitness) and "gradient" in needs(method):
-        raise InputError(
-            f"method={type(method).__name__}: needs a gradient, which a fitness in Python has not; "
-            "take a method without, such as CEM."
-        )
-    size = min(population_chunk or method.population_size, method.population_size)
-    chunk = memory.population_chunk(size, lower=fit_memory)
-    driver: _OnHost | _OnDevice
-    if isinstance(fitness, HostFitness):
-        problem = Problem(None, space, batch, key, held_back, jnp.float32(gate_z))
-        driver = _OnHost(method, fitness, problem, returned, chunk, fit_memory)
-    else:
-        problem = Problem.of(fitness, space, batch, key, held_back=held_back, gate_z=gate_z)
-        driver = _OnDevice(method, problem, returned, chunk, mesh)
-
-    clock = CompileClock.start()
-    try:
-        started = time.perf_counter()
-        driver.prepare(generations)
-        began, compiled = time.perf_counter(), clock.seconds
-
-        def spent() -> float:
-            return time.perf_counter() - began - (clock.seconds - compiled)
-
-        state, done = driver.begin(generations), 0
-        while done < generations:
-            limit = min(generations, done + (driver.stride or generations))
-            if budget_s is not None:
-                seconds = spent()
-                if done and seconds >= budget_s:
-                    break
-                # The first generation is the measure of the others.
-                affordable = int((budget_s - seconds) / (seconds / done)) if done else 1
-                limit = min(limit, done + max(1, affordable))
-            if on_chunk is not None:
-                # The first by itself: how long one takes is then known.
-                limit = min(limit, done + max(1, generations // 10) if done else 1)
-            state = driver.advance(state, limit)
-            done = int(state.generation)
-            if on_chunk is not None:
-                on_chunk(done, _host_history(state.history, done))
-            if done < limit or bool(method.converged(state.state)):
-                break
-        seconds = spent()
-        compile_seconds = began - started + clock.seconds - compiled
-    finally:
-        clock.stop()
-    final = _followed(state, returned)
-    point, gain = final, math.nan
-    if held_back is not None:
-        point, gain = state.chosen.point, float(state.chosen.gain)
-        returned = returned if float(state.chosen.bound) > 0 else "start"
-    return SearchResult(
-        offsets=decode(space, point),
-        final=decode(space, final),
+    found = _Searches(
+        method,
+        fitness,
+        space,
+        [(batch, key)],
         returned=returned,
-        held_back_gain=gain,
-        generations=done,
-        candidates=done * method.population_size,
-        converged=bool(method.converged(state.state)),
-        history=_host_history(state.history, done),
-        seconds=seconds,
-        compile_seconds=compile_seconds,
-        population_chunk=chunk.size,
+        population_chunk=population_chunk,
+        fit_memory=fit_memory,
+        mesh=mesh,
     )
+    found.run(generations, budget_s, on_chunk)
+    offsets = decode(space, found.point())
+    return found.result(offsets, returned, math.nan)
+
+
+def cross_fit(
+    method: SearchMethod,
+    fitness: Fitness | HostFitness,
+    space: Space,
+    halves: tuple[Any, Any],
+    key: jax.Array,
+    *,
+    gate_z: float = 1.0,
+    generations: int = 50,
+    returned: str = "mean",
+    population_chunk: int = 0,
+    fit_memory: bool = False,
+    mesh: Mesh | None = None,
+    budget_s: float | None = None,
+    on_chunk: Callable[[int, History], None] | None = None,
+) -> SearchResult:
+    """Searches by each half of some data, and returns the mean or the start, as `gate` has it.
+
+    Args:
+      method: as in `maximize`.
+      fitness: as in `maximize`; of its ``scores`` the gate takes those of single tokens or samples.
+      space: as in `maximize`.
+      halves: data for the fitness, twice; of one shape, they are searched by one program.
+      key: PRNG key; consumed. Each search has a key of its own, and all that is judged another.
+      gate_z: standard errors that the gate takes off, at least 0.
+      generations: at most so many of each search.
+      returned: which point of each is followed: "mean", or "best" ever scored.
+      population_chunk: as in `maximize`.
+      fit_memory: as in `maximize`.
+      mesh: as in `maximize`.
+      budget_s: seconds for both searches.
+      on_chunk: as in `maximize`, with the mean of the two histories.
+
+    Raises:
+      InputError: as `maximize`.
+    """
+    if not gate_z >= 0:
+        raise InputError(f"gate_z={gate_z}: must be at least 0.")
+    *keys, gate_key = jax.random.split(key, 3)
+    found = _Searches(
+        method,
+        fitness,
+        space,
+        list(zip(halves, keys, strict=True)),
+        returned=returned,
+        population_chunk=population_chunk,
+        fit_memory=fit_memory,
+        mesh=mesh,
+    )
+    found.run(generations, budget_s, on_chunk)
+    verdict = gate.judge(*found.scores(halves[::-1], gate_key), gate_z)
+    point = jax.tree.map(lambda x: (verdict.scale * x).astype(x.dtype), found.point())
+    returned = returned if float(verdict.bound) > 0 else "start"
+    offsets = decode(space, space.origin if returned == "start" else point)
+    return found.result(offsets, returned, float(verdict.gain))
+
+
+class _Searches:
+    """One or more searches side by side, on data and with keys of their own."""
+
+    def __init__(
+        self,
+        method: SearchMethod,
+        fitness: Fitness | HostFitness,
+        space: Space,
+        parts: Sequence[tuple[Any, jax.Array]],
+        *,
+        returned: str,
+        population_chunk: int,
+        fit_memory: bool,
+        mesh: Mesh | None,
+    ):
+        if population_chunk < 0:
+            raise InputError(f"population_chunk={population_chunk}: must be at least 0.")
+        if returned not in FOLLOWED:
+            raise InputError(f"returned={returned!r}: must be one of {', '.join(FOLLOWED)}.")
+        if not isinstance(method, CEM | GradientAscent):
+            check_method(method, space.origin)
+        host = isinstance(fitness, HostFitness)
+        if host and "gradient" in needs(method):
+            raise InputError(
+                f"method={type(method).__name__}: needs a gradient, which a fitness in Python has "
+                "not; take a method without, such as CEM."
+            )
+        size = min(population_chunk or method.population_size, method.population_size)
+        chunk = memory.population_chunk(size, lower=fit_memory)
+        self.method, self.space, self.returned, self.chunk = method, space, returned, chunk
+        self.drivers: list[_OnHost | _OnDevice] = []
+        for batch, key in parts:
+            if isinstance(fitness, HostFitness):
+                problem = Problem(None, space, batch, key)
+                self.drivers.append(_OnHost(method, fitness, problem, chunk, fit_memory))
+            else:
+                problem = Problem.of(fitness, space, batch, key)
+                self.drivers.append(_OnDevice(method, problem, chunk, mesh))
+
+    def run(
+        self,
+        generations: int,
+        budget_s: float | None,
+        on_chunk: Callable[[int, History], None] | None,
+    ) -> None:
+        """Runs the generations, or those for which there is time."""
+        if generations < 1:
+            raise InputError(f"generations={generations}: must be at least 1.")
+        if budget_s is not None and not budget_s > 0:
+            raise InputError(f"budget_s={budget_s}: must be above 0; leave it out for no budget.")
+        clock = CompileClock.start()
+        try:
+            started = time.perf_counter()
+            for driver in self.drivers:
+                driver.prepare(generations)
+            began, compiled = time.perf_counter(), clock.seconds
+
+            def spent() -> float:
+                return time.perf_counter() - began - (clock.seconds - compiled)
+
+            stride = self.drivers[0].stride or generations
+            self.states, done = [driver.begin(generations) for driver in self.drivers], 0
+            while done < generations:
+                limit = min(generations, done + stride)
+                if budget_s is not None:
+                    seconds = spent()
+                    if done and seconds >= budget_s:
+                        break
+                    # The first generation is the measure of the others.
+                    affordable = int((budget_s - seconds) / (seconds / done)) if done else 1
+                    limit = min(limit, done + max(1, affordable))
+                if on_chunk is not None:
+                    # The first by itself: how long one takes is then known.
+                    limit = min(limit, done + max(1, generations // 10) if done else 1)
+                self.states = [
+                    driver.advance(state, limit)
+                    for driver, state in zip(self.drivers, self.states, strict=True)
+                ]
+                done = max(self.generations)
+                if on_chunk is not None:
+                    on_chunk(done, self.history(done))
+                if done < limit or self.converged:
+                    break
+            self.seconds = spent()
+            self.compile_seconds = began - started + clock.seconds - compiled
+        finally:
+            clock.stop()
+
+    @property
+    def generations(self) -> list[int]:
+        """How many each search has had."""
+        return [int(state.generation) for state in self.states]
+
+    @property
+    def converged(self) -> bool:
+        """Whether no search has anything left to do."""
+        return all(bool(self.method.converged(state.state)) for state in self.states)
+
+    def history(self, done: int) -> History:
+        """The mean of the searches' histories, on the host."""
+        histories = [_host_history(state.history, done) for state in self.states]
+        if len(histories) == 1:
+            return histories[0]
+        return History(*(_mean_of_present(values) for values in zip(*histories, strict=True)))
+
+    def points(self) -> list[Point]:
+        """Where each search is."""
+        return [
+            state.best if self.returned == "best" else state.state.mean for state in self.states
+        ]
+
+    def point(self) -> Point:
+        """The mean of these points."""
+        points = self.points()
+        return jax.tree.map(lambda *x: sum(x) / len(x), *points) if len(points) > 1 else points[0]
+
+    def scores(self, batches: Sequence[Any], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scores of each search's point, `gate.scaled`, on other data, and which count.
+
+        Args:
+          batches: data for each search.
+          key: PRNG key.
+
+        Returns:
+          float32 ``[4, N]`` and bool ``[4, N]`` with ``N`` scores of all batches.
+        """
+        found = [
+            driver.scores(gate.scaled(point), batch, key)
+            for driver, point, batch in zip(self.drivers, self.points(), batches, strict=True)
+        ]
+        values, present = (jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+        return values, present
+
+    def result(self, offsets: Offsets, returned: str, gain: float) -> SearchResult:
+        """The result with these offsets."""
+        done = max(self.generations)
+        return SearchResult(
+            offsets=offsets,
+            final=decode(self.space, self.point()),
+            returned=returned,
+            held_back_gain=gain,
+            generations=done,
+            candidates=sum(self.generations) * self.method.population_size,
+            converged=self.converged,
+            history=self.history(done),
+            seconds=self.seconds,
+            compile_seconds=self.compile_seconds,
+            population_chunk=self.chunk.size,
+        )
+
+
+def _mean_of_present(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean of some arrays without what is NaN in one; NaN where it is in all."""
+    stacked = np.stack(values)
+    present = ~np.isnan(stacked)
+    sums, count = np.where(present, stacked, 0).sum(0), present.sum(0)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
 class _OnDevice:
@@ -383,15 +509,9 @@ class _OnDevice:
     stride = 0
 
     def __init__(
-        self,
-        method: SearchMethod,
-        problem: Problem,
-        returned: str,
-        chunk: memory.Chunk,
-        mesh: Mesh | None,
+        self, method: SearchMethod, problem: Problem, chunk: memory.Chunk, mesh: Mesh | None
     ):
-        self.method, self.problem, self.chunk = method, problem, chunk
-        self.options: dict[str, Any] = {"returned": returned, "mesh": mesh}
+        self.method, self.problem, self.chunk, self.mesh = method, problem, chunk, mesh
 
     def prepare(self, generations: int) -> None:
         """Compiles the program by running none of the generations."""
@@ -409,11 +529,18 @@ class _OnDevice:
                 state,
                 jnp.int32(limit),
                 population_chunk=size,
-                **self.options,
+                mesh=self.mesh,
             )
             return jax.block_until_ready(done)
 
         return self.chunk.run(attempt)
+
+    def scores(self, points: Point, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scores of some points on other data, and which count, ``[C, N]``."""
+        count = len(jax.tree.leaves(points)[0])
+        return _scores(
+            self.problem._replace(batch=batch, key=key), points, size=min(count, self.chunk.size)
+        )
 
 
 class _OnHost:
@@ -426,47 +553,36 @@ class _OnHost:
         method: SearchMethod,
         fitness: HostFitness,
         problem: Problem,
-        returned: str,
         chunk: memory.Chunk,
         fit_memory: bool,
     ):
-        self.method, self.problem, self.returned = method, problem, returned
-        self.function = fitness.function
-        self.scores = fitness.scores or fitness.function
-        self.chunk = chunk
-        self.few = memory.population_chunk(min(chunk.size, len(gate.SCALES)), lower=fit_memory)
+        self.method, self.problem, self.fitness, self.chunk = method, problem, fitness, chunk
+        size = min(chunk.size, 1 + len(gate.SCALES))
+        self.few = memory.population_chunk(size, lower=fit_memory)
 
     def prepare(self, generations: int) -> None:
         """Nothing: the first generation compiles what it needs."""
 
     def begin(self, generations: int) -> SearchState:
-        scores = None
-        origin = self.problem.space.origin
-        if self.problem.held_back is not None:
-            self.gate_key = jax.random.fold_in(self.problem.key, generations)
-            scores = jax.tree.map(lambda x: x[0], self._held_back(_expand(origin)))
-        return _first(self.method, origin, scores, generations)
+        return begin(self.method, self.problem, generations=generations)
 
     def advance(self, state: SearchState, limit: int) -> SearchState:
-        del limit
+        if int(state.generation) >= limit or bool(self.method.converged(state.state)):
+            return state
         ask_key, fitness_key = _keys(self.problem.key, state.generation)
         candidates = _ask(ask_key, state.state, method=self.method)
         values = self._evaluate(
-            self.function, candidates, self.problem.batch, fitness_key, self.chunk
+            self.fitness.function, candidates, self.problem.batch, fitness_key, self.chunk
         )
         present = ~np.isnan(values)
         fitness = np.where(present, values, 0).sum(-1) / np.maximum(present.sum(-1), 1)
         fitness = np.where(present.any(-1), fitness, np.nan)
-        state = _tell(self.method, state, ask_key, candidates, jnp.asarray(fitness))
-        if self.problem.held_back is None:
-            return state
-        points = gate.scaled(_followed(state, self.returned))
-        return _judge(state, points, self._held_back(points), self.problem.gate_z)
+        return _tell(self.method, state, ask_key, candidates, jnp.asarray(fitness))
 
-    def _held_back(self, points: Point) -> tuple[jax.Array, jax.Array]:
-        scores = self._evaluate(
-            self.scores, points, self.problem.held_back, self.gate_key, self.few
-        )
+    def scores(self, points: Point, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scores of some points on other data, and which count, ``[C, N]``."""
+        function = self.fitness.scores or self.fitness.function
+        scores = self._evaluate(function, points, batch, key, self.few)
         return jnp.asarray(np.nan_to_num(scores)), jnp.asarray(~np.isnan(scores))
 
     def _evaluate(
@@ -504,19 +620,6 @@ def _host_scores(returned: Any, count: int) -> np.ndarray:
     return scores if scores.ndim == 2 else scores[:, None]
 
 
-def _first(method: SearchMethod, origin: Point, scores: Any, generations: int) -> SearchState:
-    empty = jnp.full(generations, jnp.nan, jnp.float32)
-    return SearchState(
-        state=method.init(origin),
-        generation=jnp.int32(0),
-        best=jax.tree.map(jnp.asarray, origin),
-        best_fitness=jnp.float32(-jnp.inf),
-        chosen=gate.begin(origin),
-        start_scores=scores,
-        history=History(*(empty,) * len(History._fields)),
-    )
-
-
 def _keys(key: jax.Array, generation: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The keys of a generation: to ask with, and of the fitness of all its candidates."""
     ask, fitness = jax.random.split(jax.random.fold_in(key, generation))
@@ -531,7 +634,7 @@ def _told(
     fitness: jax.Array,
     gradient: Point | None = None,
 ) -> SearchState:
-    """The search after a generation, before the gate has looked at it."""
+    """The search after a generation."""
     ranked = rank_fitness(fitness)
     told = {"gradient": gradient, "key": ask_key}
     told = {name: told[name] for name in needs(method)}
@@ -561,25 +664,12 @@ def _record(state: State, fitness: jax.Array, change: jax.Array) -> History:
         mean=jnp.sum(jnp.where(finite, fitness, 0.0)) / jnp.maximum(jnp.sum(finite), 1),
         std=jnp.sqrt(square),
         change=change,
-        held_back=jnp.float32(jnp.nan),
     )
 
 
-def _judged(search: SearchState, points: Point, scores: Any, gate_z: jax.Array) -> SearchState:
-    """The search after the gate has looked at some points of its last generation."""
-    chosen, bound = gate.choose(search.chosen, points, scores, search.start_scores, gate_z)
-    held_back = search.history.held_back.at[search.generation - 1].set(bound)
-    return search._replace(chosen=chosen, history=search.history._replace(held_back=held_back))
-
-
-def _followed(search: SearchState, returned: str) -> Point:
-    return search.best if returned == "best" else search.state.mean
-
-
 _begin = jax.jit(begin, static_argnames=("method", "generations"))
-_advance = jax.jit(advance, static_argnames=("method", "returned", "population_chunk", "mesh"))
+_advance = jax.jit(advance, static_argnames=("method", "population_chunk", "mesh"))
 _tell = jax.jit(_told, static_argnames="method")
-_judge = jax.jit(_judged)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -592,39 +682,28 @@ def _decode_many(space: Space, points: Point) -> Offsets:
     return jax.vmap(decode, in_axes=(None, 0))(space, points)
 
 
-def _expand(point: Point) -> Point:
-    return jax.tree.map(lambda x: x[None], point)
+@functools.partial(jax.jit, static_argnames="size")
+def _scores(problem: Problem, points: Point, *, size: int) -> tuple[jax.Array, jax.Array]:
+    """Scores of points ``[C, ...]`` by the fitness's ``scores`` where it has them, and which count.
 
-
-def _scores(problem: Problem, point: Point, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores of a point on the held-back batch, by the fitness's ``scores`` where it has them."""
-    offsets = decode(problem.space, point)
+    Returns:
+      float32 ``[C, N]`` and bool ``[C, N]``.
+    """
     owner = problem.fitness
     # A function that is not a pytree was wrapped in one.
     owner = owner.func if isinstance(owner, jax.tree_util.Partial) else owner
     function = getattr(owner, "scores", None)
-    if function is not None:
-        values, counts = function(offsets, problem.held_back, key)
-    else:
-        values = problem.fitness(offsets, problem.held_back, key)[None]
-        counts = jnp.ones(1, bool)
-    return values.astype(jnp.float32), counts
+
+    def one(point: Point) -> tuple[jax.Array, jax.Array]:
+        offsets = decode(problem.space, point)
+        if function is None:
+            value = problem.fitness(offsets, problem.batch, problem.key)
+            return value[None].astype(jnp.float32), jnp.ones(1, bool)
+        values, counts = function(offsets, problem.batch, problem.key)
+        return values.astype(jnp.float32), counts
+
+    return jax.lax.map(one, points, batch_size=size)
 
 
 def _host_history(history: History, done: int) -> History:
     return jax.tree.map(lambda x: x[:done], jax.device_get(history))
-
-
-def _check(
-    generations: int, gate_z: float, returned: str, budget_s: float | None, chunk: int = 0
-) -> None:
-    if generations < 1:
-        raise InputError(f"generations={generations}: must be at least 1.")
-    if chunk < 0:
-        raise InputError(f"population_chunk={chunk}: must be at least 0.")
-    if not gate_z >= 0:
-        raise InputError(f"gate_z={gate_z}: must be at least 0.")
-    if returned not in FOLLOWED:
-        raise InputError(f"returned={returned!r}: must be one of {', '.join(FOLLOWED)}.")
-    if budget_s is not None and not budget_s > 0:
-        raise InputError(f"budget_s={budget_s}: must be above 0; leave it out for no budget.")
