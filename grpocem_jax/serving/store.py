@@ -407,10 +407,10 @@ class Store:
         return False
 
     def _sweep(self) -> None:
-        """Removes folders that no row knows, and parts of folders that nobody is writing."""
+        """Removes folders that no row says are ready or under way, and parts that nobody writes."""
         for folder in (self.folder / "adapters").glob("*/*"):
             name, _, partial = folder.name.partition(".")
-            condition = "ended IS NULL" if partial else "1"
+            condition = "ended IS NULL" if partial else "(ended IS NULL OR status = 'ready')"
             if ID.fullmatch(name) and not self._read(f"id = ? AND {condition}", (name,)):
                 shutil.rmtree(folder, ignore_errors=True)
 
