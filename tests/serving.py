@@ -115,7 +115,8 @@ def serving(folder: Any, limits: Limits | None = None, **options: Any) -> Any:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A server for all tests of a module."""
-    with serving(tmp_path_factory.mktemp("served")) as made:
+    many = Limits(requests_per_minute=10**6, tokens_per_minute=10**9)
+    with serving(tmp_path_factory.mktemp("served"), many) as made:
         yield made
 
 

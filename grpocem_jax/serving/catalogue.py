@@ -33,7 +33,9 @@ class Catalogue:
 
     def __init__(self, run: TrainedRun, store: Store, *, trained: str | None = None):
         self.run, self.store, self.trained = run, store, trained
-        self.base = run.policy.pretrained.source
+        pretrained = run.policy.pretrained
+        is_path = pretrained.kind in ("folder", "gguf")
+        self.base = Path(pretrained.source).name if is_path else pretrained.source
         if trained is not None and (trained == self.base or ID.fullmatch(trained)):
             raise InputError(
                 f"--name={trained!r}: is the name of the base model or of an adapter; give another."

@@ -9,7 +9,7 @@ import ml_collections
 from grpocem_jax.adaptation import load_base, load_run
 from grpocem_jax.runs.screens import setting
 from grpocem_jax.serving.options import Limits, Options
-from grpocem_jax.serving.server import Server, log
+from grpocem_jax.serving.server import Server, log, open_door
 from grpocem_jax.serving.tenants import add_key
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand
@@ -48,15 +48,21 @@ def run(
             "serve its base model."
         )
     _log_to_stderr()
-    if workdir is None:
-        trained, name = load_base(settings, model=model), None
-    else:
-        folder = expand(workdir, "--workdir")
-        trained, name = load_run(folder, settings, model=model), folder.resolve().name
-        if not options.store:
-            options = dataclasses.replace(options, store=str(folder / "served"))
+    door = open_door(options, limits)  # a model may take long to load
+    try:
+        if workdir is None:
+            trained, name = load_base(settings, model=model), None
+        else:
+            folder = expand(workdir, "--workdir")
+            trained, name = load_run(folder, settings, model=model), folder.resolve().name
+            if not options.store:
+                options = dataclasses.replace(options, store=str(folder / "served"))
+    except BaseException:
+        door.socket.close()
+        raise
+    prepared = Server(trained, options, limits, name=name, door=door)
     say("\n".join(setting(trained.config, trained.policy)))
-    with Server(trained, options, limits, name=name) as server:
+    with prepared as server:
         say(f"serving   {server.catalogue.default} at {server.url}")
         server.wait()
 

@@ -4,6 +4,9 @@ from typing import Any
 
 from grpocem_jax.utils.terminal import one_line
 
+MOST_CHARACTERS = 600
+"""Of a message; what is longer loses its middle."""
+
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -31,7 +34,10 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: float | None = None,
     ):
-        super().__init__(one_line(message))
+        text = one_line(message)
+        if len(text) > MOST_CHARACTERS:  # of what a library says of damaged input
+            text = f"{text[: MOST_CHARACTERS - 200]}…{text[-199:]}"
+        super().__init__(text)
         self.status, self.param, self.code = status, param, code
         self.retry_after = retry_after
 

@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvicorn
 
@@ -34,6 +34,33 @@ GRACE_S = 5
 """Seconds that requests under way have when the server ends."""
 
 
+class Door(NamedTuple):
+    """The address of a server, and who may come in; needs no model.
+
+    Attributes:
+      socket: bound, and not listening yet.
+      keys: who is known.
+    """
+
+    socket: socket.socket
+    keys: Keys
+
+
+def open_door(options: Options, limits: Limits | None = None) -> Door:
+    """Takes the address and reads the keys.
+
+    Args:
+      options: of which ``host``, ``port`` and ``keys`` are read.
+      limits: of tenants for which the file of keys has no others.
+
+    Raises:
+      InputError: an address that is taken or not this machine's, or that others reach without
+        keys; a file of keys that cannot be used.
+    """
+    keys = Keys(options.keys or None, limits)
+    return Door(_bind(options), keys)
+
+
 class Server:
     """Serves a model and its adapters; used as a context.
 
@@ -42,6 +69,7 @@ class Server:
       options: how.
       limits: of tenants for which the file of keys has no others.
       name: of the run's adapter; None where the base model alone is served.
+      door: from `open_door`; None to open one.
 
     Raises:
       InputError: options that cannot be used, such as an address that is taken.
@@ -54,12 +82,12 @@ class Server:
         limits: Limits | None = None,
         *,
         name: str | None = None,
+        door: Door | None = None,
     ):
         options = options or Options()
         self.options = options
-        self._socket = _bind(options)
+        self._socket, keys = open_door(options, limits) if door is None else door
         try:
-            keys = Keys(options.keys or None, limits)
             self.store = Store(expand(options.store or "served", "--store"))
         except BaseException:
             self._socket.close()
