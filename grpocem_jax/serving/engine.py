@@ -17,7 +17,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -251,6 +251,7 @@ class Engine:
         self._slots = self._empty()
         self._tickets: list[Ticket | None] = [None] * slots
         self._resident: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._free_rows = list(range(rows, 0, -1))
 
         self._wake = threading.Condition()
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -324,11 +325,8 @@ class Engine:
         Completions that are under way go on with what they began with.
         """
         with self._wake:
-            row = self._resident.pop(adapter, None)
-            if row is not None:
-                # Rows are given out in the order of this dict: the free one comes first.
-                self._resident[f"\0{row}"] = row
-                self._resident.move_to_end(f"\0{row}", last=False)
+            if adapter in self._resident:
+                self._free_rows.append(self._resident.pop(adapter))
 
     def _check_room(self) -> None:
         if self._closed:
@@ -409,7 +407,7 @@ class Engine:
         """
         started = time.perf_counter()
         for size in self.buckets:
-            self._prefill([], [], size)
+            self._prefill({}, (), size)
         if self._table is not None:
             self._table = device.put_row(self._table, np.int32(0), self._start)
             host = jax.device_get(self._start)
@@ -497,17 +495,21 @@ class Engine:
             if not batch:
                 break
             some = True
-            batch = [ticket for ticket in batch if self._present(ticket)]
-            size = bucket_length(
-                max((len(t.request.tokens) for t in batch), default=1), self.buckets
-            )
-            if batch:
-                self._prefill(batch, free, size)
+            rows: dict[Ticket, int] = {}
+            for ticket in batch:
+                row = self._row(ticket, rows.values())
+                if row is not None:
+                    rows[ticket] = row
+            if rows:
+                self._prefill(rows, free, self._bucket(batch[0]))
         return some
 
     def _prompts_at_once(self, size: int) -> int:
         limit = self.slots if self._table is None else min(self.slots, self.rows)
         return max(1, min(self._prefill_tokens // size, limit))
+
+    def _bucket(self, ticket: Ticket) -> int:
+        return bucket_length(len(ticket.request.tokens), self.buckets)
 
     def _next_batch(self, count: int) -> list[Ticket]:
         """The request that waits longest and others of its bucket, at most ``count``."""
@@ -521,10 +523,10 @@ class Engine:
                 if ticket.cancelled:
                     dropped.append(ticket)
                     continue
-                own = bucket_length(len(ticket.request.tokens), self.buckets)
+                own = self._bucket(ticket)
                 if not batch:
                     size, most = own, self._prompts_at_once(own)
-                prompt = (ticket.request.adapter, ticket.request.tokens.tobytes())
+                prompt = _prompt(ticket.request)
                 fits = prompt in prompts or len(prompts) < most
                 if len(batch) < count and own == size and fits:
                     batch.append(ticket)
@@ -537,41 +539,50 @@ class Engine:
             ticket._finish("cancelled")
         return batch
 
-    def _present(self, ticket: Ticket) -> bool:
-        """Sees to it that a ticket has offsets if its adapter is not on the device."""
-        name = ticket.request.adapter
-        if name is None or name in self._resident or ticket._offsets is not None:
-            return True
-        try:
-            ticket._offsets = self._loaded(name)
-        except Exception as error:  # of the user's own function, or an adapter deleted meanwhile
-            with self._wake:
-                self._finished += 1
-            ticket._finish("error", str(error) or type(error).__name__)
-            return False
-        return True
+    def _row(self, ticket: Ticket, taken: Collection[int]) -> int | None:
+        """The row of a ticket's adapter in the table, where it is put if it is not there.
 
-    def _row(self, ticket: Ticket) -> int:
-        """The row of a ticket's adapter in the table, where it is put if it is not there."""
+        None where it cannot be had any more, with which the ticket ends.  A batch has at most as
+        many adapters as there are rows, and what was used last stays: none takes another's row.
+
+        Args:
+          ticket: the ticket.
+          taken: rows of others of its batch; one whose adapter was forgotten meanwhile is free for
+            the next batch only.
+        """
         name = ticket.request.adapter
         if name is None or self._table is None:
             return 0
         with self._wake:
-            row = self._resident.get(name)
-            if row is not None:
+            if name in self._resident:
                 self._resident.move_to_end(name)
-                return row
-            if len(self._resident) < self.rows:
-                row = 1 + len(self._resident)
+                return self._resident[name]
+        try:
+            offsets = self._loaded(name) if ticket._offsets is None else ticket._offsets
+        except Exception as error:  # of the user's own function, or an adapter deleted meanwhile
+            with self._wake:
+                self._finished += 1
+            ticket._finish("error", str(error) or type(error).__name__)
+            return None
+        with self._wake:
+            row = next((row for row in self._free_rows if row not in taken), None)
+            if row is not None:
+                self._free_rows.remove(row)
             else:
-                old, row = self._resident.popitem(last=False)
-                self._evictions += not old.startswith("\0")
+                _, row = self._resident.popitem(last=False)
+                self._evictions += 1
             self._resident[name] = row
-        self._table = device.put_row(self._table, np.int32(row), ticket._offsets)
+        self._table = device.put_row(self._table, np.int32(row), offsets)
         return row
 
-    def _prefill(self, batch: Sequence[Ticket], free: Sequence[int], size: int) -> None:
-        """Processes prompts of a bucket and puts them into slots; none where there are none."""
+    def _prefill(self, batch: Mapping[Ticket, int], free: Sequence[int], size: int) -> None:
+        """Processes prompts of a bucket and puts them into slots; none where there are none.
+
+        Args:
+          batch: tickets, each with the row of its adapter.
+          free: slots that are free, at least as many.
+          size: the bucket.
+        """
         most = self._prompts_at_once(size)
         prompts, mask = np.zeros((most, size), np.int32), np.zeros((most, size), bool)
         mask[:, 0] = True
@@ -586,23 +597,22 @@ class Engine:
             seed=np.zeros(self.slots, np.uint32),
             number=np.int32(len(batch)),
         )
-        for place, (ticket, slot) in enumerate(zip(batch, free, strict=False)):
+        for place, ((ticket, row), slot) in enumerate(zip(batch.items(), free, strict=False)):
             request = ticket.request
-            prompt = (request.adapter, request.tokens.tobytes())
+            self._tickets[slot], ticket._offsets = ticket, None
+            prompt = _prompt(request)
             if prompt not in number:
-                row = number[prompt] = len(number)
-                prompts[row, : len(request.tokens)] = request.tokens
-                mask[row, : len(request.tokens)] = True
-                rows[row] = self._row(ticket)
+                source = number[prompt] = len(number)
+                prompts[source, : len(request.tokens)] = request.tokens
+                mask[source, : len(request.tokens)] = True
+                rows[source] = row
                 self._prompt_tokens += len(request.tokens)
-            ticket._offsets = None
             admitted.source[place] = number[prompt]
             admitted.slot[place] = slot
             admitted.limit[place] = request.max_new_tokens
             admitted.temperature[place] = request.temperature
             admitted.top_p[place] = request.top_p
             admitted.seed[place] = request.seed
-            self._tickets[slot] = ticket
         self._slots = device.prefill(
             self.policy.params,
             self._start,
@@ -692,7 +702,13 @@ class Engine:
         if self._own:
             with self._wake:
                 self._resident.clear()
+                self._free_rows = list(range(self.rows, 0, -1))
             self._table = device.make_table(self._start, rows=self.rows + 1)
+
+
+def _prompt(request: Request) -> tuple[str | None, bytes]:
+    """What keys and values of a prompt depend on."""
+    return request.adapter, request.tokens.tobytes()
 
 
 def _number(value: Any) -> bool:
