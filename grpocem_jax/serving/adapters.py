@@ -16,6 +16,7 @@ from grpocem_jax.serving.catalogue import Catalogue
 from grpocem_jax.serving.errors import ApiError, brief
 from grpocem_jax.serving.http import Call, Events, Json
 from grpocem_jax.serving.keeper import INTERVAL_S, Keeper
+from grpocem_jax.serving.searches import QueueFullError
 from grpocem_jax.serving.store import FullError, Record
 from grpocem_jax.serving.tenants import PUBLIC, Tenant
 from grpocem_jax.utils.errors import InputError
@@ -51,14 +52,14 @@ class Adapters:
 
     Args:
       catalogue: which knows the store.
-      searches: with `submit`, which starts a search.
-      keeper: which follows it.
-      prepare: reads a request's search, in a thread.
+      searches: with `submit`, which starts a search by likelihood.
+      rewarded: the same by reward.
+      keeper: which follows them.
     """
 
-    def __init__(self, catalogue: Catalogue, searches: Any, keeper: Keeper):
+    def __init__(self, catalogue: Catalogue, searches: Any, rewarded: Any, keeper: Keeper):
         self._catalogue, self._store = catalogue, catalogue.store
-        self._searches, self._keeper = searches, keeper
+        self._searches, self._rewarded, self._keeper = searches, rewarded, keeper
         leaves = jax.tree.leaves(catalogue.run.policy.zero)
         # The arrays in full precision, the header and the settings.
         self._most_upload = 8 * sum(leaf.size for leaf in leaves) + 2**18
@@ -67,14 +68,15 @@ class Adapters:
         """POST: starts a search."""
         body = await call.json()
         run, limits = self._catalogue.run, call.tenant.limits
-        search = await run_sync(asked.read, body, run, limits)
+        experts = bool(self._catalogue.experts)
+        search = await run_sync(lambda: asked.read(body, run, limits, experts=experts))
         record = await run_sync(self._start, call.tenant, search)
         return Json(describe(record), 202, {"Location": f"/v1/adapters/{record.id}"})
 
     def _start(self, tenant: Tenant, search: asked.Search) -> Record:
         record = self._add(tenant, search.name, search.record, search.generations, "queued")
         try:
-            job = self._searches.submit(
+            job = (self._rewarded if search.reward else self._searches).submit(
                 search.subject,
                 method=search.method,
                 seed=search.seed,
@@ -82,6 +84,13 @@ class Adapters:
             )
         except BaseException as error:
             self._store.delete(tenant.name, record.id)
+            if isinstance(error, QueueFullError):
+                raise ApiError(
+                    429,
+                    "the server has as many searches waiting as it takes; try again later.",
+                    code="rate_limit_exceeded",
+                    retry_after=10,
+                ) from None
             if isinstance(error, InputError):
                 raise ApiError(400, str(error)) from None
             raise

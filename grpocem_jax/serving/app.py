@@ -33,7 +33,8 @@ class Parts:
     Attributes:
       catalogue: the models.
       engine: which completes; with `submit` and `stats`.
-      searches: which search for adapters; with `submit`.
+      searches: which search for adapters by likelihood; with `submit`.
+      rewarded: the same by reward.
       keeper: which follows them.
       keys: who may ask.
       most_tokens: of a completion.
@@ -47,6 +48,7 @@ class Parts:
     catalogue: Catalogue
     engine: Any
     searches: Any
+    rewarded: Any
     keeper: Keeper
     keys: Keys
     most_tokens: int
@@ -61,7 +63,7 @@ def make_app(parts: Parts) -> Starlette:
     """The ASGI application."""
     models = _Models(parts.catalogue)
     metrics = Metrics(lambda: _gauges(parts))
-    adapters = Adapters(parts.catalogue, parts.searches, parts.keeper)
+    adapters = Adapters(parts.catalogue, parts.searches, parts.rewarded, parts.keeper)
     complete = _Completions(parts, metrics)
     gate = Gate(parts.keys, parts.body_timeout_s, metrics.observe)
 

@@ -22,6 +22,7 @@ from grpocem_jax.serving.engine import Engine
 from grpocem_jax.serving.errors import ApiError
 from grpocem_jax.serving.keeper import Keeper
 from grpocem_jax.serving.options import Limits, Options
+from grpocem_jax.serving.rewarded import Rewarded
 from grpocem_jax.serving.searches import Searches
 from grpocem_jax.serving.store import Store
 from grpocem_jax.serving.tenants import Keys
@@ -95,12 +96,27 @@ class Server:
         try:
             self.catalogue = Catalogue(run, self.store, trained=name)
             self.engine = _make_engine(run, options, self.catalogue)
-            self.searches = Searches(run, users=options.users)
+            settings = dataclasses.replace(
+                run.config.search,
+                fitness="likelihood",
+                budget_s=None,
+                experts=self.catalogue.experts,
+            )
+            most = limits or Limits()
+            self.searches = Searches(
+                run,
+                users=options.users,
+                settings=settings,
+                max_examples=most.max_examples,
+                max_generations=most.max_generations,
+            )
+            self.rewarded = Rewarded(run, settings)
             self.keeper = Keeper(self.catalogue)
             parts = Parts(
                 catalogue=self.catalogue,
                 engine=self.engine,
                 searches=self.searches,
+                rewarded=self.rewarded,
                 keeper=self.keeper,
                 keys=keys,
                 most_tokens=self.engine.max_new_tokens,
@@ -161,6 +177,7 @@ class Server:
         self._stop.set()
         if engine.ident is not None:
             engine.join()
+            self.rewarded.close()
             self.keeper.stop()
         self._socket.close()
         self.store.close()
@@ -189,11 +206,16 @@ class Server:
             raise ApiError(503, "the server is ending; try again.", retry_after=5)
 
     def _work(self) -> None:
-        self._guard(
-            lambda: self.engine.run(
-                self._stop, between=self.searches.step, share=self.options.share
-            )
-        )
+        def search() -> bool:
+            more = False
+            for each in (self.searches, self.rewarded):
+                try:
+                    more |= each.step()
+                except Exception:  # of the device; its jobs have failed, the completions go on
+                    log.exception("searches failed")
+            return more
+
+        self._guard(lambda: self.engine.run(self._stop, between=search, share=self.options.share))
 
     def _listen(self) -> None:
         self._guard(lambda: self._http.run(sockets=[self._socket]))
