@@ -5,7 +5,7 @@ import json
 import pytest
 
 from grpocem_jax.serving.tenants import PUBLIC
-from tests.serving import PROMPT
+from tests.serving import PROMPT, serving
 
 WRONG = {
     "none": {},
@@ -178,3 +178,17 @@ def test_the_document_has_every_route_and_every_flag_with_its_default(served):
             (row,) = found
             default = "served/" if field.name == "store" else f"{field.default}".removesuffix(".0")
             assert default in row, row
+
+
+def test_a_server_without_keys_answers_to_this_machines_names_alone(tmp_path):
+    """Another name in Host is that of a web page that has been led here."""
+    with serving(tmp_path, keys="") as served:
+        for host, status in (
+            ("127.0.0.1:8000", 200),
+            ("localhost", 200),
+            ("[::1]:1", 200),
+            ("evil.example", 403),
+            ("127.0.0.1.evil.example:8000", 403),
+        ):
+            found = served("GET", "/v1/adapters", None, headers={"Host": host})
+            assert found.status_code == status, (host, found.text)

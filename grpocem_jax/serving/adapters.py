@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,20 @@ class Adapters:
       searches: with `submit`, which starts a search by likelihood.
       rewarded: the same by reward.
       keeper: which follows them.
+      check: raises `ApiError` where the server ends.
     """
 
-    def __init__(self, catalogue: Catalogue, searches: Any, rewarded: Any, keeper: Keeper):
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        searches: Any,
+        rewarded: Any,
+        keeper: Keeper,
+        check: Callable[[], None],
+    ):
         self._catalogue, self._store = catalogue, catalogue.store
         self._searches, self._rewarded, self._keeper = searches, rewarded, keeper
+        self._check = check
         leaves = jax.tree.leaves(catalogue.run.policy.zero)
         # The arrays in full precision, the header and the settings.
         self._most_upload = 8 * sum(leaf.size for leaf in leaves) + 2**18
@@ -158,6 +167,7 @@ class Adapters:
         sent = time.monotonic()
         while record.ended is None:
             await asyncio.sleep(INTERVAL_S)
+            self._check()
             now = await run_sync(self._record, tenant, record.id, "id")
             if now != record:
                 record, sent = now, time.monotonic()

@@ -63,7 +63,7 @@ def make_app(parts: Parts) -> Starlette:
     """The ASGI application."""
     models = _Models(parts.catalogue)
     metrics = Metrics(lambda: _gauges(parts))
-    adapters = Adapters(parts.catalogue, parts.searches, parts.rewarded, parts.keeper)
+    adapters = Adapters(parts.catalogue, parts.searches, parts.rewarded, parts.keeper, parts.check)
     complete = _Completions(parts, metrics)
     gate = Gate(parts.keys, parts.body_timeout_s, metrics.observe)
 
@@ -156,7 +156,10 @@ class _Completions:
         adapter = await run_sync(parts.catalogue.engine_name, call.tenant, asked.model)
         prompts = await run_sync(self._encode, asked)
         requests = self._requests(asked, adapter, prompts)
-        give_back = call.take_tokens(sum(len(x.tokens) + x.max_new_tokens for x in requests))
+        taken = sum(map(len, prompts)) + sum(x.max_new_tokens for x in requests)
+        give_back = call.take_tokens(taken)
+        made = _Made([0] * len(requests))
+        call.stack.callback(lambda: give_back(taken - made.used))
         parts.check()
         answers = Answers(parts.engine, len(requests))
         call.stack.callback(answers.cancel)
@@ -171,14 +174,8 @@ class _Completions:
                 code="rate_limit_exceeded",
                 retry_after=1,
             ) from None
-        made = _Made([0] * len(requests))
-
-        def account() -> None:
-            count = sum(map(len, prompts))
-            give_back(sum(x.max_new_tokens for x in requests) - sum(made.tokens))
-            self._metrics.count_tokens(count, sum(made.tokens))
-
-        call.stack.callback(account)
+        made.read = sum(map(len, prompts))
+        call.stack.callback(lambda: self._metrics.count_tokens(made.read, sum(made.tokens)))
         writer = Writer(asked, list(map(len, prompts)))
         if asked.stream:
             return Events(self._stream(asked, answers, writer, made))
@@ -245,9 +242,21 @@ class _Completions:
 
 @dataclasses.dataclass
 class _Made:
-    """Tokens made so far, of each completion."""
+    """Tokens of a request so far.
+
+    Attributes:
+      tokens: made, of each completion.
+      read: of the prompts; 0 before the engine has taken them.
+    """
 
     tokens: list[int]
+    read: int = 0
+
+    @property
+    def used(self) -> int:
+        """All of them."""
+        return self.read + sum(self.tokens)
 
     def add(self, number: int, piece: Any) -> None:
+        """Counts the tokens of a piece."""
         self.tokens[number] = piece.tokens

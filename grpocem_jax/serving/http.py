@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("grpocem_jax.serving")
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names by which a server without keys may be called."""
+
 MOST_TENANTS = 10_000
 """Whose meters are kept; those of tenants that have nothing under way go first."""
 
@@ -239,8 +242,16 @@ class Gate:
         """Who asks.
 
         Raises:
-          ApiError: nobody that is known.
+          ApiError: nobody that is known, or a name of another machine where there are no keys.
         """
+        if self._keys.are_open and request.url.hostname not in LOOPBACK:
+            # Else a web page could reach the server through a name of its own.
+            raise ApiError(
+                403,
+                f"the header Host is {request.headers.get('host', '')[:80]!r}, but a server "
+                "without keys is for this machine alone; ask for 127.0.0.1, or give it --keys.",
+                param="Host",
+            )
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else None
         found = self._keys.find(given)

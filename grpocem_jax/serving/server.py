@@ -170,6 +170,7 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._ended.set()
         self._http.should_exit = True
         engine, http = self._threads
         if http.ident is not None:
