@@ -88,11 +88,20 @@ class Ticket:
       request: the request.
     """
 
-    def __init__(self, request: Request, writer: Writer, on_piece: Callable[[Piece], None] | None):
+    def __init__(
+        self,
+        request: Request,
+        writer: Writer,
+        size: int,
+        on_piece: Callable[[Piece], None] | None,
+    ):
         """Made by `Engine.submit`."""
         self.request = request
         self._writer = writer
         self._on_piece = on_piece
+        self._size = size  # of its bucket
+        # What the keys and values of the prompt depend on.
+        self._prompt = (request.adapter, request.tokens.tobytes())
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._cancelled = False
         self._offsets: Offsets | None = None
@@ -304,6 +313,7 @@ class Engine:
         ticket = Ticket(
             request,
             Writer(self._vocabulary, (*self.policy.stop_strings, *request.stop)),
+            bucket_length(len(tokens), self.buckets),
             on_piece,
         )
         name = request.adapter
@@ -501,39 +511,37 @@ class Engine:
                 if row is not None:
                     rows[ticket] = row
             if rows:
-                self._prefill(rows, free, self._bucket(batch[0]))
+                self._prefill(rows, free, batch[0]._size)
         return some
 
     def _prompts_at_once(self, size: int) -> int:
         limit = self.slots if self._table is None else min(self.slots, self.rows)
         return max(1, min(self._prefill_tokens // size, limit))
 
-    def _bucket(self, ticket: Ticket) -> int:
-        return bucket_length(len(ticket.request.tokens), self.buckets)
-
     def _next_batch(self, count: int) -> list[Ticket]:
         """The request that waits longest and others of its bucket, at most ``count``."""
         batch: list[Ticket] = []
         dropped: list[Ticket] = []
-        left: collections.deque[Ticket] = collections.deque()
+        passed: list[Ticket] = []
         prompts: set[tuple[str | None, bytes]] = set()
-        size = most = 0
         with self._wake:
-            for ticket in self._waiting:
+            # Of a long queue not all is looked through for what fits.
+            for _ in range(min(len(self._waiting), 2 * self.slots)):
+                if len(batch) == count:
+                    break
+                ticket = self._waiting.popleft()
+                first = batch[0] if batch else ticket
+                known = ticket._prompt in prompts
                 if ticket.cancelled:
                     dropped.append(ticket)
-                    continue
-                own = self._bucket(ticket)
-                if not batch:
-                    size, most = own, self._prompts_at_once(own)
-                prompt = _prompt(ticket.request)
-                fits = prompt in prompts or len(prompts) < most
-                if len(batch) < count and own == size and fits:
+                elif ticket._size == first._size and (
+                    known or len(prompts) < self._prompts_at_once(first._size)
+                ):
                     batch.append(ticket)
-                    prompts.add(prompt)
+                    prompts.add(ticket._prompt)
                 else:
-                    left.append(ticket)
-            self._waiting = left
+                    passed.append(ticket)
+            self._waiting.extendleft(reversed(passed))
             self._finished += len(dropped)
         for ticket in dropped:
             ticket._finish("cancelled")
@@ -600,14 +608,13 @@ class Engine:
         for place, ((ticket, row), slot) in enumerate(zip(batch.items(), free, strict=False)):
             request = ticket.request
             self._tickets[slot], ticket._offsets = ticket, None
-            prompt = _prompt(request)
-            if prompt not in number:
-                source = number[prompt] = len(number)
+            if ticket._prompt not in number:
+                source = number[ticket._prompt] = len(number)
                 prompts[source, : len(request.tokens)] = request.tokens
                 mask[source, : len(request.tokens)] = True
                 rows[source] = row
                 self._prompt_tokens += len(request.tokens)
-            admitted.source[place] = number[prompt]
+            admitted.source[place] = number[ticket._prompt]
             admitted.slot[place] = slot
             admitted.limit[place] = request.max_new_tokens
             admitted.temperature[place] = request.temperature
@@ -704,11 +711,6 @@ class Engine:
                 self._resident.clear()
                 self._free_rows = list(range(self.rows, 0, -1))
             self._table = device.make_table(self._start, rows=self.rows + 1)
-
-
-def _prompt(request: Request) -> tuple[str | None, bytes]:
-    """What keys and values of a prompt depend on."""
-    return request.adapter, request.tokens.tobytes()
 
 
 def _number(value: Any) -> bool:

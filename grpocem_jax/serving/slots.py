@@ -257,8 +257,10 @@ def decode(
         if repetition_penalty != 1.0:
             penalize = jax.vmap(sampling.penalize_repetition, (0, 0, None))
             logits = penalize(logits, slots.seen, repetition_penalty)
-        best = jnp.argmax(logits, -1).astype(jnp.int32)
-        largest = jnp.take_along_axis(logits, best[:, None], -1)
+        largest = jnp.max(logits, -1, keepdims=True)
+        # The first of the most probable tokens; on a CPU several times faster than an argmax.
+        numbers = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        best = jnp.min(jnp.where(logits == largest, numbers, model.vocab_size - 1), -1)
         drawn = slots.active & (slots.temperature > 0)
 
         def sampled() -> jax.Array:
