@@ -143,6 +143,9 @@ def measure(
         complete(own, loads(some, [min(brief, length)] * len(some)))
     assert own.stats.resident == RESIDENT
 
+    def cycle(count: int) -> list[str]:
+        return [names[number % RESIDENT] for number in range(count)]
+
     rng = np.random.default_rng(0)
     lengths = mixed_lengths(8 * slots, length)
     alone = min(8, slots)
@@ -163,7 +166,7 @@ def measure(
         "resident_1": lambda: complete(own, loads(["0"] * slots)),
         "resident_2000": lambda: complete(own, loads(rng.choice(names, slots).tolist())),
         "one_by_one": one_by_one,
-        "continuous": lambda: complete(own, loads(names[: len(lengths)], lengths)),
+        "continuous": lambda: complete(own, loads(cycle(len(lengths)), lengths)),
         "static": static,
     }
     timings = common.alternate(work, repetitions)
