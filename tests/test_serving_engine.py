@@ -87,6 +87,12 @@ def run():
     return load_run(**{"model.source": thin_model()})
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Slots of 11, 22 or 44 tokens; else they are of 44."""
+    monkeypatch.setattr(engine, "SHORTEST", 10)
+
+
 @pytest.fixture(scope="module")
 def served(run):
     made = make_engine(run)
@@ -169,8 +175,10 @@ def various(run, count, seed=0):
     ]
 
 
-def test_an_answer_is_the_same_alone_and_in_company(run, served):
+@pytest.mark.usefixtures("short")
+def test_an_answer_is_the_same_alone_and_in_company(run):
     """200 mixes, in which requests also come while others are under way."""
+    served = make_engine(run)
     requests = various(run, 40)
     alone = [complete(served, each)[0] for each in requests]
     assert len(set(alone)) > 30
@@ -188,7 +196,8 @@ def test_an_answer_is_the_same_alone_and_in_company(run, served):
     assert served.stats.evictions > 20
 
 
-def test_nothing_is_compiled_after_warming_up(run, monkeypatch):
+@pytest.mark.usefixtures("short")
+def test_nothing_is_compiled_after_warming_up(run):
     compiled = []
 
     def note(name, *_, **__):
@@ -210,6 +219,27 @@ def test_nothing_is_compiled_after_warming_up(run, monkeypatch):
         assert any("compile" in name for name in compiled)  # that it would have been seen
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.usefixtures("short")
+def test_the_slots_are_as_long_as_what_is_in_them_needs(run):
+    served = make_engine(run)
+    # Prompts of 2, 2 and 15 tokens.
+    brief, long, longest = (request(run, TEXTS[i]) for i in (0, 0, 1))
+    brief = dataclasses.replace(brief, max_new_tokens=3)
+    expected = [complete(make_engine(run), each)[0] for each in (brief, long, longest)]
+    lengths, tickets = [], []
+    for each in (brief, long, longest, brief):
+        tickets.append(served.submit(each))
+        served.step()
+        lengths.append(served._slots.cache.keys[0].shape[2])
+        finish(served)
+    assert lengths == [11, 22, 44, 11]
+    assert [answer(ticket) for ticket in tickets] == [*expected, expected[0]]
+    served.submit(longest)
+    served._admit()
+    with pytest.raises(RuntimeError, match="under way"):
+        served.warm_up()
 
 
 def test_a_token_is_drawn_with_the_seed_and_its_number(run, served):

@@ -37,6 +37,9 @@ MOST_STEPS = 32
 LATENCY_S = 0.05
 """About how long one call of the device may take, after which its tokens are handed out."""
 
+SHORTEST = 64
+"""The least length of the slots: below it, attention takes little of a step's time."""
+
 COLDEST = 1e-3
 """The lowest temperature but 0."""
 
@@ -88,11 +91,21 @@ class Ticket:
       request: the request.
     """
 
-    def __init__(self, request: Request, writer: Writer, on_piece: Callable[[Piece], None] | None):
+    def __init__(
+        self,
+        request: Request,
+        writer: Writer,
+        size: int,
+        on_piece: Callable[[Piece], None] | None,
+    ):
         """Made by `Engine.submit`."""
         self.request = request
         self._writer = writer
         self._on_piece = on_piece
+        self._size = size  # of its bucket
+        self._need = max(size, len(request.tokens) + request.max_new_tokens)
+        # What the keys and values of the prompt depend on.
+        self._prompt = (request.adapter, request.tokens.tobytes())
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._cancelled = False
         self._offsets: Offsets | None = None
@@ -236,6 +249,7 @@ class Engine:
         self.max_queue = max_queue
         self.buckets = tuple(sorted({min(x, model.context_length) for x in buckets}))
         self.length = min(self.buckets[-1] + max_new_tokens, model.context_length)
+        self._lengths = _halvings(self.length)
         if prefill_tokens is None:
             prefill_tokens = 128 if jax.default_backend() == "cpu" else 2048
         self._prefill_tokens = prefill_tokens
@@ -243,6 +257,7 @@ class Engine:
         self._load = load
         self._vocabulary: Vocabulary = vocabulary(policy)
         self._end_ids = frozenset(np.asarray(policy.end_ids).tolist())
+        self._penalized = repetition_penalty != 1.0
         self._sampling = {"top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
 
         self._start = devices.replicate(policy.mesh, jax.tree.map(jax.numpy.asarray, start_offsets))
@@ -265,9 +280,9 @@ class Engine:
             self._start,
             model=self.policy.model,
             slots=self.slots,
-            length=self.length,
+            length=self._lengths[0],
             own=self._own,
-            penalized=self._sampling["repetition_penalty"] != 1.0,
+            penalized=self._penalized,
         )
 
     # What any thread may call.
@@ -304,6 +319,7 @@ class Engine:
         ticket = Ticket(
             request,
             Writer(self._vocabulary, (*self.policy.stop_strings, *request.stop)),
+            bucket_length(len(tokens), self.buckets),
             on_piece,
         )
         name = request.adapter
@@ -404,18 +420,27 @@ class Engine:
 
         Returns:
           the seconds that it took.
+
+        Raises:
+          RuntimeError: requests are under way.
         """
         started = time.perf_counter()
-        for size in self.buckets:
-            self._prefill({}, (), size)
+        if any(ticket is not None for ticket in self._tickets):
+            raise RuntimeError("warm_up: requests are under way; call it before the first step")
+        for length in self._lengths:
+            for other in self._lengths:
+                self._set_length(length)
+                self._set_length(other)
+            self._set_length(length)
+            for size in self.buckets:
+                if size <= length:
+                    self._prefill({}, (), size)
+            self._slots = device.wipe(self._slots, np.int32(0))
+            self._decode(0, until_free=False)
         if self._table is not None:
             self._table = device.put_row(self._table, np.int32(0), self._start)
             host = jax.device_get(self._start)
             self._table = device.put_row(self._table, np.int32(0), host)
-        free = next((i for i, ticket in enumerate(self._tickets) if ticket is None), None)
-        if free is not None:
-            self._slots = device.wipe(self._slots, np.int32(free))
-        self._decode(0, until_free=False)
         jax.block_until_ready(self._slots)
         return time.perf_counter() - started
 
@@ -500,40 +525,44 @@ class Engine:
                 row = self._row(ticket, rows.values())
                 if row is not None:
                     rows[ticket] = row
-            if rows:
-                self._prefill(rows, free, self._bucket(batch[0]))
+            if not rows:
+                continue
+            for ticket, slot in zip(rows, free, strict=False):
+                self._tickets[slot], ticket._offsets = ticket, None
+            # The least that holds what is in the slots: attention reads all of it.
+            need = max(ticket._need for ticket in self._tickets if ticket is not None)
+            self._set_length(next(length for length in self._lengths if length >= need))
+            self._prefill(rows, free, batch[0]._size)
         return some
 
     def _prompts_at_once(self, size: int) -> int:
         limit = self.slots if self._table is None else min(self.slots, self.rows)
         return max(1, min(self._prefill_tokens // size, limit))
 
-    def _bucket(self, ticket: Ticket) -> int:
-        return bucket_length(len(ticket.request.tokens), self.buckets)
-
     def _next_batch(self, count: int) -> list[Ticket]:
         """The request that waits longest and others of its bucket, at most ``count``."""
         batch: list[Ticket] = []
         dropped: list[Ticket] = []
-        left: collections.deque[Ticket] = collections.deque()
+        passed: list[Ticket] = []
         prompts: set[tuple[str | None, bytes]] = set()
-        size = most = 0
         with self._wake:
-            for ticket in self._waiting:
+            # Of a long queue not all is looked through for what fits.
+            for _ in range(min(len(self._waiting), 2 * self.slots)):
+                if len(batch) == count:
+                    break
+                ticket = self._waiting.popleft()
+                first = batch[0] if batch else ticket
+                known = ticket._prompt in prompts
                 if ticket.cancelled:
                     dropped.append(ticket)
-                    continue
-                own = self._bucket(ticket)
-                if not batch:
-                    size, most = own, self._prompts_at_once(own)
-                prompt = _prompt(ticket.request)
-                fits = prompt in prompts or len(prompts) < most
-                if len(batch) < count and own == size and fits:
+                elif ticket._size == first._size and (
+                    known or len(prompts) < self._prompts_at_once(first._size)
+                ):
                     batch.append(ticket)
-                    prompts.add(prompt)
+                    prompts.add(ticket._prompt)
                 else:
-                    left.append(ticket)
-            self._waiting = left
+                    passed.append(ticket)
+            self._waiting.extendleft(reversed(passed))
             self._finished += len(dropped)
         for ticket in dropped:
             ticket._finish("cancelled")
@@ -599,31 +628,33 @@ class Engine:
         )
         for place, ((ticket, row), slot) in enumerate(zip(batch.items(), free, strict=False)):
             request = ticket.request
-            self._tickets[slot], ticket._offsets = ticket, None
-            prompt = _prompt(request)
-            if prompt not in number:
-                source = number[prompt] = len(number)
+            if ticket._prompt not in number:
+                source = number[ticket._prompt] = len(number)
                 prompts[source, : len(request.tokens)] = request.tokens
                 mask[source, : len(request.tokens)] = True
                 rows[source] = row
                 self._prompt_tokens += len(request.tokens)
-            admitted.source[place] = number[prompt]
+            admitted.source[place] = number[ticket._prompt]
             admitted.slot[place] = slot
             admitted.limit[place] = request.max_new_tokens
             admitted.temperature[place] = request.temperature
             admitted.top_p[place] = request.top_p
             admitted.seed[place] = request.seed
-        self._slots = device.prefill(
+        made = device.prefill(
             self.policy.params,
             self._start,
             self._table,
-            self._slots,
             prompts,
             mask,
             rows,
-            admitted,
             model=self.policy.model,
+            penalized=self._penalized,
         )
+        self._slots = device.place(self._slots, made, admitted)
+
+    def _set_length(self, length: int) -> None:
+        if length != self._slots.cache.keys[0].shape[2]:
+            self._slots = device.resize(self._slots, length=length)
 
     def _decode(self, steps: int, *, until_free: bool) -> np.ndarray:
         """Tokens ``[MOST_STEPS, slots]`` of one call of the device."""
@@ -706,9 +737,12 @@ class Engine:
             self._table = device.make_table(self._start, rows=self.rows + 1)
 
 
-def _prompt(request: Request) -> tuple[str | None, bytes]:
-    """What keys and values of a prompt depend on."""
-    return request.adapter, request.tokens.tobytes()
+def _halvings(length: int) -> tuple[int, ...]:
+    """The lengths that the slots can have: the whole and its halves, as long as halving pays."""
+    lengths = [length]
+    while lengths[-1] >= 2 * SHORTEST:
+        lengths.append(lengths[-1] // 2)
+    return tuple(reversed(lengths))
 
 
 def _number(value: Any) -> bool:
