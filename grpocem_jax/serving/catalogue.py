@@ -49,7 +49,8 @@ class Catalogue:
         self.base = Path(pretrained.source).name if is_path else pretrained.source
         if trained is not None and (trained == self.base or ID.fullmatch(trained)):
             raise InputError(
-                f"--name={trained!r}: is the name of the base model or of an adapter; give another."
+                f"name={trained!r}: is the name of the base model or of an adapter; give another, "
+                "or rename the folder of the run."
             )
         self.default = self.base if trained is None else trained
         settings = run.policy.adapter_config(run.config.adapter)
