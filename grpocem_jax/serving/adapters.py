@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from anyio.to_thread import run_sync
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from grpocem_jax.serving import archive, asked
@@ -78,8 +78,8 @@ class Adapters:
         body = await call.json()
         run, limits = self._catalogue.run, call.tenant.limits
         experts = bool(self._catalogue.experts)
-        search = await run_sync(lambda: asked.read(body, run, limits, experts=experts))
-        record = await run_sync(self._start, call.tenant, search)
+        search = await run_in_threadpool(lambda: asked.read(body, run, limits, experts=experts))
+        record = await run_in_threadpool(self._start, call.tenant, search)
         return Json(describe(record), 202, {"Location": f"/v1/adapters/{record.id}"})
 
     def _start(self, tenant: Tenant, search: asked.Search) -> Record:
@@ -144,8 +144,8 @@ class Adapters:
                 param="limit",
             )
         if after is not None:
-            await run_sync(self._record, call.tenant, after, "after")
-        found = await run_sync(
+            await run_in_threadpool(self._record, call.tenant, after, "after")
+        found = await run_in_threadpool(
             lambda: self._store.list(call.tenant.name, limit=int(limit) + 1, after=after)
         )
         data = [describe(record) for record in found[: int(limit)]]
@@ -168,7 +168,7 @@ class Adapters:
         while record.ended is None:
             await asyncio.sleep(INTERVAL_S)
             self._check()
-            now = await run_sync(self._record, tenant, record.id, "id")
+            now = await run_in_threadpool(self._record, tenant, record.id, "id")
             if now != record:
                 record, sent = now, time.monotonic()
                 yield describe(record)
@@ -184,7 +184,7 @@ class Adapters:
                 403, f"id={record.id!r}: a public adapter is the operator's to delete.", param="id"
             )
         self._keeper.cancel(record.id)
-        await run_sync(self._store.delete, call.tenant.name, record.id)
+        await run_in_threadpool(self._store.delete, call.tenant.name, record.id)
         return Json({"id": record.id, "object": "adapter", "deleted": True})
 
     async def download(self, call: Call) -> Response:
@@ -204,7 +204,7 @@ class Adapters:
 
         name = f'attachment; filename="{record.id}.zip"'
         return Response(
-            await run_sync(pack),
+            await run_in_threadpool(pack),
             media_type="application/zip",
             headers={"Content-Disposition": name},
         )
@@ -213,7 +213,7 @@ class Adapters:
         """POST a zip: keeps an adapter that was saved elsewhere."""
         name = asked.read_name(call.request.query_params.get("name") or None)
         content = await call.body(media="application/zip", most=self._most_upload)
-        record = await run_sync(self._keep, call.tenant, name, content)
+        record = await run_in_threadpool(self._keep, call.tenant, name, content)
         return Json(describe(record), 201, {"Location": f"/v1/adapters/{record.id}"})
 
     def _keep(self, tenant: Tenant, name: str, content: bytes) -> Record:
@@ -235,7 +235,9 @@ class Adapters:
         return self._record(tenant, record.id, "id")
 
     async def _asked_for(self, call: Call) -> Record:
-        return await run_sync(self._record, call.tenant, call.request.path_params["id"], "id")
+        return await run_in_threadpool(
+            self._record, call.tenant, call.request.path_params["id"], "id"
+        )
 
     def _record(self, tenant: Tenant, id: str, field: str) -> Record:
         record = self._store.get(tenant.name, id)

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import numpy as np
-from anyio.to_thread import run_sync
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -77,7 +77,9 @@ def make_app(parts: Parts) -> Starlette:
 
     async def show_metrics(call: Call) -> Response:
         del call
-        return Response(await run_sync(metrics.text), headers={"Content-Type": CONTENT_TYPE})
+        return Response(
+            await run_in_threadpool(metrics.text), headers={"Content-Type": CONTENT_TYPE}
+        )
 
     one = "/v1/adapters/{id}"
     table = (
@@ -125,12 +127,12 @@ class _Models:
         self._catalogue = catalogue
 
     async def list(self, call: Call) -> Response:
-        data = await run_sync(self._catalogue.models, call.tenant)
+        data = await run_in_threadpool(self._catalogue.models, call.tenant)
         return Json({"object": "list", "data": data})
 
     async def show(self, call: Call) -> Response:
         name = call.request.path_params["id"]
-        return Json(await run_sync(self._catalogue.model, call.tenant, name))
+        return Json(await run_in_threadpool(self._catalogue.model, call.tenant, name))
 
 
 class _Completions:
@@ -153,8 +155,8 @@ class _Completions:
             most_tokens=parts.most_tokens,
             most_characters=call.tenant.limits.max_body_bytes,
         )
-        adapter = await run_sync(parts.catalogue.engine_name, call.tenant, asked.model)
-        prompts = await run_sync(self._encode, asked)
+        adapter = await run_in_threadpool(parts.catalogue.engine_name, call.tenant, asked.model)
+        prompts = await run_in_threadpool(self._encode, asked)
         requests = self._requests(asked, adapter, prompts)
         taken = sum(map(len, prompts)) + sum(x.max_new_tokens for x in requests)
         give_back = call.take_tokens(taken)
@@ -164,7 +166,7 @@ class _Completions:
         answers = Answers(parts.engine, len(requests))
         call.stack.callback(answers.cancel)
         try:
-            await run_sync(answers.submit, requests)
+            await run_in_threadpool(answers.submit, requests)
         except InputError as error:
             raise ApiError(400, str(error), param="model") from None
         except queue.Full:

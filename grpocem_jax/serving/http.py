@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-import anyio.to_thread
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -182,7 +182,7 @@ class Call:
         """
         most = self.tenant.limits.max_body_bytes
         content = await self.body(media="application/json", most=most)
-        return await anyio.to_thread.run_sync(read_json, content)
+        return await run_in_threadpool(read_json, content)
 
     def take_tokens(self, count: int) -> Callable[[int], None]:
         """Takes tokens from the tenant's rate.
