@@ -13,20 +13,20 @@ import pytest
 
 from grpocem_jax.serving.tenants import Keys
 from tests.runs import ROOT, thin_model, write_run
-from tests.serving import EXAMPLES, PROMPT, http_client, thin_run
+from tests.serving import EXAMPLES, PROMPT, SMALL, http_client, thin_run
 
 for _name in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(_name, reason=f"{_name} is not installed; it is of the extra serve")
 
 SERVE = "from grpocem_jax import cli; cli.serve()"
-SMALL = "--slots=2 --rows=2 --queue=4 --max_prompt=32 --max_new_tokens=8 --users=2 --port=0".split()
+FLAGS = "--slots=2 --rows=2 --queue=4 --max_prompt=32 --max_new_tokens=8 --users=2 --port=0".split()
 
 
 class Process:
     """The command in a process of its own."""
 
     def __init__(self, folder, *arguments):
-        command = [sys.executable, "-c", SERVE, *SMALL, "--config=tiny", f"--store={folder}"]
+        command = [sys.executable, "-c", SERVE, *FLAGS, "--config=tiny", f"--store={folder}"]
         command += [f"--config.model.source={thin_model()}", *arguments]
         self.child = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -184,3 +184,24 @@ def test_a_run_is_served_under_its_name_with_its_base(tmp_path):
     assert mixed["status"] == "ready", mixed
     assert mixed["asked"]["method"] == "experts"
     assert len(set(wanted)) == 2
+
+
+def test_serve_in_python_waits_until_it_is_ended(tmp_path, monkeypatch):
+    import grpocem_jax as gj
+    from grpocem_jax.serving.server import Server
+
+    seen = []
+
+    def wait(server):
+        with http_client() as http:
+            seen.append(http.get(f"{server.url}/health").json()["model"])
+
+    monkeypatch.setattr(Server, "wait", wait)
+    options = {name: SMALL[name] for name in ("slots", "rows", "max_prompt", "max_new_tokens")}
+    gj.serve(thin_run(), name="mine", port=0, store=str(tmp_path), **options)
+    assert seen == ["mine"]
+    with pytest.raises(gj.InputError, match=r"slot: is no option; they are .*slots"):
+        gj.serve(thin_run(), slot=3)
+    for name in ("model", "adapter-" + "0" * 24):  # the thin model's folder
+        with pytest.raises(gj.InputError, match="rename the folder"):
+            gj.serve(thin_run(), name=name, port=0, store=str(tmp_path))
