@@ -240,6 +240,34 @@ def test_a_job_that_is_cancelled_frees_its_place(run):
     assert not searches.step()
 
 
+def test_a_generation_in_pieces_is_that_in_one(run, searches):
+    pieces = Searches(run, users=2)
+    jobs = [pieces.submit(NEGATIVE + POSITIVE, method=x, seed=1) for x in ("cem", "gradient")]
+    late = pieces.submit(POSITIVE, seed=2)
+    steps, seen = 0, set()
+    while pieces.step(pieces=1):
+        steps += 1
+        seen.add((jobs[0].generation, late.state))
+    assert steps > 4 + 4
+    assert {(0, "queued"), (4, "done")} <= seen
+    for job, method in zip(jobs, ("cem", "gradient"), strict=True):
+        assert_same(job.result, adapted(searches, NEGATIVE + POSITIVE, method, 1), ADAM)
+    assert_same(late.result, adapted(searches, POSITIVE, seed=2), ADAM)
+    with pytest.raises(InputError, match="pieces=0: must be at least 1"):
+        pieces.step(pieces=0)
+
+
+def test_a_job_that_is_cancelled_amid_a_generation_leaves_nothing_behind(run, searches):
+    pieces = Searches(run, users=1)
+    first = pieces.submit(NEGATIVE + POSITIVE, method="cem")
+    second = pieces.submit(POSITIVE, method="cem", seed=2)
+    pieces.step(pieces=1)
+    assert (first.state, first.generation) == ("running", 0)
+    first.cancel()
+    finish(pieces)
+    assert_same(second.result, adapted(searches, POSITIVE, "cem", 2))
+
+
 def test_an_error_in_a_generation_fails_the_jobs_in_it(run, monkeypatch):
     searches = Searches(run, users=2)
     jobs = [searches.submit(NEGATIVE), searches.submit(POSITIVE)]
@@ -348,7 +376,7 @@ def test_a_job_for_experts_that_are_not_there_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("length", "expected"),
-    [(0, 0), (1, 8), (8, 8), (9, 16), (64, 64), (65, 80), (80, 80), (127, 128), (129, 160)],
+    [(0, 0), (1, 4), (8, 8), (29, 32), (33, 40), (64, 64), (65, 80), (127, 128), (129, 160)],
 )
 def test_lengths_are_padded_to_eighths(length, expected):
     assert rows.padded(length) == expected
