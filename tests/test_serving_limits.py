@@ -286,7 +286,7 @@ def test_an_engine_that_fails_ends_the_server_with_what_it_failed_with(tmp_path)
 def test_searches_that_fail_leave_the_completions_alone(tmp_path):
     with serving(tmp_path) as served:
 
-        def fail():
+        def fail(**options):
             raise ZeroDivisionError("a bug")
 
         served.server.searches.step = fail

@@ -208,10 +208,13 @@ class Server:
 
     def _work(self) -> None:
         def search() -> bool:
+            stats = self.engine.stats
+            # Completions under way wait for a piece of a generation, not for all of it.
+            pieces = 1 if stats.active or stats.queued else None
             more = False
-            for each in (self.searches, self.rewarded):
+            for step in (lambda: self.searches.step(pieces=pieces), self.rewarded.step):
                 try:
-                    more |= each.step()
+                    more |= step()
                 except Exception:  # of the device; its jobs have failed, the completions go on
                     log.exception("searches failed")
             return more
