@@ -17,6 +17,7 @@ import uvicorn
 
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.serving.app import Parts, make_app
+from grpocem_jax.serving.aside import Aside
 from grpocem_jax.serving.catalogue import Catalogue
 from grpocem_jax.serving.engine import Engine
 from grpocem_jax.serving.errors import ApiError
@@ -33,6 +34,9 @@ log = logging.getLogger("grpocem_jax.serving")
 
 GRACE_S = 5
 """Seconds that requests under way have when the server ends."""
+
+PATIENCE_S = 0.5
+"""The longest that completions wait for a step of the searches, such as a compilation."""
 
 
 class Door(NamedTuple):
@@ -111,6 +115,7 @@ class Server:
                 max_generations=most.max_generations,
             )
             self.rewarded = Rewarded(run, settings)
+            self._aside = Aside(self._search, patience_s=PATIENCE_S)
             self.keeper = Keeper(self.catalogue)
             parts = Parts(
                 catalogue=self.catalogue,
@@ -178,6 +183,7 @@ class Server:
         self._stop.set()
         if engine.ident is not None:
             engine.join()
+            self._aside.close()
             self.rewarded.close()
             self.keeper.stop()
         self._socket.close()
@@ -208,18 +214,19 @@ class Server:
 
     def _work(self) -> None:
         def search() -> bool:
-            stats = self.engine.stats
-            # Completions under way wait for a piece of a generation, not for all of it.
-            pieces = 1 if stats.active or stats.queued else None
-            more = False
-            for step in (lambda: self.searches.step(pieces=pieces), self.rewarded.step):
-                try:
-                    more |= step()
-                except Exception:  # of the device; its jobs have failed, the completions go on
-                    log.exception("searches failed")
-            return more
+            return self._aside(idle=not self._is_busy())
 
         self._guard(lambda: self.engine.run(self._stop, between=search, share=self.options.share))
+
+    def _search(self) -> bool:
+        """A step of the searches."""
+        # Completions under way wait for a piece of a generation, not for all of it.
+        more = self.searches.step(pieces=1 if self._is_busy() else None)
+        return self.rewarded.step() or more
+
+    def _is_busy(self) -> bool:
+        stats = self.engine.stats
+        return bool(stats.active or stats.queued)
 
     def _listen(self) -> None:
         self._guard(lambda: self._http.run(sockets=[self._socket]))
