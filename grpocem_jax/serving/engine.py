@@ -270,12 +270,14 @@ class Engine:
         started = time.perf_counter()
         if self._under_way():
             raise RuntimeError("warm_up: requests are under way; call it before the first step")
-        table = None if self._resident is None else self._resident.table
-        prompts = [self._settings.prefill(table, (), (), self._shape(x)) for x in self.buckets]
-        for group in self._groups[:1]:
-            group.warm_up(prompts)
-        if self._resident is not None:
-            self._resident.warm_up()
+        # Twice: on several devices what a program has returned may lie otherwise than new arrays.
+        for _ in range(2):
+            if self._resident is not None:
+                self._resident.warm_up()
+            table = None if self._resident is None else self._resident.table
+            prompts = [self._settings.prefill(table, (), (), self._shape(x)) for x in self.buckets]
+            for group in self._groups:
+                group.warm_up(prompts)
         return time.perf_counter() - started
 
     def step(self) -> bool:
