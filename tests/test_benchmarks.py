@@ -67,6 +67,18 @@ def test_cem_reports_what_it_promises(thin):
     assert record["compile_seconds"] > 0
 
 
+def test_many_searches_reports_what_it_promises():
+    flags = ("--users=3", "--examples=4", "--repetitions=1", "--config.search.generations=2")
+    record = record_of("many_searches", f"--config.model.source={thin_model()}", *flags)
+    assert (record["users"], record["examples"], record["method"]) == (3, 4, "gradient")
+    alone, together = (record["seconds"][x] for x in ("alone", "together"))
+    assert record["adapt_speedup"] == pytest.approx(alone["median"] / together["median"])
+    assert alone["repetitions"] == together["repetitions"] == 1
+    assert record["first_seconds"]["together"] > record["compile_seconds"]["together"] > 0
+    assert record["same_verdict"] == 3
+    assert record["largest_difference"] < 1e-3
+
+
 def test_decode_reports_what_it_promises(thin):
     record = record_of("decode", thin, "--tokens=4", "--prompt_tokens=5", "--repetitions=1")
     assert record["samples"] == 32  # 16 x 2 completions
