@@ -15,8 +15,9 @@ from starlette.routing import Route
 
 from grpocem_jax.serving import completions
 from grpocem_jax.serving.adapters import Adapters
+from grpocem_jax.serving.answers import Answers, Writer
 from grpocem_jax.serving.catalogue import Catalogue
-from grpocem_jax.serving.completions import Answers, Asked, Writer
+from grpocem_jax.serving.completions import Asked
 from grpocem_jax.serving.engine import Request as EngineRequest
 from grpocem_jax.serving.errors import ApiError
 from grpocem_jax.serving.http import Call, Events, Gate, Json, error_response, while_connected
