@@ -59,9 +59,9 @@ class Product(NamedTuple):
         return 2 * self.rows * self.inner * self.columns * self.repeats
 
 
-def define_flags() -> None:
-    """The flags that every benchmark has."""
-    commands.define_config("gpt2")
+def define_flags(config: str = "gpt2") -> None:
+    """The flags that every benchmark has; ``config`` is the default of ``--config``."""
+    commands.define_config(config)
     flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
 
@@ -152,7 +152,12 @@ def random_tokens(subject: Subject, *shape: int, seed: int = 0) -> np.ndarray:
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Timing]:
-    """Times functions in turn, so that what slows the machine down slows all of them.
+    """Times functions in turn, see `rounds`."""
+    return {name: summarize(x) for name, x in rounds(functions, repetitions).items()}
+
+
+def rounds(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of functions in turn, so that what slows the machine down slows all of them.
 
     Each runs once before, untimed. JAX arrays that one returns are waited for.
     """
@@ -163,7 +168,12 @@ def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> d
             jax.block_until_ready(function())
             if repetition:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: summarize(x) for name, x in seconds.items()}
+    return seconds
+
+
+def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
+    """The median, over rounds, of how many times as long the other takes."""
+    return statistics.median(y / x for x, y in zip(seconds, other, strict=True))
 
 
 def summarize(seconds: Sequence[float]) -> Timing:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from grpocem_jax.rollouts.policy import load_policy
     from grpocem_jax.rollouts.prompts import encode
     from grpocem_jax.runs.checkpoints import load_adapter, save_adapter
+    from grpocem_jax.serving.server import serve
     from grpocem_jax.training.loop import train
 
 _LAZY = {
@@ -54,6 +55,7 @@ _LAZY = {
         "rollouts.prompts": "encode",
         "rollouts.policy": "load_policy",
         "runs.checkpoints": "load_adapter save_adapter",
+        "serving.server": "serve",
         "tasks": "tasks",
         "training.loop": "train",
     }.items()
@@ -118,6 +120,7 @@ __all__ = [  # noqa: RUF022
     "log_likelihoods",
     "parse_config",
     "save_adapter",
+    "serve",
     "train",
 ]  # fmt: skip
 

@@ -1,7 +1,10 @@
-"""The commands ``grpocem-train`` and ``grpocem-adapt``: their flags and nothing else."""
+"""The commands ``grpocem-train``, ``-adapt`` and ``-serve``: their flags and nothing else."""
 
+import dataclasses
+import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -9,6 +12,7 @@ from ml_collections import config_flags
 from grpocem_jax.adaptation import command as inference
 from grpocem_jax.compare import compare
 from grpocem_jax.config import commands
+from grpocem_jax.serving.options import Limits, Options
 from grpocem_jax.training import sweep
 from grpocem_jax.training.loop import train as train_run
 from grpocem_jax.utils.errors import InputError
@@ -90,3 +94,49 @@ def adapt() -> None:
         )
 
     commands.run(main)
+
+
+def serve() -> None:
+    """Serves a model and its adapters over HTTP."""
+    config = commands.define_config(of_run=True)
+    workdir = flags.DEFINE_string("workdir", None, "Run directory with a trained adapter.")
+    model = flags.DEFINE_string("model", None, commands.MODEL_HELP)
+    add_key = flags.DEFINE_string(
+        "add_key", None, "Name of a tenant: make a key for it, add its hash to --keys, and end."
+    )
+    of_options, of_limits = _define_fields(Options), _define_fields(Limits)
+
+    def main(argv: list[str]) -> None:
+        del argv
+        for name in ("starlette", "uvicorn", "prometheus_client"):
+            if importlib.util.find_spec(name) is None:
+                raise InputError(f"{name} is not installed; install grpocem_jax[serve].")
+        from grpocem_jax.serving import command
+
+        options = Options(**{name: flag.value for name, flag in of_options.items()})
+        limits = Limits(**{name: flag.value for name, flag in of_limits.items()})
+        if add_key.value is not None:
+            command.make_key(options.keys, add_key.value)
+            return
+        command.run(
+            config.value,
+            workdir=workdir.value,
+            model=model.value,
+            options=options,
+            limits=limits,
+        )
+
+    commands.run(main)
+
+
+def _define_fields(record: Any) -> dict[str, flags.FlagHolder]:
+    """A flag for each field of a record of settings, of which it says what the field means."""
+    define: dict[Any, Any] = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+    }
+    return {
+        field.name: define[field.type](field.name, field.default, field.metadata["doc"])
+        for field in dataclasses.fields(record)
+    }

@@ -33,6 +33,7 @@ COMMANDS = {
     "adapt": cli.adapt,
     "export": export_main.main,
     "compare": compare.main,
+    "serve": cli.serve,
     "report": lambda: runpy.run_module("grpocem_jax.report", run_name="__main__"),
     "experts": lambda: runpy.run_path(
         str(ROOT / "grpocem_jax" / "experts.py"), run_name="__main__"

@@ -17,13 +17,13 @@ from tests import runs
 from tests.parity import weights
 from tests.tiny import Tiny, make_tiny
 
-pytest_plugins = ("tests.command_line",)
+pytest_plugins = ("tests.command_line", "tests.serving")
 
 LONGEST = {
     f"test_{name}"
     for name in (
         *("examples", "benchmarks", "resume", "search_methods", "training"),
-        *("sampling", "inference", "memory", "devices"),
+        *("sampling", "inference", "memory", "devices", "serving_engine", "serving_command"),
     )
 }
 

@@ -80,6 +80,24 @@ def test_cached_decoding_equals_the_full_forward(tiny, start):
     close(decode(tiny, context, rest), expected[len(prompt) :])
 
 
+def test_a_prompt_padded_on_the_right_is_decoded_in_one_cache(tiny):
+    """Its padding lies where its next tokens go, one after the other."""
+    prompt, rest = TEXT[:6], TEXT[6:]
+    expected = whole(tiny, TEXT)
+    prefill = jax.jit(tiny.model.prefill)
+    hidden, context = prefill(tiny.factored, tiny.adapted(), *pad(prompt, 0, PROMPT, 9))
+    close(hidden, expected[5])
+    cache = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, LENGTH - PROMPT), (0, 0))), context.key_values
+    )
+    step = jax.jit(tiny.model.decode_step)
+    for index, token in enumerate(rest, start=6):
+        hidden, cache = step(
+            tiny.factored, tiny.adapted(), None, cache, jnp.int32(token), jnp.int32(index)
+        )
+        close(hidden, expected[index])
+
+
 @pytest.mark.parametrize(("start", "left", "count"), [(0, 0, 8), (4, 0, 8), (4, 2, 5)])
 def test_forward_after_a_context_equals_the_full_forward(tiny, start, left, count):
     prompt, rest = TEXT[start:PROMPT], TEXT[PROMPT : PROMPT + count]

@@ -87,7 +87,7 @@ def test_the_commands_are_functions_of_the_package(wheel):
     parser = configparser.ConfigParser()
     parser.read_string(wheel.read(name).decode())
     scripts = dict(parser["console_scripts"])
-    names = ("train", "adapt", "export", "compare")
+    names = ("train", "adapt", "export", "compare", "serve")
     assert set(scripts) == {f"grpocem-{name}" for name in names}
     for script, target in scripts.items():
         assert callable(importlib.metadata.EntryPoint(script, target, "console_scripts").load())

@@ -256,6 +256,15 @@ def test_no_uniform_finds_a_weight_of_zero_in_a_compiled_program(size):
     assert np.all(weights[np.asarray(find(weights, uniforms))] > 0)
 
 
+def test_a_nucleus_of_each_row_is_drawn_from_as_one_of_all():
+    logits = 2.0 * jax.random.normal(jax.random.key(1), (5, 300))
+    keys = jax.random.split(jax.random.key(2), 5)
+    masses = (1e-6, 0.1, 0.5, 0.9, 1.0)
+    traced = jax.jit(jax.vmap(sampling.draw))(keys, logits, jnp.array(masses, jnp.float32))
+    rows = zip(keys, logits, masses, strict=True)
+    assert traced.tolist() == [int(sampling.draw(*row)) for row in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1e-6, 0.02, 0.3, 0.85, 1.0])
 def test_draws_follow_the_nucleus(top_p):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,10 @@ class Text(NamedTuple):
 
     prompt: str
     completion: str = ""
+
+
+Encoded: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Tokens of a text, int32 ``[n]``, and which of them count, bool ``[n]``."""
 
 
 def as_text(policy: Policy, text: str | Messages | Text) -> Text:
@@ -68,9 +72,7 @@ def tokenize(
     return tokens, len(prompt) if completion else 1
 
 
-def encode(
-    policy: Policy, text: str | Messages | Text, settings: SearchConfig
-) -> tuple[np.ndarray, np.ndarray]:
+def encode(policy: Policy, text: str | Messages | Text, settings: SearchConfig) -> Encoded:
     """Tokens of a text, int32 ``[n]``, and which of them count, bool ``[n]``.
 
     Raises:
@@ -85,26 +87,33 @@ def encode(
     return tokens, np.arange(len(tokens)) >= first
 
 
-def batch(
-    encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: SearchConfig
-) -> fitness.Texts:
+def batch(encoded: Sequence[Encoded], settings: SearchConfig) -> fitness.Texts:
     """Encoded texts as arrays, padded to the bucket of the longest."""
     length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
     return to_arrays(encoded, length)
 
 
 def halves(
-    encoded: Sequence[tuple[np.ndarray, np.ndarray]], settings: SearchConfig
+    encoded: Sequence[Encoded], settings: SearchConfig
 ) -> tuple[fitness.Texts, fitness.Texts] | None:
-    """Splits texts into halves that judge each other.
+    """As `deal`, padded alike to the bucket of the longest."""
+    parts = deal(encoded)
+    if parts is None:
+        return None
+    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
+    first, second = (to_arrays(part, length) for part in parts)
+    return first, second
+
+
+def deal(encoded: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]] | None:
+    """Splits encoded texts into halves that judge each other.
 
     The texts are dealt in turn.  Of an odd number the last goes to both, scored in its first half
     in one, and in its second in the other, so that the two have one shape.
 
     Returns:
-      the two, padded alike; None where either would have fewer than 2 scored tokens.
+      the two; None where either would have fewer than 2 scored tokens.
     """
-    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
     even = len(encoded) // 2 * 2
     first, second = list(encoded[0:even:2]), list(encoded[1:even:2])
     for tokens, scored in encoded[even:]:
@@ -112,10 +121,14 @@ def halves(
         middle = len(places) // 2
         for part, own in ((first, places[:middle]), (second, places[middle:])):
             part.append((tokens, np.isin(np.arange(len(tokens)), own)))
-    parts = [to_arrays(part, length) for part in (first, second)]
-    if min(int(part.scored[:, 1:].sum()) for part in parts) < 2:
+    if min(count_scored(part) for part in (first, second)) < 2:
         return None
-    return parts[0], parts[1]
+    return first, second
+
+
+def count_scored(encoded: Sequence[Encoded]) -> int:
+    """Tokens of encoded texts that are scored: what counts, but for the first of a text."""
+    return sum(int(counts[1:].sum()) for _, counts in encoded)
 
 
 def within_context(settings: SearchConfig, policy: Policy) -> SearchConfig:
@@ -131,7 +144,7 @@ def bucket(length: int, settings: SearchConfig) -> int:
     return rollouts.bucket_length(length, settings.buckets)
 
 
-def to_arrays(encoded: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> fitness.Texts:
+def to_arrays(encoded: Sequence[Encoded], length: int) -> fitness.Texts:
     """Encoded texts as arrays of ``length`` tokens."""
     tokens = np.zeros((len(encoded), length), np.int32)
     mask = np.zeros((len(encoded), length), bool)

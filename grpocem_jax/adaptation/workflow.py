@@ -43,6 +43,10 @@ JUDGED_SAMPLES = 8
 """Completions of a prompt that the gate judges by, for each one of a prompt that is adapted to:
 single rewards of a few prompts tell little, and the gate judges four points, once."""
 
+ONE_TOKEN = "a single token has no likelihood given what comes before it"
+TOO_FEW_TOKENS = "too few tokens for two halves, so the gate cannot judge"
+"""Why there was no search, see `Adaptation`."""
+
 LIBRARY = Path(__file__).parents[1] / "builtin" / "experts"
 """The experts of the built-in model."""
 
@@ -153,31 +157,22 @@ def adapt(
     name = "method" if method is not None else f"config.search.method={settings.method!r}"
     if method is None:
         method = make_method(dataclasses.replace(run.config, search=settings))
-    listed = [examples] if isinstance(examples, str | Text) else examples
-    if not isinstance(listed, Sequence) or not listed:
-        raise InputError("there is nothing to adapt to; give at least one text or prompt.")
+    listed = as_list(examples)
     if settings.fitness == "reward":
         check_fits_reward(settings, method)
         subject = _rewarded(run, listed, settings, key)
     else:
-        texts = [x for x in listed if not isinstance(x, rollouts.Item)]
-        if len(texts) < len(listed):
-            raise InputError(
-                f"config.search.fitness={settings.fitness!r}: prompts of a task have a reward, "
-                "texts a likelihood; give texts, or set config.search.fitness='reward'."
-            )
-        if len(texts) == 1 and len(tokenize(run.policy, texts[0], settings)[0]) == 1:
-            note = "a single token has no likelihood given what comes before it"
-            return Adaptation(run.offsets, math.nan, math.nan, None, note)
+        texts = only_texts(listed, settings)
+        if is_one_token(run.policy, texts, settings):
+            return Adaptation(run.offsets, math.nan, math.nan, None, ONE_TOKEN)
         subject = _written(run, texts, settings, method, key)
     space = space or make_space(run.policy, run.offsets, settings)
     if own:
         check_method(method, space.origin, name=name)
     fix = subject.fix
-    before = _finite(subject.value(run.offsets), subject.name, "to start from", fix)
+    before = check_finite(subject.value(run.offsets), subject.name, "to start from", fix)
     if subject.data is None:
-        note = "too few tokens for two halves, so the gate cannot judge"
-        return Adaptation(run.offsets, before, before, None, note)
+        return Adaptation(run.offsets, before, before, None, TOO_FEW_TOKENS)
     search: Callable[..., loop.SearchResult] = loop.maximize
     if settings.gate:
         search = functools.partial(loop.cross_fit, gate_z=settings.gate_z)
@@ -196,9 +191,53 @@ def adapt(
             budget_s=settings.budget_s,
             on_chunk=on_chunk,
         )
-    fix += "" if settings.gate else ", or set search.gate=True"
-    after = _finite(subject.value(found.offsets), subject.name, "found", fix)
+    fix = ungated(fix, settings)
+    after = check_finite(subject.value(found.offsets), subject.name, "found", fix)
     return Adaptation(found.offsets, before, after, found)
+
+
+def as_list(examples: Any) -> Sequence[Any]:
+    """What is adapted to as a list, also where it is one text.
+
+    Raises:
+      InputError: there is nothing.
+    """
+    listed = [examples] if isinstance(examples, str | Text) else examples
+    if not isinstance(listed, Sequence) or not listed:
+        raise InputError("there is nothing to adapt to; give at least one text or prompt.")
+    return listed
+
+
+def only_texts(listed: Sequence[Any], settings: SearchConfig) -> list[str | Text]:
+    """What is adapted to by a fitness of texts.
+
+    Raises:
+      InputError: prompts of a task, which have a reward.
+    """
+    texts = [x for x in listed if not isinstance(x, rollouts.Item)]
+    if len(texts) < len(listed):
+        raise InputError(
+            f"config.search.fitness={settings.fitness!r}: prompts of a task have a reward, "
+            "texts a likelihood; give texts, or set config.search.fitness='reward'."
+        )
+    return texts
+
+
+def is_one_token(policy: Policy, texts: Sequence[str | Text], settings: SearchConfig) -> bool:
+    """Whether there is a single token in all, so that nothing can be scored."""
+    return len(texts) == 1 and len(tokenize(policy, texts[0], settings)[0]) == 1
+
+
+def likelihood_fix(policy: Policy) -> str:
+    """What to do where a likelihood is not finite."""
+    if policy.dtype == "float16":
+        return policy.nonfinite_logits("")
+    return "give other texts, or another adapter"
+
+
+def ungated(fix: str, settings: SearchConfig) -> str:
+    """What to do where the fitness of what was found is not finite."""
+    return fix + ("" if settings.gate else ", or set search.gate=True")
 
 
 def _written(
@@ -219,18 +258,13 @@ def _written(
             return float(_value(score, offsets, batch=everything, key=key))
 
     own = user_code.is_reference(settings.fitness)
-    fix = "give other texts, or another adapter"
-    if own:
-        fix = "return a finite number for it"
-    elif run.policy.dtype == "float16":
-        fix = run.policy.nonfinite_logits("")
     parts = halves(encoded, settings) if settings.gate else None
     return _Subject(
         fitness=score,
         data=parts if settings.gate else everything,
         value=value,
         name=settings.fitness if own else "likelihood",
-        fix=fix,
+        fix="return a finite number for it" if own else likelihood_fix(run.policy),
         chunk=fitness.population_chunk(method.population_size, parts[0] if parts else everything),
     )
 
@@ -283,7 +317,7 @@ def _rewarded(
     )
 
 
-def _finite(value: float, name: str, which: str, fix: str) -> float:
+def check_finite(value: float, name: str, which: str, fix: str) -> float:
     """A fitness that others can be compared with.
 
     Raises:

@@ -69,10 +69,11 @@ class Model:
         int32 and mask bool. Padding may stand anywhere: masked tokens are attended to by none and
         take no position. With a `Context` the tokens follow it.
       prefill: ``(params, offsets, tokens [S], mask [S]) -> (hidden [D], Context)`` with the hidden
-        state of the last token, so prompts are padded on the left.
+        state of the last token that is no padding.
       init_cache: ``(params, length) -> KeyValues`` of zeros for ``length`` tokens after a context.
       decode_step: ``(params, offsets, context, cache, token [], index []) -> (hidden [D], cache)``
-        for the token that is number ``index`` (from 0) after the context.
+        for the token that is number ``index`` (from 0) after the context. Without a context (None)
+        the cache holds all that is before the token; a prompt padded on the right may stand there.
       logits: ``(params, hidden [..., D], start=0, count=None) -> [..., count]`` float32, of
         ``count`` tokens of the vocabulary from ``start`` on; of all of it by default.
       window: the sliding window of the attention, which ``context_length`` does not exceed: within

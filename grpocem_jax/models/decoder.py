@@ -193,7 +193,8 @@ def make_model(
 
     def prefill(params, offsets, tokens, mask):
         hidden, key_values = full(params, offsets, tokens, mask, None)
-        return hidden[-1], Context(key_values, mask)
+        last = jnp.max(jnp.where(mask, jnp.arange(len(tokens)), 0))
+        return hidden[last], Context(key_values, mask)
 
     def init_cache(params: Params, length: int) -> KeyValues:
         zeros = (jnp.zeros((cache_heads, length, head_dim), head(params).dtype),) * num_layers

@@ -76,7 +76,7 @@ def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return index.astype(jnp.int32)
 
 
-def in_nucleus(weights: jax.Array, token: jax.Array, top_p: float) -> jax.Array:
+def in_nucleus(weights: jax.Array, token: jax.Array, top_p: float | jax.Array) -> jax.Array:
     """Whether a token is of the smallest set of most probable ones with mass at least ``top_p``.
 
     It is if the tokens more probable than itself have less than ``top_p`` between them (nucleus
@@ -95,7 +95,12 @@ def in_nucleus(weights: jax.Array, token: jax.Array, top_p: float) -> jax.Array:
 
 
 def draw(
-    key: jax.Array, logits: jax.Array, top_p: float, *, top_k: int = 0, min_p: float = 0.0
+    key: jax.Array,
+    logits: jax.Array,
+    top_p: float | jax.Array,
+    *,
+    top_k: int = 0,
+    min_p: float = 0.0,
 ) -> jax.Array:
     """A token of what top-k, top-p and min-p leave, in this order, as in transformers.
 
@@ -112,7 +117,7 @@ def draw(
     Args:
       key: PRNG key; consumed. Try ``n`` uses ``fold_in(key, n)``.
       logits: float32 ``[V]``.
-      top_p: in (0, 1].
+      top_p: in (0, 1]; may be traced.
       top_k: at least 0; 0 keeps all.
       min_p: in [0, 1]; 0 keeps all.
 
@@ -132,14 +137,17 @@ def draw(
         return number, inverse_cdf(jnp.where(candidates > floor, candidates, 0.0), uniform)
 
     def outside(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return ~in_nucleus(weights, state[1], top_p)
+        # At 1 all are inside; a sum in float32 may say otherwise of the least probable.
+        return ~in_nucleus(weights, state[1], top_p) & (top_p < 1.0)
 
     def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, token = state
         return attempt(number + 1, weights[token])
 
     first = attempt(jnp.int32(0), jnp.float32(0.0))
-    return first[1] if top_p >= 1.0 else jax.lax.while_loop(outside, again, first)[1]
+    if isinstance(top_p, float | int) and top_p >= 1.0:
+        return first[1]
+    return jax.lax.while_loop(outside, again, first)[1]
 
 
 def sample(

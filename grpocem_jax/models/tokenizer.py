@@ -283,7 +283,13 @@ def stop_table(
         raise InputError("generation.stop: '' is in every text; remove it.")
     moves = _automaton([text.encode() for text in stop_strings])
     nodes = len(moves)
-    first, later = _token_bytes(tokenizer, vocab_size, keep_special_tokens)
+    try:
+        first, later = token_bytes(tokenizer, vocab_size, keep_special_tokens=keep_special_tokens)
+    except InputError as error:
+        raise InputError(
+            f"generation.stop: {error}, so that stop strings cannot be found as they come; leave "
+            "it empty."
+        ) from error
     # State 0 of the table is the root, of a text that is still empty; state 1 + n is node n.
     table = np.concatenate([1 + _walk(moves[:1], moves, first), 1 + _walk(moves, moves, later)])
     still_empty = np.array([not piece for piece in first])
@@ -339,10 +345,21 @@ def _walk(start: np.ndarray, moves: np.ndarray, pieces: Sequence[bytes]) -> np.n
     return states
 
 
-def _token_bytes(
-    tokenizer: Any, vocab_size: int, keep_special_tokens: bool
+def token_bytes(
+    tokenizer: Any, vocab_size: int, *, keep_special_tokens: bool
 ) -> tuple[list[bytes], list[bytes]]:
     """What each token writes at the beginning of a text and after other text.
+
+    The text of several tokens is what they write one after the other, of bytes that are UTF-8; it
+    is tried on all of the vocabulary.
+
+    Args:
+      tokenizer: of what follows other text, see `continuing`.
+      vocab_size: ``V``, tokens of the model.
+      keep_special_tokens: as in `decode`; else they write nothing.
+
+    Returns:
+      the bytes of each of ``V`` tokens, none of those that the tokenizer does not have.
 
     Raises:
       InputError: it depends on more than that.
@@ -373,10 +390,7 @@ def _token_bytes(
             errors="replace"
         )
         if _without_damage(whole) != _without_damage(texts([[plain, *some]])[0]):
-            raise InputError(
-                "generation.stop: the text of this tokenizer's tokens depends on their neighbours, "
-                "so that stop strings cannot be found as they come; leave it empty."
-            )
+            raise InputError("the text of this tokenizer's tokens depends on their neighbours")
     return first, later
 
 

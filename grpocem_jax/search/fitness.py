@@ -7,7 +7,7 @@ the report's.  Rewards of completions are no functions of arrays, they judge tex
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,25 @@ class Texts(NamedTuple):
     scored: jax.Array
 
 
+class Rows(NamedTuple):
+    """Texts that are cut before the first token that counts.
+
+    Attributes:
+      context: int32 ``[K, C]``, what comes before but its last token, padded on the left; ``C`` may
+        be 0.
+      before: bool ``[K, C]``, False on padding.
+      tokens: int32 ``[K, S + 1]``, its last token and the others, padded on the right.
+      mask: bool ``[K, S]``, False on padding, of all but the last.
+      scored: bool ``[K, S]``, which of all but the first count.
+    """
+
+    context: Any
+    before: Any
+    tokens: Any
+    mask: Any
+    scored: Any
+
+
 def population_chunk(population_size: int, texts: Texts) -> int:
     """How many candidates to score at a time, so that products run at full speed.
 
@@ -46,8 +65,13 @@ def population_chunk(population_size: int, texts: Texts) -> int:
       a divisor of the population where there is one of about that size: a last chunk of another
       size is a program of its own.
     """
+    return chunk(population_size, texts.tokens.shape[0] * (texts.tokens.shape[1] - 1))
+
+
+def chunk(population_size: int, tokens: int) -> int:
+    """As `population_chunk`, for candidates that are scored on so many tokens each."""
     limit = 1024 if jax.default_backend() == "cpu" else 16384
-    largest = max(1, limit // (texts.tokens.shape[0] * (texts.tokens.shape[1] - 1)))
+    largest = max(1, limit // tokens)
     if largest >= population_size:
         return population_size
     divisor = max(n for n in range(1, largest + 1) if population_size % n == 0)
@@ -122,3 +146,16 @@ class Likelihood:
         scored = batch.scored[:, 1:] & batch.mask[:, 1:]
         logps = jax.vmap(one)(batch.tokens, batch.mask)
         return jnp.where(scored, logps, 0.0).ravel(), scored.ravel()
+
+    def row(self, offsets: AdapterParams, row: Rows) -> jax.Array:
+        """Log-likelihood of the tokens of one row, see `Rows`, float32 ``[S]``; 0 if not scored.
+
+        What comes before is processed up to its keys and values, and the head sees no other states
+        than those that predict.
+        """
+        context = None
+        if row.context.shape[-1]:
+            _, context = self.model.prefill(self.params, offsets, row.context, row.before)
+        hidden = self.model.forward(self.params, offsets, row.tokens[:-1], row.mask, context)
+        logps = token_logps(self.model, self.params, hidden, row.tokens[1:], 1.0)[0]
+        return jnp.where(row.scored, logps, 0.0)

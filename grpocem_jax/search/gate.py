@@ -63,3 +63,10 @@ def judge(values: jax.Array, present: jax.Array, z: jax.Array | float) -> Verdic
     best = jnp.argmax(bound)
     found = Verdict(jnp.array(SCALES)[best], bound[best], gain[best])
     return jax.tree.map(lambda x: jnp.where(bound[best] > 0, x, 0.0), found)
+
+
+def follow(verdict: Verdict, point: Point, start: Point) -> tuple[Point, bool]:
+    """Where the verdict leads, and whether that is another point than the start."""
+    if not float(verdict.bound) > 0:
+        return start, False
+    return jax.tree.map(lambda x: (verdict.scale * x).astype(x.dtype), point), True

@@ -213,7 +213,7 @@ def advance(
         return (search.generation < limit) & ~method.converged(search.state)
 
     def generation(search: SearchState) -> SearchState:
-        ask_key, fitness_key = _keys(problem.key, search.generation)
+        ask_key, fitness_key = generation_keys(problem.key, search.generation)
         candidates = method.ask(ask_key, search.state)
 
         def score(point: Point) -> jax.Array:
@@ -225,7 +225,7 @@ def advance(
             values, gradient = jax.lax.map(jax.value_and_grad(score), candidates)
         else:
             values = map_chunks(score, (candidates,), size=population_chunk or size, mesh=mesh)
-        return _told(method, search, ask_key, candidates, values, gradient)
+        return told(method, search, ask_key, candidates, values, gradient)
 
     return jax.lax.while_loop(unfinished, generation, search)
 
@@ -338,10 +338,8 @@ def cross_fit(
     )
     found.run(generations, budget_s, on_chunk)
     verdict = gate.judge(*found.scores(halves[::-1], gate_key), gate_z)
-    point = jax.tree.map(lambda x: (verdict.scale * x).astype(x.dtype), found.point())
-    returned = returned if float(verdict.bound) > 0 else "start"
-    offsets = decode(space, space.origin if returned == "start" else point)
-    return found.result(offsets, returned, float(verdict.gain))
+    point, passed = gate.follow(verdict, found.point(), space.origin)
+    return found.result(decode(space, point), returned if passed else "start", float(verdict.gain))
 
 
 class _Searches:
@@ -444,21 +442,15 @@ class _Searches:
 
     def history(self, done: int) -> History:
         """The mean of the searches' histories, on the host."""
-        histories = [_host_history(state.history, done) for state in self.states]
-        if len(histories) == 1:
-            return histories[0]
-        return History(*(_mean_of_present(values) for values in zip(*histories, strict=True)))
+        return mean_history([_host_history(state.history, done) for state in self.states])
 
     def points(self) -> list[Point]:
         """Where each search is."""
-        return [
-            state.best if self.returned == "best" else state.state.mean for state in self.states
-        ]
+        return [followed(state, self.returned) for state in self.states]
 
     def point(self) -> Point:
         """The mean of these points."""
-        points = self.points()
-        return jax.tree.map(lambda *x: sum(x) / len(x), *points) if len(points) > 1 else points[0]
+        return mean_point(self.points())
 
     def scores(self, batches: Sequence[Any], key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Scores of each search's point, `gate.scaled`, on other data, and which count.
@@ -493,6 +485,24 @@ class _Searches:
             compile_seconds=self.compile_seconds,
             population_chunk=self.chunk.size,
         )
+
+
+def followed(search: SearchState, returned: str) -> Point:
+    """Where a search is, by one of `FOLLOWED`."""
+    point: Point = search.best if returned == "best" else search.state.mean
+    return point
+
+
+def mean_point(points: Sequence[Point]) -> Point:
+    """The mean of the points of some searches; of one its own."""
+    return jax.tree.map(lambda *x: sum(x) / len(x), *points) if len(points) > 1 else points[0]
+
+
+def mean_history(histories: Sequence[History]) -> History:
+    """The mean of histories of one length, on the host; of one itself."""
+    if len(histories) == 1:
+        return histories[0]
+    return History(*(_mean_of_present(values) for values in zip(*histories, strict=True)))
 
 
 def _mean_of_present(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -569,7 +579,7 @@ class _OnHost:
     def advance(self, state: SearchState, limit: int) -> SearchState:
         if int(state.generation) >= limit or bool(self.method.converged(state.state)):
             return state
-        ask_key, fitness_key = _keys(self.problem.key, state.generation)
+        ask_key, fitness_key = generation_keys(self.problem.key, state.generation)
         candidates = _ask(ask_key, state.state, method=self.method)
         values = self._evaluate(
             self.fitness.function, candidates, self.problem.batch, fitness_key, self.chunk
@@ -620,13 +630,13 @@ def _host_scores(returned: Any, count: int) -> np.ndarray:
     return scores if scores.ndim == 2 else scores[:, None]
 
 
-def _keys(key: jax.Array, generation: jax.Array) -> tuple[jax.Array, jax.Array]:
+def generation_keys(key: jax.Array, generation: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The keys of a generation: to ask with, and of the fitness of all its candidates."""
     ask, fitness = jax.random.split(jax.random.fold_in(key, generation))
     return ask, fitness
 
 
-def _told(
+def told(
     method: SearchMethod,
     search: SearchState,
     ask_key: jax.Array,
@@ -669,7 +679,7 @@ def _record(state: State, fitness: jax.Array, change: jax.Array) -> History:
 
 _begin = jax.jit(begin, static_argnames=("method", "generations"))
 _advance = jax.jit(advance, static_argnames=("method", "population_chunk", "mesh"))
-_tell = jax.jit(_told, static_argnames="method")
+_tell = jax.jit(told, static_argnames="method")
 
 
 @functools.partial(jax.jit, static_argnames="method")

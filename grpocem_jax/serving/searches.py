@@ -1,0 +1,586 @@
+"""Many users adapt at once: their searches are advanced together and judged as `adapt` does it.
+
+    searches = Searches(run)
+    job = searches.submit([Text("Review: The soup was cold.\\nSentiment:", " negative"), ...])
+    while searches.step():
+        print(job.progress)
+    print(job.result.offsets)
+
+A job's result is that of `grpocem_jax.adaptation.adapt` with the same examples, key and
+`Searches.settings_of` its method, up to rounding, whoever else is there.
+"""
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from grpocem_jax.adaptation import texts, workflow
+from grpocem_jax.adaptation.texts import Encoded, Text
+from grpocem_jax.adaptation.workflow import Adaptation
+from grpocem_jax.config import SearchConfig, make_method
+from grpocem_jax.runs.trained import TrainedRun
+from grpocem_jax.search import Likelihood, Point, SearchResult, decode, gate, loop, rows
+from grpocem_jax.search.lanes import Lanes
+from grpocem_jax.utils import memory
+from grpocem_jax.utils.clock import CompileClock
+from grpocem_jax.utils.errors import InputError
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "gradient": {"method": "gradient", "space": "full"},
+    "cem": {"method": "cem", "space": "full"},
+    "experts": {"method": "cem", "space": "experts"},
+}
+"""What a job may ask for, as settings of the search."""
+
+LARGEST_SEED = 2**31 - 1
+
+
+class QueueFullError(InputError):
+    """There are as many waiting jobs as may wait; later there will be room again."""
+
+
+class Progress(NamedTuple):
+    """Where a job is after some generation.
+
+    Attributes:
+      generation: generations run, by the longer of two searches.
+      best: largest fitness so far, nats per token.
+      mean: mean fitness of the candidates of the last generation.
+    """
+
+    generation: int
+    best: float
+    mean: float
+
+
+class Job:
+    """An adaptation that was asked for; any thread may read it, and cancel it.
+
+    Attributes:
+      method: one of `METHODS`.
+      generations: at most so many.
+      seed: of its PRNG key.
+    """
+
+    def __init__(
+        self, method: str, generations: int, seed: int, parts: Sequence[Sequence[Encoded]]
+    ):
+        self.method, self.generations, self.seed = method, generations, seed
+        self._parts = parts
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._state = "queued"
+        self._curve: list[Progress] = []
+        self._result: Adaptation | None = None
+        self._error: str | None = None
+
+    @property
+    def state(self) -> str:
+        """One of "queued", "running", "done", "failed" and "cancelled"."""
+        return self._state
+
+    @property
+    def result(self) -> Adaptation | None:
+        """What was found; None before the job is done."""
+        return self._result
+
+    @property
+    def error(self) -> str | None:
+        """Why the job failed, in one sentence; None where it did not."""
+        return self._error
+
+    @property
+    def curve(self) -> tuple[Progress, ...]:
+        """Where the job was after each generation."""
+        with self._lock:
+            return tuple(self._curve)
+
+    @property
+    def progress(self) -> Progress | None:
+        """Where the job is; None before the first generation."""
+        with self._lock:
+            return self._curve[-1] if self._curve else None
+
+    @property
+    def generation(self) -> int:
+        """Generations run."""
+        progress = self.progress
+        return progress.generation if progress else 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job is done, failed or cancelled."""
+        return self._ended.is_set()
+
+    def cancel(self) -> bool:
+        """Ends the job, and frees its place before the next generation.
+
+        Returns:
+          whether it had not ended before.
+        """
+        return self._end("cancelled")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the job has ended, or ``timeout`` seconds; whether it has."""
+        return self._ended.wait(timeout)
+
+    def _start(self) -> Sequence[Sequence[Encoded]]:
+        """Its texts, in parts that are searched by themselves; none where it has ended."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._state = "running"
+            return self._parts
+
+    def _advance(self, progress: Progress) -> None:
+        with self._lock:
+            if not self._curve or progress.generation > self._curve[-1].generation:
+                self._curve.append(progress)
+
+    def _end(self, state: str, result: Adaptation | None = None, error: str | None = None) -> bool:
+        with self._lock:
+            if self._ended.is_set():
+                return False
+            # The state last: who sees it sees the rest too.
+            self._result, self._error = result, error
+            self._state = state
+            self._ended.set()
+            self._parts = ()
+            return True
+
+
+class _Running:
+    """A job in its lanes, one for each part of its texts."""
+
+    def __init__(
+        self, job: Job, lanes: Lanes, places: Sequence[int], parts: Sequence[Sequence[Encoded]]
+    ):
+        self.job, self.lanes, self.places = job, lanes, places
+        cut = [[rows.cut(*text) for text in part] for part in parts]
+        self.rows = [[row for row in part if row is not None] for part in cut]
+        self.start_scores: list[np.ndarray] = []
+        self.left = set(places)
+        self.began = time.perf_counter()
+        self.compiled = 0.0
+
+    @property
+    def asked(self) -> list[tuple[int, rows.Row]]:
+        """Its texts, each with the lane that searches by it."""
+        pairs = zip(self.places, self.rows, strict=True)
+        return [(place, row) for place, own in pairs for row in own]
+
+
+class Searches:
+    """The jobs of many users: those that wait, and those that run.
+
+    One thread calls `step` again and again; any may `submit`.
+
+    Args:
+      run: what is adapted, its adapter the start of all searches.
+      users: how many jobs run at once; the others wait in the order in which they came.
+      settings: other settings than ``run.config.search``; method and space are the jobs' own.
+      max_queue: how many jobs may wait.
+      max_examples: texts of a job, at most.
+      max_generations: generations of a job, at most.
+
+    Raises:
+      InputError: settings that are for a single search: another fitness than the likelihood, or a
+        budget of time; a number below 1.
+    """
+
+    def __init__(
+        self,
+        run: TrainedRun,
+        *,
+        users: int = 32,
+        settings: SearchConfig | None = None,
+        max_queue: int = 256,
+        max_examples: int = 64,
+        max_generations: int = 1000,
+    ):
+        settings = settings or run.config.search
+        for name, value in (
+            ("users", users),
+            ("max_queue", max_queue),
+            ("max_examples", max_examples),
+            ("max_generations", max_generations),
+        ):
+            if value < 1:
+                raise InputError(f"{name}={value}: must be at least 1.")
+        if settings.fitness != "likelihood":
+            raise InputError(
+                f"config.search.fitness={settings.fitness!r}: many users adapt at once by the "
+                "likelihood of their examples; set it to 'likelihood'."
+            )
+        if settings.budget_s is not None:
+            raise InputError(
+                f"config.search.budget_s={settings.budget_s}: a budget of time is for a search by "
+                "itself; leave it out, and give each job its generations."
+            )
+        self.run, self.users, self.settings = run, users, settings
+        self.max_queue, self.max_examples = max_queue, max_examples
+        self.max_generations = max(max_generations, settings.generations)
+        self._score = Likelihood(run.policy.params, run.policy.model)
+        self._each = 2 if settings.gate else 1
+        self._lanes: dict[str, Lanes] = {}
+        self._queue: deque[Job] = deque()
+        self._running: list[_Running] = []
+        self._round: list[Lanes] = []
+        self._lock = threading.Lock()
+        self._stepping = threading.Lock()
+
+    def settings_of(self, method: str, generations: int | None = None) -> SearchConfig:
+        """The settings with which `grpocem_jax.adaptation.adapt` finds what a job finds.
+
+        Raises:
+          InputError: no such method, or a number of generations out of range.
+        """
+        if method not in METHODS:
+            raise InputError(f"method={method!r}: must be one of {', '.join(METHODS)}.")
+        count = self.settings.generations if generations is None else generations
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise InputError(f"generations={count!r}: must be an integer.")
+        if not 1 <= count <= self.max_generations:
+            raise InputError(
+                f"generations={count}: must be at least 1 and at most {self.max_generations}."
+            )
+        return dataclasses.replace(self.settings, **METHODS[method], generations=count)
+
+    def submit(
+        self,
+        examples: str | Text | Sequence[str | Text],
+        *,
+        method: str = "gradient",
+        seed: int = 0,
+        generations: int | None = None,
+    ) -> Job:
+        """Lets a job wait for its turn.
+
+        Args:
+          examples: texts to adapt to, from 1 to ``max_examples``.
+          method: "gradient", "cem", or "experts", which is CEM over weights of the experts.
+          seed: of the PRNG key.
+          generations: at most so many; by default those of the settings.
+
+        Raises:
+          InputError: a text that is empty, has nothing to score or is too long; too many texts or
+            none; another argument out of range; no expert library.
+          QueueFullError: too many jobs wait.
+        """
+        settings = self.settings_of(method, generations)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+            raise InputError(f"seed={seed!r}: must be an integer from 0 to {LARGEST_SEED}.")
+        listed = workflow.only_texts(workflow.as_list(examples), settings)
+        if len(listed) > self.max_examples:
+            raise InputError(
+                f"examples: {len(listed)} texts are more than the {self.max_examples} that a job "
+                "may have; give fewer."
+            )
+        one_token = workflow.is_one_token(self.run.policy, listed, settings)
+        parts: Sequence[Sequence[Encoded]] = []
+        if not one_token:
+            encoded = [texts.encode(self.run.policy, text, settings) for text in listed]
+            # Without halves there is nothing to search by, and only the likelihood is told.
+            parts = (texts.deal(encoded) if settings.gate else None) or [encoded]
+        job = Job(method, settings.generations, seed, parts)
+        if one_token:
+            nothing = Adaptation(
+                self.run.offsets, float("nan"), float("nan"), None, workflow.ONE_TOKEN
+            )
+            job._end("done", nothing)
+            return job
+        self._lanes_of(method)
+        with self._lock:
+            waiting = [job for job in self._queue if not job.ended]
+            if len(waiting) >= self.max_queue:
+                raise QueueFullError(
+                    f"{len(waiting)} jobs wait, which is as many as may (max_queue); try again "
+                    "later."
+                )
+            self._queue = deque([*waiting, job])
+        return job
+
+    def warm_up(self, examples: Sequence[str | Text], *, method: str = "gradient") -> None:
+        """Compiles what jobs with examples of these lengths need, whatever their number.
+
+        Args:
+          examples: texts of the lengths to come: of their prompts, and of what counts.
+          method: as in `submit`.
+
+        Raises:
+          InputError: as `submit`; a job runs.
+        """
+        settings = self.settings_of(method)
+        encoded = [texts.encode(self.run.policy, text, settings) for text in examples]
+        parts = [encoded, *((texts.deal(encoded) or ()) if settings.gate else ())]
+        cut = [rows.cut(*text) for part in parts for text in part]
+        lanes = self._lanes_of(method)
+        with self._stepping:
+            if any(each.lanes is lanes for each in self._running):
+                raise InputError(f"method={method!r}: jobs run; warm up before they do.")
+            lanes.warm_up([row for row in cut if row is not None])
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait."""
+        with self._lock:
+            return sum(not job.ended for job in self._queue)
+
+    @property
+    def running(self) -> int:
+        """Jobs that run."""
+        with self._lock:
+            return sum(not each.job.ended for each in self._running)
+
+    def step(self, *, pieces: int | None = None) -> bool:
+        """Runs one generation of every running search, after jobs that wait took free places.
+
+        Jobs whose searches are through are judged and end.  A job that fails ends with its
+        sentence, and the others go on.
+
+        Args:
+          pieces: where other work waits too, the generation is divided into pieces that take about
+            as long as each other, of which so many are run at most; jobs come and go when the
+            generation is through. None for all of it.
+
+        Returns:
+          False where nothing is running.
+
+        Raises:
+          InputError: ``pieces`` below 1.
+        """
+        if pieces is not None and pieces < 1:
+            raise InputError(f"pieces={pieces}: must be at least 1, or None for all.")
+        with self._stepping:
+            clock = CompileClock.start()
+            try:
+                if not self._round:
+                    self._leave()
+                    fresh = self._admit()
+                    self._round = list({id(x.lanes): x.lanes for x in self._running}.values())
+                    for lanes in self._round:
+                        self._guarded(lanes, self._begin, [x for x in fresh if x.lanes is lanes])
+                if not self._round:
+                    return False
+                left = pieces
+                while self._round and left != 0:
+                    used = self._guarded(self._round[0], self._advance, left)
+                    left = None if left is None else left - used
+                if not self._round:
+                    self._leave()
+            finally:
+                clock.stop()
+                for each in self._running:
+                    each.compiled += clock.seconds
+            return True
+
+    def _lanes_of(self, method: str) -> Lanes:
+        """The lanes of a method; they are made when the first job asks for it.
+
+        Raises:
+          InputError: no expert library.
+        """
+        with self._lock:
+            if method not in self._lanes:
+                run, settings = self.run, self.settings_of(method)
+                self._lanes[method] = Lanes(
+                    make_method(dataclasses.replace(run.config, search=settings)),
+                    self._score,
+                    workflow.make_space(run.policy, run.offsets, settings),
+                    lanes=self._each * self.users,
+                    generations=self.max_generations,
+                    mesh=run.policy.mesh,
+                )
+            return self._lanes[method]
+
+    def _leave(self) -> None:
+        """Frees the places of jobs that have ended."""
+        ended = [each for each in self._running if each.job.ended]
+        for each in ended:
+            for place in each.places:
+                each.lanes.clear(place)
+        with self._lock:
+            self._running = [each for each in self._running if each not in ended]
+
+    def _admit(self) -> list[_Running]:
+        """Gives free places to jobs that wait."""
+        fresh = []
+        with self._lock:
+            while self._queue and len(self._running) < self.users:
+                job = self._queue.popleft()
+                lanes = self._lanes[job.method]
+                taken = {x for each in self._running if each.lanes is lanes for x in each.places}
+                free = (place for place in range(lanes.lanes) if place not in taken)
+                if parts := job._start():
+                    each = _Running(job, lanes, [next(free) for _ in parts], parts)
+                    self._running.append(each)
+                    fresh.append(each)
+        return fresh
+
+    def _guarded(self, lanes: Lanes, work: Callable[[Lanes, Any], int], argument: Any) -> int:
+        """What ``work`` returns; an error there ends the jobs in the lanes, and no others."""
+        advice = "give fewer users at once, or shorter texts"
+        try:
+            with memory.advise("the searches of many users", advice):
+                return work(lanes, argument)
+        except Exception as error:
+            for each in self._running:
+                if each.lanes is lanes:
+                    each.job._end("failed", error=str(error) or type(error).__name__)
+            lanes.reset()
+            self._round = [x for x in self._round if x is not lanes]
+            if not isinstance(error, InputError):
+                raise
+            return 0
+
+    def _advance(self, lanes: Lanes, pieces: int | None) -> int:
+        """Pieces of a generation in some lanes; how many they were."""
+        used = 0
+        own = [x for x in self._running if x.lanes is lanes and not x.job.ended]
+        if own:
+            used, through = lanes.advance(pieces)
+            if not through:
+                return used
+            self._follow(lanes, own)
+        else:
+            lanes.reset()
+        self._round.remove(lanes)
+        return used
+
+    def _begin(self, lanes: Lanes, fresh: list[_Running]) -> int:
+        """Scores the start by the texts of new jobs, and lets their searches begin."""
+        if not fresh:
+            return 0
+        asked = [pair for each in fresh for pair in each.asked]
+        scores = iter(lanes.scores(lanes.origins(), asked))
+        for each in fresh:
+            each.start_scores = [np.concatenate([next(scores) for _ in part]) for part in each.rows]
+            try:
+                before = self._checked(each.start_scores, "to start from")
+            except InputError as error:
+                each.job._end("failed", error=str(error))
+                continue
+            if len(each.places) < self._each:
+                run = self.run
+                note = workflow.TOO_FEW_TOKENS
+                each.job._end("done", Adaptation(run.offsets, before, before, None, note))
+                continue
+            key = jax.random.key(each.job.seed)
+            keys = jax.random.split(key, 3)[:2] if self.settings.gate else [key]
+            for place, part, own in zip(each.places, each.rows, keys, strict=True):
+                lanes.place(place, part, own, each.job.generations)
+        return len(fresh)
+
+    def _follow(self, lanes: Lanes, own: list[_Running]) -> None:
+        """Tells jobs where they are, and ends those whose searches are through."""
+        seen = lanes.progress()
+        through = []
+        for each in own:
+            places = list(each.places)
+            generation = int(seen.generation[places].max())
+            best, mean = (float(x[places].mean()) for x in (seen.best, seen.mean))
+            each.job._advance(Progress(generation, best, mean))
+            for place in sorted(each.left):
+                if seen.ended[place] or seen.generation[place] >= each.job.generations:
+                    each.left.discard(place)
+                    lanes.clear(place)
+            if not each.left:
+                through.append(each)
+        if through:
+            ended = {x: bool(seen.ended[list(x.places)].all()) for x in through}
+            self._conclude(lanes, through, ended)
+
+    def _conclude(
+        self, lanes: Lanes, through: list[_Running], converged: dict[_Running, bool]
+    ) -> None:
+        """Judges what was found, and ends the jobs."""
+        settings = self.settings
+        points = lanes.points(settings.returned)
+        found = self._judged(lanes, through, points)
+        passed = [each for each in through if found[each].passed]
+        after = {each: np.concatenate(each.start_scores) for each in through}
+        if passed:
+            at = lanes.spread({each.places[0]: found[each].point for each in passed})
+            asked = [(each.places[0], row) for each in passed for _, row in each.asked]
+            scores = iter(lanes.scores(at, asked))
+            for each in passed:
+                after[each] = np.concatenate([next(scores) for _ in each.asked])
+        for each in through:
+            try:
+                value = self._checked([after[each]], "found")
+            except InputError as error:
+                each.job._end("failed", error=str(error))
+                continue
+            before = self._checked(each.start_scores, "to start from")
+            result = self._result(lanes, each, found[each], converged[each])
+            each.job._end("done", Adaptation(result.offsets, before, value, result))
+
+    def _judged(
+        self, lanes: Lanes, through: list[_Running], points: Point
+    ) -> dict["_Running", "_Found"]:
+        """Where each job ends: as `loop.cross_fit` and `loop.maximize` have it."""
+        means = {
+            each: loop.mean_point([jax.tree.map(lambda x, i=i: x[i], points) for i in each.places])
+            for each in through
+        }
+        if not self.settings.gate:
+            return {each: _Found(means[each], means[each], True, float("nan")) for each in through}
+        own: dict[int, Sequence[rows.Row]] = {}
+        before: dict[int, np.ndarray] = {}
+        for each in through:
+            own.update(zip(each.places, each.rows, strict=True))
+            before.update(zip(each.places, each.start_scores, strict=True))
+        pairs = [(each.places[0], each.places[1]) for each in through]
+        verdicts = lanes.judge(pairs, points, own, before, self.settings.gate_z)
+        found = {}
+        for each, verdict in zip(through, verdicts, strict=True):
+            point, passed = gate.follow(verdict, means[each], lanes.space.origin)
+            found[each] = _Found(point, means[each], passed, float(verdict.gain))
+        return found
+
+    def _result(
+        self, lanes: Lanes, each: _Running, found: "_Found", converged: bool
+    ) -> SearchResult:
+        histories = [lanes.history(place) for place in each.places]
+        done = [len(history.best) for history in histories]
+        seconds = time.perf_counter() - each.began
+        return SearchResult(
+            offsets=decode(lanes.space, found.point),
+            final=decode(lanes.space, found.mean),
+            returned=self.settings.returned if found.passed else "start",
+            held_back_gain=found.gain,
+            generations=max(done),
+            candidates=sum(done) * lanes.method.population_size,
+            converged=converged,
+            history=loop.mean_history([_extend(x, max(done)) for x in histories]),
+            seconds=max(0.0, seconds - each.compiled),
+            compile_seconds=min(seconds, each.compiled),
+            population_chunk=lanes.at_once,
+        )
+
+    def _checked(self, scores: Sequence[np.ndarray], which: str) -> float:
+        """Mean of log-likelihoods, refused as `adapt` does where it is not finite."""
+        value = float(np.concatenate(scores).mean(dtype=np.float64))
+        fix = workflow.likelihood_fix(self.run.policy)
+        if which == "found":
+            fix = workflow.ungated(fix, self.settings)
+        return workflow.check_finite(value, "likelihood", which, fix)
+
+
+class _Found(NamedTuple):
+    """Where a job ends: the point, that of the searches, whether it passed, and its gain."""
+
+    point: Point
+    mean: Point
+    passed: bool
+    gain: float
+
+
+def _extend(history: loop.History, length: int) -> loop.History:
+    """A history with NaN up to a length."""
+    return loop.History(*(np.pad(x, (0, length - len(x)), constant_values=np.nan) for x in history))
