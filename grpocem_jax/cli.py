@@ -11,6 +11,7 @@ from grpocem_jax.compare import compare
 from grpocem_jax.config import commands
 from grpocem_jax.training import sweep
 from grpocem_jax.training.loop import train as train_run
+from grpocem_jax.utils import cluster
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.terminal import say
 
@@ -26,6 +27,8 @@ def train() -> None:
         "'seed=0,1,2 train.learning_rate=0.01,0.02 data.tasks=qa,sentiment+general'.",
     )
 
+    join = commands.define_processes()
+
     def main(argv: list[str]) -> None:
         del argv
         if workdir.value == "":
@@ -35,13 +38,15 @@ def train() -> None:
         if grid.value is None:
             train_run(config.value, workdir.value or default)
             return
+        if cluster.here().count > 1:
+            raise InputError("--sweep: is for one process; leave --distributed out.")
         folder = Path(workdir.value or default)
         runs = sweep.sweep(config.value, sweep.parse(grid.value), folder)
         page = folder / "compare.html"
         compare([str(folder / name) for name in runs], page)
         say(f"{sweep.table(runs)}\npage      {page}")
 
-    commands.run(main)
+    commands.run(main, join=join)
 
 
 def adapt() -> None:
@@ -73,6 +78,7 @@ def adapt() -> None:
     )
     model = flags.DEFINE_string("model", None, commands.MODEL_HELP)
     as_json = flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
+    join = commands.define_processes()
 
     def main(argv: list[str]) -> None:
         del argv
@@ -89,4 +95,4 @@ def adapt() -> None:
             as_json=as_json.value,
         )
 
-    commands.run(main)
+    commands.run(main, join=join)

@@ -106,7 +106,7 @@ def prepare(
     Raises:
       InputError: whatever a reward function or a part of the algorithm does wrong.
     """
-    scores = rollouts.score(items, out.texts, out.base_logps)
+    scores = rollouts.score(items, out.texts, out.base_logps, processes=policy.processes)
     ended = np.isin(out.tokens[..., -1], np.asarray(policy.end_ids))
     metrics = {
         **step_metrics.rewards(items, scores),
