@@ -41,11 +41,20 @@ def setting(config: Config, policy: Policy) -> list[str]:
     ]
 
 
-def divided(policy: Policy, what: str, count: int) -> list[str]:
-    """What each of several processes does, a line; none of a single one."""
+def divided(policy: Policy, what: str, count: int, *, alike: bool = False) -> list[str]:
+    """What each of several processes does, a line; none of a single one.
+
+    Args:
+      policy: which knows the processes.
+      what: is divided, in the plural.
+      count: how many of these there are.
+      alike: whether they are not divided after all.
+    """
     processes = policy.processes.count
     if processes == 1:
         return []
+    if alike:
+        return ["divided   nothing: a gradient is computed alike in every process"]
     share = f"{count // processes}" if count % processes == 0 else f"about {count / processes:.1f}"
     each = f"{share} in each process"
     return [f"divided   {count} {what}: {each}; process 0 writes"]

@@ -7,6 +7,7 @@ the number of processes and the index of each are given, by flags or by environm
 import atexit
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 import sys
@@ -16,7 +17,9 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax._src import clusters, distributed
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.processes import ALONE, Processes, lost
@@ -28,6 +31,7 @@ DEAD_AFTER_S = 60
 """Seconds without a sign of life after which a process counts as dead."""
 
 LARGEST_MS = 2**31 - 1
+AXIS = "process"
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """What says, without flags, where process 0 is, how many there are, and which this is."""
@@ -196,7 +200,7 @@ def join(place: Place | None, *, wait_s: int = WAIT_S, dead_after_s: int = DEAD_
             cluster_detection_method="deactivate",
             initialization_timeout=int(left) + 60,
             heartbeat_timeout_seconds=dead_after_s,
-            shutdown_timeout_seconds=dead_after_s,
+            shutdown_timeout_seconds=wait_s,
         )
     _JOINED.append(wait_s)
     watch = _Watch()
@@ -213,14 +217,54 @@ def here() -> Processes:
     if not jax.distributed.is_initialized():
         return ALONE
     if not _HERE:
-        wait_ms = 1000 * (_JOINED or [WAIT_S])[0]
-        client: Any = distributed.global_state.client
-
-        def meet(name: str) -> None:
-            client.wait_at_barrier(name, wait_ms)
-
-        _HERE.append(Processes(jax.process_index(), jax.process_count(), meet=meet))
+        runtime = _Runtime((_JOINED or [WAIT_S])[0])
+        _HERE.append(Processes(jax.process_index(), jax.process_count(), runtime))
     return _HERE[0]
+
+
+class _Runtime:
+    """JAX's: barriers of its coordination service, and programs over one device of each process.
+
+    The barriers have a time limit, which programs have not, and all processes enter a program
+    within milliseconds of each other, as gloo's, which has one of 30 s, wants it.
+    """
+
+    def __init__(self, wait_s: int):
+        self._wait_ms = 1000 * wait_s
+
+    def meet(self, name: str) -> None:
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(name, self._wait_ms)
+
+    def gather(self, row: np.ndarray) -> np.ndarray:
+        return self._run(_same, row)
+
+    def total(self, row: np.ndarray) -> np.ndarray:
+        return self._run(_sum, row)
+
+    def _run(self, program: Any, row: np.ndarray) -> np.ndarray:
+        parts = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        shape = (self._mesh.size, *row.shape)
+        given = jax.make_array_from_process_local_data(parts, row[None], shape)
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        return np.asarray(program(given, everywhere).addressable_data(0))
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        firsts: dict[int, jax.Device] = {}
+        for device in jax.devices():
+            firsts.setdefault(device.process_index, device)
+        return Mesh(np.array([firsts[i] for i in range(len(firsts))]), (AXIS,))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _same(x: jax.Array, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, place)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sum(x: jax.Array, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x.sum(0), place)
 
 
 def _check_port(place: Place) -> None:

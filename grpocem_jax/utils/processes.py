@@ -17,23 +17,36 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
 
 T = TypeVar("T")
 
-AXIS = "process"
-
 
 class ProcessLostError(InputError):
     """Another process has ended, or did not come in time; there is nobody left to agree with."""
+
+
+class Transport(Protocol):
+    """What carries arrays from one process to another; every process calls the same functions.
+
+    Each may raise a `jax.errors.JaxRuntimeError` or a ValueError where a process is lost.
+    """
+
+    def meet(self, name: str) -> None:
+        """Waits, for a limited time, until all processes are here; a name is used once."""
+
+    def gather(self, row: np.ndarray) -> np.ndarray:
+        """The rows ``[L]`` of all processes, of one length and type, ``[count, L]``."""
+
+    def total(self, row: np.ndarray) -> np.ndarray:
+        """The sum of the rows ``[L]`` of all processes, the same bits in each."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -50,15 +63,12 @@ class Processes:
     Args:
       index: which this is, from 0.
       count: how many there are.
-      meet: waits until all processes are here, given a name that is used once; raises a
-        `jax.errors.JaxRuntimeError` where one is lost or does not come.
+      transport: what carries something from one to another; None for a single process.
     """
 
-    def __init__(
-        self, index: int = 0, count: int = 1, *, meet: Callable[[str], None] = lambda name: None
-    ):
-        self.index, self.count, self._meet = index, count, meet
-        self._rounds = 0
+    def __init__(self, index: int = 0, count: int = 1, transport: Transport | None = None):
+        self.index, self.count, self._way = index, count, transport
+        self._rounds, self._received = 0, 0
         self._raised: BaseException | None = None
         self._stderr: Any = None
 
@@ -66,6 +76,14 @@ class Processes:
     def writes(self) -> bool:
         """Whether this is the one that writes, locks, downloads, logs and speaks."""
         return self.index == 0
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """How often the processes have exchanged something, and the bytes that each has received.
+
+        They are those of the arrays of the programs that gather and sum.
+        """
+        return self._rounds, self._received
 
     def own(self, total: int) -> range:
         """The rows of ``total`` that are this process's; the last ones may have fewer, or none."""
@@ -153,7 +171,8 @@ class Processes:
         self._exchange({}, error)
         leaves, structure = jax.tree.flatten(tree)
         flat = np.concatenate([np.asarray(x, np.float32).ravel() for x in leaves])
-        sums = self._collect(_sum, flat)
+        sums = self._transport.total(flat)
+        self._received += flat.nbytes
         cuts = np.cumsum([x.size for x in leaves])[:-1]
         shaped = [
             jnp.asarray(part.reshape(x.shape))
@@ -237,6 +256,15 @@ class Processes:
             each is self._raised or isinstance(each, ProcessLostError) for each in causes(error)
         )
 
+    @property
+    def _transport(self) -> Transport:
+        assert self._way is not None
+        return self._way
+
+    def _gathered(self, row: np.ndarray) -> np.ndarray:
+        self._received += row.nbytes * self.count
+        return self._transport.gather(row)
+
     def _exchange(self, value: dict[str, Any], error: BaseException | None) -> list[Any]:
         """What all processes bring, or the first error that one of them brings."""
         from flax import serialization  # it is loaded with a model, not with the package
@@ -246,12 +274,12 @@ class Processes:
         content = np.frombuffer(serialization.msgpack_serialize(value), np.uint8)
         self._rounds += 1
         try:
-            self._meet(f"grpocem_jax/{self._rounds}")
-            sizes = self._gather(np.array([len(content)], np.int32))[:, 0]
+            self._transport.meet(f"grpocem_jax/{self._rounds}")
+            sizes = self._gathered(np.array([len(content)], np.int32))[:, 0]
             # Few lengths, as each is a program of its own.
             padded = np.zeros(1 << max(8, int(sizes.max() - 1).bit_length()), np.uint8)
             padded[: len(content)] = content
-            rows = self._gather(padded)
+            rows = self._gathered(padded)
         except (jax.errors.JaxRuntimeError, ValueError) as gone:  # gloo's errors are ValueErrors
             raise ProcessLostError(lost(gone)) from (error or gone)
         found = [
@@ -266,38 +294,9 @@ class Processes:
                 raise self._raised
         return found
 
-    def _gather(self, row: np.ndarray) -> np.ndarray:
-        """The rows ``[L]`` of all processes, ``[count, L]``."""
-        return self._collect(_same, row)
-
-    def _collect(self, function: Callable[..., Any], row: np.ndarray) -> np.ndarray:
-        given = jax.make_array_from_process_local_data(
-            NamedSharding(self._mesh, PartitionSpec(AXIS)), row[None], (self.count, *row.shape)
-        )
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        return np.asarray(function(given, everywhere).addressable_data(0))
-
-    @functools.cached_property
-    def _mesh(self) -> Mesh:
-        """One device of each process."""
-        firsts: dict[int, jax.Device] = {}
-        for device in jax.devices():
-            firsts.setdefault(device.process_index, device)
-        return Mesh(np.array([firsts[i] for i in range(self.count)]), (AXIS,))
-
 
 ALONE = Processes()
 """A program of one process."""
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _same(x: jax.Array, place: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, place)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sum(x: jax.Array, place: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x.sum(0), place)
 
 
 def _plain(value: Any) -> Any:
