@@ -182,6 +182,28 @@ def test_an_error_that_all_have_is_not_told_again():
     assert [str(each) for each in together(2, work)] == ["once", "process 0: once"]
 
 
+def test_a_signal_while_one_waits_is_told_to_those_who_come():
+    class Interrupting:
+        def __init__(self, seat):
+            self.seat, self.times = seat, 0
+
+        def meet(self, name):
+            self.times += 1
+            if self.times == 1:
+                raise Interrupted(143)
+            self.seat.meet(name)
+
+        def gather(self, row):
+            return self.seat.gather(row)
+
+    def work(processes):
+        if processes.index == 1:
+            processes = Processes(1, 2, Interrupting(processes._way))
+        return processes.each(lambda: 1)
+
+    assert [each.code for each in together(2, work)] == [143, 143]
+
+
 def test_one_that_does_not_come_is_named():
     found = together(2, lambda processes: processes.index or processes.each(lambda: 1), wait_s=0.2)
     assert isinstance(found[0], ProcessLostError)

@@ -23,7 +23,7 @@ from grpocem_jax.utils import cluster, memory
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import cache_folder, expand, is_file
 from grpocem_jax.utils.processes import ProcessLostError, causes
-from grpocem_jax.utils.terminal import abandon, one_line, say
+from grpocem_jax.utils.terminal import abandon, one_line, say, unread
 
 # Flags that this module defines are listed in the help of the command that asks for them.
 flags.disclaim_key_flags()
@@ -154,6 +154,8 @@ def run(
         except InputError as error:
             if any(isinstance(each, ProcessLostError) for each in causes(error)):
                 # The runtime would wait for those that are gone before it lets this one end.
+                with unread(sys.stdout):
+                    sys.stdout.flush()
                 cluster.end(one_line(str(error)))
             _fail(str(error))
         except jax.errors.JaxRuntimeError as error:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -231,10 +230,25 @@ class _Runtime:
 
     def __init__(self, wait_s: int):
         self._wait_ms = 1000 * wait_s
+        self._waiting = threading.Thread(name="")
 
     def meet(self, name: str) -> None:
+        # In a thread of its own, as signals do not reach one that waits inside the runtime.
+        if self._waiting.name != name:
+            self._failed: Exception | None = None
+            self._waiting = threading.Thread(target=self._wait, args=(name,), name=name)
+            self._waiting.daemon = True
+            self._waiting.start()
+        self._waiting.join()
+        if self._failed is not None:
+            raise self._failed
+
+    def _wait(self, name: str) -> None:
         client: Any = distributed.global_state.client
-        client.wait_at_barrier(name, self._wait_ms)
+        try:
+            client.wait_at_barrier(name, self._wait_ms)
+        except jax.errors.JaxRuntimeError as error:
+            self._failed = error
 
     def gather(self, row: np.ndarray) -> np.ndarray:
         return self._run(_same, row)
@@ -317,9 +331,6 @@ def _ending_after(seconds: float, sentence: str) -> Iterator[None]:
 
 def end(sentence: str) -> NoReturn:
     """Ends the process with a sentence and status 2, without a word to the other processes."""
-    for file in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            file.flush()
     with contextlib.suppress(OSError):
         os.write(2, f"error: {sentence}\n".encode())
     os._exit(2)

@@ -40,7 +40,10 @@ class Transport(Protocol):
     """
 
     def meet(self, name: str) -> None:
-        """Waits, for a limited time, until all processes are here; a name is used once."""
+        """Waits, for a limited time, until all processes are here.
+
+        A name is used once, but where a signal has interrupted the wait it is taken up again.
+        """
 
     def gather(self, row: np.ndarray) -> np.ndarray:
         """The rows ``[L]`` of all processes, of one length and type, ``[count, L]``."""
@@ -265,16 +268,25 @@ class Processes:
         self._received += row.nbytes * self.count
         return self._transport.gather(row)
 
+    def _arrive(self, name: str, error: BaseException | None) -> BaseException | None:
+        """Waits for the others, whom a signal that comes meanwhile is told; a second one is not."""
+        try:
+            self._transport.meet(name)
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            self._transport.meet(name)
+            return error or stopped
+        return error
+
     def _exchange(self, value: dict[str, Any], error: BaseException | None) -> list[Any]:
         """What all processes bring, or the first error that one of them brings."""
         from flax import serialization  # it is loaded with a model, not with the package
 
-        if error is not None:
-            value = {"error": _told(error)}
-        content = np.frombuffer(serialization.msgpack_serialize(value), np.uint8)
         self._rounds += 1
         try:
-            self._transport.meet(f"grpocem_jax/{self._rounds}")
+            error = self._arrive(f"grpocem_jax/{self._rounds}", error)
+            if error is not None:
+                value = {"error": _told(error)}
+            content = np.frombuffer(serialization.msgpack_serialize(value), np.uint8)
             sizes = self._gathered(np.array([len(content)], np.int32))[:, 0]
             # Few lengths, as each is a program of its own.
             padded = np.zeros(1 << max(8, int(sizes.max() - 1).bit_length()), np.uint8)
