@@ -1,6 +1,9 @@
 """What processes tell each other, with threads in their place and a table between them."""
 
+import os
+import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from grpocem_jax.runs.rundir import Interrupted
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
-from grpocem_jax.utils.processes import ALONE, Processes, ProcessLostError, lost
+from grpocem_jax.utils.processes import ALONE, Processes, ProcessLostError, lost, shielded
 from tests.runs import OUT_OF_MEMORY
 
 
@@ -79,9 +82,11 @@ def test_every_row_is_done_once_and_all_processes_have_as_many(total, count):
     assert [row for index in range(count) for row in exact[index]] == list(range(total))
 
 
-def test_what_one_returns_all_know_with_its_arrays_texts_and_missing_numbers():
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (0, 5000, 1000), (960, 970, 980)])
+def test_what_one_returns_all_know_with_its_arrays_texts_and_missing_numbers(sizes):
     def work(processes):
         mine = {"a": np.full((2, 3), processes.index, np.int32), "b": ["ü", None, float("nan")]}
+        mine["long"] = "x" * sizes[processes.index]
         return processes.each(lambda: mine)
 
     for found in together(3, work):
@@ -89,6 +94,7 @@ def test_what_one_returns_all_know_with_its_arrays_texts_and_missing_numbers():
         assert found[2]["a"].dtype == np.int32
         assert found[1]["b"][:2] == ["ü", None]
         assert np.isnan(found[0]["b"][2])
+        assert [len(each["long"]) for each in found] == list(sizes)
 
 
 def test_a_sum_of_arrays_has_their_structure_and_is_the_same_everywhere():
@@ -182,26 +188,36 @@ def test_an_error_that_all_have_is_not_told_again():
     assert [str(each) for each in together(2, work)] == ["once", "process 0: once"]
 
 
-def test_a_signal_while_one_waits_is_told_to_those_who_come():
-    class Interrupting:
-        def __init__(self, seat):
-            self.seat, self.times = seat, 0
+@pytest.mark.parametrize("outcome", [7, InputError("of another")])
+def test_a_signal_does_not_break_off_an_exchange(outcome):
+    """It is raised when the exchange is done, unless that itself has an error."""
+    done = []
 
-        def meet(self, name):
-            self.times += 1
-            if self.times == 1:
-                raise Interrupted(143)
-            self.seat.meet(name)
+    def work():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        done.append(1)
+        return outcome
 
-        def gather(self, row):
-            return self.seat.gather(row)
+    if outcome == 7:
+        with pytest.raises(KeyboardInterrupt):
+            shielded(work)
+    else:
+        assert shielded(work) is outcome
+    assert done
 
-    def work(processes):
-        if processes.index == 1:
-            processes = Processes(1, 2, Interrupting(processes._way))
-        return processes.each(lambda: 1)
 
-    assert [each.code for each in together(2, work)] == [143, 143]
+def test_a_second_signal_breaks_it_off():
+    def work():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        time.sleep(5)
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        shielded(work)
+    assert time.monotonic() - started < 4
 
 
 def test_one_that_does_not_come_is_named():

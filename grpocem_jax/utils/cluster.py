@@ -230,25 +230,10 @@ class _Runtime:
 
     def __init__(self, wait_s: int):
         self._wait_ms = 1000 * wait_s
-        self._waiting = threading.Thread(name="")
 
     def meet(self, name: str) -> None:
-        # In a thread of its own, as signals do not reach one that waits inside the runtime.
-        if self._waiting.name != name:
-            self._failed: Exception | None = None
-            self._waiting = threading.Thread(target=self._wait, args=(name,), name=name)
-            self._waiting.daemon = True
-            self._waiting.start()
-        self._waiting.join()
-        if self._failed is not None:
-            raise self._failed
-
-    def _wait(self, name: str) -> None:
         client: Any = distributed.global_state.client
-        try:
-            client.wait_at_barrier(name, self._wait_ms)
-        except jax.errors.JaxRuntimeError as error:
-            self._failed = error
+        client.wait_at_barrier(name, self._wait_ms)
 
     def gather(self, row: np.ndarray) -> np.ndarray:
         return self._run(_same, row)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +28,9 @@ from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
 
 T = TypeVar("T")
+
+HEAD = 1024
+"""Bytes in which what a process tells the others goes at once, where it is no longer."""
 
 
 class ProcessLostError(InputError):
@@ -40,10 +44,7 @@ class Transport(Protocol):
     """
 
     def meet(self, name: str) -> None:
-        """Waits, for a limited time, until all processes are here.
-
-        A name is used once, but where a signal has interrupted the wait it is taken up again.
-        """
+        """Waits, for a limited time, until all processes are here; a name is used once."""
 
     def gather(self, row: np.ndarray) -> np.ndarray:
         """The rows ``[L]`` of all processes, of one length and type, ``[count, L]``."""
@@ -139,7 +140,8 @@ class Processes:
         if self.count == 1:
             return [function()]
         value, error = self._attempt(function)
-        return [each["value"] for each in self._exchange({"value": _plain(value)}, error)]
+        found, _ = self._exchange({"value": _plain(value)}, error)
+        return [each["value"] for each in found]
 
     def first(self, function: Callable[[], T]) -> T:
         """What a function returns in process 0, where alone it is called; else as `each`."""
@@ -171,11 +173,9 @@ class Processes:
         if self.count == 1:
             return function()
         tree, error = self._attempt(lambda: jax.device_get(function()))
-        self._exchange({}, error)
         leaves, structure = jax.tree.flatten(tree)
-        flat = np.concatenate([np.asarray(x, np.float32).ravel() for x in leaves])
-        sums = self._transport.total(flat)
-        self._received += flat.nbytes
+        flat = [np.asarray(x, np.float32).ravel() for x in leaves]
+        _, sums = self._exchange({}, error, np.concatenate([np.zeros(0, np.float32), *flat]))
         cuts = np.cumsum([x.size for x in leaves])[:-1]
         shaped = [
             jnp.asarray(part.reshape(x.shape))
@@ -268,43 +268,97 @@ class Processes:
         self._received += row.nbytes * self.count
         return self._transport.gather(row)
 
-    def _arrive(self, name: str, error: BaseException | None) -> BaseException | None:
-        """Waits for the others, whom a signal that comes meanwhile is told; a second one is not."""
-        try:
-            self._transport.meet(name)
-        except (KeyboardInterrupt, SystemExit) as stopped:
-            self._transport.meet(name)
-            return error or stopped
-        return error
+    def _spread(self, content: bytes) -> list[bytes]:
+        """The contents of all processes: what is short in one piece, the rest in a second one."""
+        head = np.zeros(HEAD, np.uint8)
+        head[:4] = np.array([len(content)], np.int32).view(np.uint8)
+        rest = np.frombuffer(content, np.uint8)
+        head[4 : 4 + len(rest)] = rest[: HEAD - 4]
+        heads = self._gathered(head)
+        sizes = np.ascontiguousarray(heads[:, :4]).view(np.int32)[:, 0]
+        whole = heads[:, 4:]
+        if sizes.max() > HEAD - 4:
+            # Few lengths, as each is a program of its own.
+            padded = np.zeros(1 << int(sizes.max() - (HEAD - 4) - 1).bit_length(), np.uint8)
+            padded[: max(0, len(rest) - (HEAD - 4))] = rest[HEAD - 4 :]
+            whole = np.concatenate([whole, self._gathered(padded)], axis=1)
+        return [row[:size].tobytes() for row, size in zip(whole, sizes, strict=True)]
 
-    def _exchange(self, value: dict[str, Any], error: BaseException | None) -> list[Any]:
-        """What all processes bring, or the first error that one of them brings."""
+    def _exchange(
+        self,
+        value: dict[str, Any],
+        error: BaseException | None,
+        row: np.ndarray | None = None,
+    ) -> tuple[list[Any], Any]:
+        """What all processes bring, and the sum of their rows, or the first error of one of them.
+
+        A signal does not break it off, as the others would wait for the rest.
+        """
+        outcome = shielded(lambda: self._round(value, error, row))
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _round(
+        self, value: dict[str, Any], error: BaseException | None, row: np.ndarray | None
+    ) -> tuple[list[Any], Any] | BaseException:
         from flax import serialization  # it is loaded with a model, not with the package
 
+        if error is not None:
+            value = {"error": _told(error)}
+        content = serialization.msgpack_serialize(value)
         self._rounds += 1
         try:
-            error = self._arrive(f"grpocem_jax/{self._rounds}", error)
-            if error is not None:
-                value = {"error": _told(error)}
-            content = np.frombuffer(serialization.msgpack_serialize(value), np.uint8)
-            sizes = self._gathered(np.array([len(content)], np.int32))[:, 0]
-            # Few lengths, as each is a program of its own.
-            padded = np.zeros(1 << max(8, int(sizes.max() - 1).bit_length()), np.uint8)
-            padded[: len(content)] = content
-            rows = self._gathered(padded)
+            self._transport.meet(f"grpocem_jax/{self._rounds}")
+            found = [serialization.msgpack_restore(each) for each in self._spread(content)]
+            failed = next((i for i, each in enumerate(found) if "error" in each), None)
+            if failed is not None:
+                own = error is not None and failed == self.index
+                self._raised = error if own else _retold(found[failed]["error"], failed)
+                return self._raised or InputError("unknown")
+            if row is None:
+                return found, None
+            self._received += row.nbytes
+            return found, self._transport.total(row)
         except (jax.errors.JaxRuntimeError, ValueError) as gone:  # gloo's errors are ValueErrors
-            raise ProcessLostError(lost(gone)) from (error or gone)
-        found = [
-            serialization.msgpack_restore(row[:size].tobytes())
-            for row, size in zip(rows, sizes, strict=True)
-        ]
-        for number, each in enumerate(found):
-            if "error" in each:
-                own = error is not None and number == self.index
-                self._raised = error if own else _retold(each["error"], number)
-                assert self._raised is not None
-                raise self._raised
-        return found
+            found_lost = ProcessLostError(lost(gone))
+            found_lost.__cause__ = error or gone
+            return found_lost
+
+
+def shielded(work: Callable[[], T]) -> T:
+    """What some work returns, though a signal comes meanwhile; that is raised when it is done.
+
+    A second one is raised at once. What the work returns goes before where it is an error.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    # Signals are handled in the main thread, which must be able to.
+    done = threading.Event()  # a join that was interrupted cannot be taken up again
+    thread = threading.Thread(target=run, daemon=True)
+    stopped: BaseException | None = None
+    try:
+        thread.start()
+        done.wait()
+    except (KeyboardInterrupt, SystemExit) as signalled:
+        stopped = signalled
+        if not done.wait(1.0) and not thread.is_alive():
+            raise  # it came before the thread was there
+        done.wait()
+    if errors:
+        raise errors[0]
+    if stopped is not None and not isinstance(results[0], BaseException):
+        raise stopped
+    return results[0]
 
 
 ALONE = Processes()
