@@ -42,6 +42,7 @@ ALLOWED = {
     ("benchmarks/common.py", "import_module"),
     ("benchmarks/peers.py", "torch"),
     ("benchmarks/peers_trl.py", "torch"),
+    ("studies/distributed.py", "subprocess"),
     ("studies/kills.py", "subprocess"),
     # An optional package, and only where a config names it.
     ("grpocem_jax/search/evosax.py", "import_module"),

@@ -259,6 +259,8 @@ def score_steps(
     mask: np.ndarray,
     outcomes: np.ndarray,
     base_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    processes: Processes = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of the steps of completions, for `grpo.process_advantages`.
 
@@ -272,17 +274,16 @@ def score_steps(
       mask: bool ``[P, G, N]``.
       outcomes: float32 ``[P, G]`` from `score`.
       base_logps: as in `score`.
+      processes: as in `score`.
 
     Returns:
       rewards float32 ``[P, G, N]`` at the last token of each step, and where those are, bool.
       The last step of a completion ends with its end token.
     """
-    rows = policy.processes.own(len(items))
+    rows = processes.own(len(items))
     own = _of_rows(rows, items, texts, base_logps)
     at = slice(rows.start, rows.stop)
-    parts = policy.processes.each(
-        lambda: _score_steps(policy, tokens[at], mask[at], outcomes[at], *own)
-    )
+    parts = processes.each(lambda: _score_steps(policy, tokens[at], mask[at], outcomes[at], *own))
     rewards, ends = (np.concatenate(each) for each in zip(*parts, strict=True))
     return rewards, ends
 

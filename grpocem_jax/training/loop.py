@@ -37,7 +37,7 @@ from grpocem_jax.utils import cluster, devices, memory, user_code
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, read_object, writing
-from grpocem_jax.utils.processes import Processes
+from grpocem_jax.utils.processes import ALONE, Processes
 from grpocem_jax.utils.progress import Progress
 from grpocem_jax.utils.terminal import say
 
@@ -274,6 +274,7 @@ class Run:
       skipped: updates skipped because loss or gradient was not finite.
       logs: where metrics go beside metrics.jsonl.
       micro_batch: completions of an update processed at once.
+      processes: those that train together.
       validation_items: prompts to compare checkpoints by; none are compared where it is empty.
       validation_key: PRNG key of their completions, the same each time.
       best: step and ``eval_reward`` of the best checkpoint so far, or None.
@@ -282,6 +283,7 @@ class Run:
         than that of a run as long from the start, in sentences; none as a rule.
     """
 
+    processes: Processes = ALONE
     validation_items: Sequence[rollouts.Item] = ()
     validation_key: jax.Array
 

@@ -145,7 +145,14 @@ def _step_rewards(
     """Rewards at the last token of each step, float32 ``[P, G, N]``, NaN elsewhere."""
     if config.grpo.supervision == "process":
         values, ends = rollouts.score_steps(
-            policy, items, out.texts, out.tokens, out.mask, rewards, out.base_logps
+            policy,
+            items,
+            out.texts,
+            out.tokens,
+            out.mask,
+            rewards,
+            out.base_logps,
+            processes=policy.processes,
         )
     else:  # one step a completion, worth its outcome
         values = rewards[..., None].astype(np.float32)
