@@ -48,6 +48,8 @@ ALLOWED = {
     ("grpocem_jax/search/evosax.py", "import_module"),
     # git, which says of which commit a checkout is.
     ("grpocem_jax/runs/metrics.py", "subprocess"),
+    # This Python, which says a sentence where JAX aborts a process.
+    ("grpocem_jax/utils/cluster.py", "subprocess"),
     # The training commands and nvidia-smi, in processes of their own.
     ("benchmarks/gpu.py", "subprocess"),
     # transformers runs the exported folder where PyTorch is installed, to compare logits.

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -202,12 +204,14 @@ def join(place: Place | None, *, wait_s: int = WAIT_S, dead_after_s: int = DEAD_
             shutdown_timeout_seconds=wait_s,
         )
     _JOINED.append(wait_s)
+    _WITNESSES.append(_Witness(place))
     watch = _Watch()
     atexit.register(watch.close)
     threading.Thread(target=watch.run, daemon=True).start()
 
 
 _JOINED: list[int] = []
+_WITNESSES: list["_Witness"] = []
 _HERE: list[Processes] = []
 
 
@@ -316,9 +320,48 @@ def _ending_after(seconds: float, sentence: str) -> Iterator[None]:
 
 def end(sentence: str) -> NoReturn:
     """Ends the process with a sentence and status 2, without a word to the other processes."""
+    for witness in _WITNESSES:
+        witness.close()
     with contextlib.suppress(OSError):
         os.write(2, f"error: {sentence}\n".encode())
     os._exit(2)
+
+
+class _Witness:
+    """Says a sentence where this process is ended in a way that leaves it none.
+
+    JAX's runtime aborts a process where another one is gone, as a rule before `_Watch` can say so.
+    The witness is a process that waits for the end of this one, and knows whether it was orderly.
+    """
+
+    CODE = (
+        "import signal, sys\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
+        "    signal.signal(number, signal.SIG_IGN)\n"
+        "if not sys.stdin.buffer.read(1):\n"
+        "    print(sys.argv[1], file=sys.stderr)\n"
+    )
+
+    def __init__(self, place: Place):
+        sentence = (
+            f"error: process {place.index} of {place.count} was ended by a signal, or by JAX "
+            "because another process is gone; start the same command again in every process, which "
+            "continues the run from its last checkpoint."
+        )
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", self.CODE, sentence],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Lets it go without a word."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._child.stdin is not None:
+                self._child.stdin.write(b".")
+                self._child.stdin.close()
 
 
 class _Watch:
