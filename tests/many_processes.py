@@ -18,7 +18,6 @@ from grpocem_jax.config import SearchConfig
 from grpocem_jax.config.files import load_config
 from grpocem_jax.runs.trained import TrainedRun, load_run
 from grpocem_jax.search import loop as search
-from grpocem_jax.search import spaces
 from grpocem_jax.tasks import scoring
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import update
@@ -89,18 +88,15 @@ def found(offsets: Offsets) -> dict[str, Any]:
 
 
 def adapted(run: TrainedRun) -> dict[str, Any]:
-    """Where searches end: on the likelihood of a text, in two spaces, and on a reward."""
+    """Where searches end: on the likelihood of a text and on a reward."""
     items = load_data(run.config, run.policy).train[:4]
     reward = dataclasses.replace(run.config.search, fitness="reward")
-    experts = [jax.tree.map(lambda x, i=i: x + 0.05 * (i + 1), run.policy.zero) for i in range(3)]
-    space = spaces.expert_space(run.offsets, experts, per_site=False)
 
-    def by(what: Any, own: SearchConfig, **options: Any) -> dict[str, Any]:
-        return found(adaptation.adapt(run, what, settings=own, **options).offsets)
+    def by(what: Any, own: SearchConfig) -> dict[str, Any]:
+        return found(adaptation.adapt(run, what, settings=own).offsets)
 
     return {
         "likelihood": by(TEXT, run.config.search),
-        "experts": by(TEXT, run.config.search, space=space),
         "reward": by(items, reward),
     }
 
