@@ -7,10 +7,18 @@ PEERS_VENV ?= .venv-peers
 # Modules are compiled when they are imported, which most of them never are.
 PIP_FLAGS = --quiet --disable-pip-version-check --no-compile
 
-.PHONY: train smollm2 test check algorithms lint parity bench gpu model experts study study-real docs clean
+.PHONY: train distributed smollm2 test check algorithms lint parity bench gpu model experts study study-real docs clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config configs/tiny.py $(ARGS)
+
+# The same as two processes on this machine (docs/clusters.md).
+PORT ?= 8476
+TOGETHER = JAX_PLATFORMS=cpu $(VENV)/bin/python train.py --config configs/tiny.py \
+    --workdir runs/distributed --coordinator_address=127.0.0.1:$(PORT) --num_processes=2
+distributed: $(VENV)/.installed
+	$(TOGETHER) --process_id=1 $(ARGS) & $(TOGETHER) --process_id=0 $(ARGS); \
+	    status=$$?; wait; exit $$status
 
 # Trains a language model of GPT-2's size, from the package index, on two real tasks;
 # `make smollm2 DATA=FOLDER` takes their data from FOLDER/sst2_sentences and FOLDER/ag_news. Without

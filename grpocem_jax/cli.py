@@ -15,6 +15,7 @@ from grpocem_jax.config import commands
 from grpocem_jax.serving.options import Limits, Options
 from grpocem_jax.training import sweep
 from grpocem_jax.training.loop import train as train_run
+from grpocem_jax.utils import cluster
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.terminal import say
 
@@ -30,6 +31,8 @@ def train() -> None:
         "'seed=0,1,2 train.learning_rate=0.01,0.02 data.tasks=qa,sentiment+general'.",
     )
 
+    join = commands.define_processes()
+
     def main(argv: list[str]) -> None:
         del argv
         if workdir.value == "":
@@ -39,13 +42,15 @@ def train() -> None:
         if grid.value is None:
             train_run(config.value, workdir.value or default)
             return
+        if cluster.here().count > 1:
+            raise InputError("--sweep: is for one process; leave --distributed out.")
         folder = Path(workdir.value or default)
         runs = sweep.sweep(config.value, sweep.parse(grid.value), folder)
         page = folder / "compare.html"
         compare([str(folder / name) for name in runs], page)
         say(f"{sweep.table(runs)}\npage      {page}")
 
-    commands.run(main)
+    commands.run(main, join=join)
 
 
 def adapt() -> None:
@@ -77,6 +82,7 @@ def adapt() -> None:
     )
     model = flags.DEFINE_string("model", None, commands.MODEL_HELP)
     as_json = flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
+    join = commands.define_processes()
 
     def main(argv: list[str]) -> None:
         del argv
@@ -93,7 +99,7 @@ def adapt() -> None:
             as_json=as_json.value,
         )
 
-    commands.run(main)
+    commands.run(main, join=join)
 
 
 def serve() -> None:

@@ -100,7 +100,11 @@ def sharing_policies() -> Callable[..., Policy]:
     """A `load_policy` that loads one policy for equal settings, so that programs are shared."""
     known: dict[Any, Policy] = {}
 
-    def load(config: Config, *, adapter: Any = None, mesh: Any = None) -> Policy:
+    def load(
+        config: Config, *, adapter: Any = None, mesh: Any = None, processes: Any = None
+    ) -> Policy:
+        del processes  # one
+
         stop, keep = config.generation.stop, config.generation.keep_special_tokens
         chat = (config.data.chat, config.data.system)
         key = (config.model, config.adapter, stop, keep, chat, config.seed, adapter, mesh)

@@ -571,12 +571,12 @@ def test_a_second_signal_during_a_reward_saves_the_steps_before(
 ):
     score, workdir, calls = training.rollouts.score, tmp_path / "run", []
 
-    def waits(*args):
+    def waits(*args, **options):
         calls.append(1)
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return score(*args)
+        return score(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(training.rollouts, "score", waits)

@@ -42,12 +42,15 @@ ALLOWED = {
     ("benchmarks/common.py", "import_module"),
     ("benchmarks/peers.py", "torch"),
     ("benchmarks/peers_trl.py", "torch"),
+    ("studies/distributed.py", "subprocess"),
     ("studies/kills.py", "subprocess"),
     ("studies/serving.py", "subprocess"),
     # An optional package, and only where a config names it.
     ("grpocem_jax/search/evosax.py", "import_module"),
     # git, which says of which commit a checkout is.
     ("grpocem_jax/runs/metrics.py", "subprocess"),
+    # This Python, which says a sentence where JAX aborts a process.
+    ("grpocem_jax/utils/cluster.py", "subprocess"),
     # The training commands and nvidia-smi, in processes of their own.
     ("benchmarks/gpu.py", "subprocess"),
     # transformers runs the exported folder where PyTorch is installed, to compare logits.

@@ -342,7 +342,7 @@ def test_of_the_groups_drawn_those_whose_rewards_differ_are_trained_on(tmp_path,
     rewards = np.full((8, 4), -1.0)
     rewards[[2, 5, 7], 1] = 1.0
 
-    def score(items, texts, base_logps):
+    def score(items, texts, base_logps, **options):
         return rollouts.Scores(rewards, {}, None)
 
     monkeypatch.setattr(training.rollouts, "score", score)

@@ -173,14 +173,14 @@ def work_of_a_generation() -> float:
 
 def train(workdir: Path, count: int) -> tuple[dict[str, Any], str]:
     """A run on so many devices: its summary, and the line of the first screen on the device."""
-    real, out = jax.device_count, io.StringIO()
+    real, out = jax.local_device_count, io.StringIO()
     if count == 1:
-        jax.device_count = lambda: 1
+        jax.local_device_count = lambda: 1
     try:
         with contextlib.redirect_stdout(out):
             summary = training.train(settings(), workdir)
     finally:
-        jax.device_count = real
+        jax.local_device_count = real
     (line,) = (x for x in out.getvalue().splitlines() if x.startswith("device "))
     return summary, line
 

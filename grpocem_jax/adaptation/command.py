@@ -1,13 +1,15 @@
 """What ``adapt.py`` does: reads prompts and examples, adapts, and shows what came of it."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +21,14 @@ from grpocem_jax import adaptation, report, rollouts
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun, screens, tables
 from grpocem_jax.config import SearchConfig
 from grpocem_jax.runs import checkpoints
+from grpocem_jax.runs.metrics import environment
 from grpocem_jax.runs.screens import unit
 from grpocem_jax.search.loop import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.training import evaluation
 from grpocem_jax.training.data import load_data
+from grpocem_jax.utils import cluster
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, write_json, writing
 from grpocem_jax.utils.terminal import say, show, unread
@@ -82,9 +86,12 @@ def run(
         raise InputError("--prompt and --prompts are both given; give one of them.")
     if save and not examples and prompts:
         raise InputError("--save needs one adapter, but --prompts makes one for each prompt.")
+    processes = cluster.here()
     texts: list[Any] = []
     if not evaluate:
-        texts = _read_prompts(prompt, prompts, optional=examples is not None)
+        # A launcher gives standard input to all processes, or to the first alone.
+        optional = examples is not None
+        texts = processes.first(lambda: _read_prompts(prompt, prompts, optional=optional))
     if workdir is not None:
         trained = adaptation.load_run(workdir, settings, model=model)
     else:
@@ -105,21 +112,22 @@ def run(
                 "config.search.task='': name the task whose reward scores completions of "
                 f"--examples: {', '.join(trained.config.data.tasks)}."
             )
+    processes.require_same(_started_with(trained, texts, examples, heldout))
     # What cannot be used is refused before the first search.
     for text in texts:
         adaptation.count_tokens(trained, text)
     judge = _Judge(trained) if heldout is None else _judge(trained, Path(heldout))
     if save:
-        _make_folder(Path(save))
+        folder = Path(save)
+        processes.first(lambda: _make_folder(folder))
     say(screens.adapting(trained, workdir), sys.stderr)
     # Results are saved before they are shown, and shown also where they cannot be saved.
     unsaved: InputError | None = None
     if evaluate:
         result = _evaluate(trained)
         try:
-            with writing(f"--workdir={workdir}", "copy the run to another folder"):
-                write_json(Path(str(workdir)) / "evaluation.json", result)
-            say(f"report    {report.write(str(workdir))}", sys.stderr)
+            page = processes.first(lambda: _write_tables(str(workdir), result))
+            say(f"report    {page}", sys.stderr)
         except InputError as error:
             unsaved = error
         if not as_json:
@@ -136,7 +144,7 @@ def run(
             results.append(_record(trained, found, text, judge))
             if save and len(results) == 1:
                 try:
-                    _save(trained, found, results[0], save)
+                    processes.first(functools.partial(_save, trained, found, results[0], save))
                 except InputError as error:
                     unsaved = error
             if not as_json:
@@ -155,6 +163,45 @@ def run(
     if unsaved is not None:
         raise unsaved
     return result
+
+
+def _started_with(
+    run: TrainedRun, texts: Sequence[Any], examples: str | None, heldout: str | None
+) -> dict[str, Any]:
+    """What must be the same in all processes, by name."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(run.offsets)):
+        digest.update(leaf.tobytes())
+    files = {"--examples": examples, "--heldout": heldout}
+    hashes = {
+        name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file is not None and is_file(file)
+    }
+    settings = {x: repr(y) for x, y in _flat("config", run.config).items()}
+    versions = environment()["versions"]
+    return {
+        **settings,
+        **{f"the version of {name}": value for name, value in versions.items()},
+        **{f"the file of {name}": value for name, value in hashes.items()},
+        "the adapter": digest.hexdigest(),
+        "the prompts": list(texts),
+    }
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if not isinstance(value, Mapping) or not value:
+        return {name: value}
+    return {x: y for key, own in value.items() for x, y in _flat(f"{name}.{key}", own).items()}
+
+
+def _write_tables(workdir: str, tables: dict[str, Any]) -> str:
+    """Writes what ``--evaluate`` found into a run directory; where its page is."""
+    with writing(f"--workdir={workdir}", "copy the run to another folder"):
+        write_json(Path(workdir) / "evaluation.json", tables)
+    return str(report.write(workdir))
 
 
 def _save(run: TrainedRun, found: Adaptation, record: dict[str, Any], folder: str) -> None:

@@ -4,9 +4,9 @@ from typing import Any
 
 from grpocem_jax import adapters
 from grpocem_jax.config import make_method
-from grpocem_jax.runs.screens import measured, setting, trained
+from grpocem_jax.runs.screens import divided, measured, setting, trained
 from grpocem_jax.runs.trained import TrainedRun
-from grpocem_jax.search.base import describe
+from grpocem_jax.search.base import describe, needs
 from grpocem_jax.utils.terminal import one_line
 
 
@@ -15,13 +15,16 @@ def adapting(run: TrainedRun, workdir: str | None) -> str:
     search = run.config.search
     space = {"subspace": f"subspace of {search.rank} directions", "full": "all offsets"}
     where = space.get(search.space, f"weights of experts ({search.experts})")
-    how = describe(make_method(run.config), search.generations)
+    method = make_method(run.config)
+    alike = "gradient" in needs(method)
+    how = describe(method, search.generations)
     gate = f"gate at {search.gate_z:g} standard errors" if search.gate else "no gate"
     budget = "" if search.budget_s is None else f", at most {search.budget_s:g} s"
     return "\n".join(
         [
             *setting(run.config, run.policy),
             f"run       {workdir or 'none; adapting starts from the base model'}",
+            *divided(run.policy, "candidates", method.population_size, alike=alike),
             f"search    {how}{budget}, on the {search.fitness}, in {where}, {gate}",
         ]
     )

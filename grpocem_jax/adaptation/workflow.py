@@ -188,6 +188,7 @@ def adapt(
             population_chunk=settings.population_chunk or subject.chunk,
             fit_memory=settings.fit_memory,
             mesh=run.policy.mesh,
+            processes=run.policy.processes,
             budget_s=settings.budget_s,
             on_chunk=on_chunk,
         )

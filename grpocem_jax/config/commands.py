@@ -19,10 +19,11 @@ from ml_collections import config_flags
 
 from grpocem_jax.config.files import load_config
 from grpocem_jax.config.names import RENAMED, rename
-from grpocem_jax.utils import memory
+from grpocem_jax.utils import cluster, memory
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import cache_folder, expand, is_file
-from grpocem_jax.utils.terminal import abandon, one_line, say
+from grpocem_jax.utils.processes import ProcessLostError, causes
+from grpocem_jax.utils.terminal import abandon, one_line, say, unread
 
 # Flags that this module defines are listed in the help of the command that asks for them.
 flags.disclaim_key_flags()
@@ -75,12 +76,48 @@ def define_config(default: str | None = None, *, of_run: bool = False) -> Any:
     return holder
 
 
-def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> None:
+def define_processes() -> Callable[[], cluster.Place | None]:
+    """Defines the flags of a command that many processes may run together.
+
+    Returns:
+      joins the others where there are any, see `utils.cluster`; before anything touches a device.
+    """
+    several = flags.DEFINE_bool(
+        "distributed",
+        None,
+        "Whether this is one of several processes, each started with the same command; by default "
+        "where SLURM, Open MPI, Kubernetes or JAX_COORDINATOR_ADDRESS say so (docs/clusters.md).",
+    )
+    address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+    count = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    index = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    wait_s = flags.DEFINE_integer(
+        "wait_s", cluster.WAIT_S, "Seconds to wait for a process that is alive but does not come."
+    )
+    dead_after_s = flags.DEFINE_integer(
+        "dead_after_s", cluster.DEAD_AFTER_S, "Seconds after which a silent process counts as dead."
+    )
+
+    def join() -> cluster.Place | None:
+        place = cluster.find(several.value, address.value, count.value, index.value)
+        cluster.join(place, wait_s=wait_s.value, dead_after_s=dead_after_s.value)
+        return place
+
+    return join
+
+
+def run(
+    main: Callable[[list[str]], Any],
+    *,
+    arguments: bool = False,
+    join: Callable[[], cluster.Place | None] = lambda: None,
+) -> None:
     """Runs a command's ``main`` under absl; mistakes end it with one sentence and status 2.
 
     Args:
       main: is given what is no flag, behind the program's name.
       arguments: whether the command takes such arguments, flags before and after them.
+      join: of `define_processes`, where it may be one of several.
     """
     flags.FLAGS.set_gnu_getopt(arguments)
     for flag in flags.FLAGS.get_flags_for_module(main.__module__):
@@ -97,6 +134,10 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> None:
         if config is not None and config.value is None and not _of_run(config):
             _fail("--config is missing; start with --config tiny.")
         try:
+            join()
+        except InputError as error:
+            _fail(str(error))
+        try:
             jax.devices()
         except Exception as error:  # JAX has several for it, one of them a bare AssertionError
             variables = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
@@ -108,8 +149,14 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> None:
             )
         try:
             keep_compiled_programs()
-            main(argv)
+            with cluster.here().together():
+                main(argv)
         except InputError as error:
+            if any(isinstance(each, ProcessLostError) for each in causes(error)):
+                # The runtime would wait for those that are gone before it lets this one end.
+                with unread(sys.stdout):
+                    sys.stdout.flush()
+                cluster.end(one_line(str(error)))
             _fail(str(error))
         except jax.errors.JaxRuntimeError as error:
             if not memory.ran_out(error):

@@ -189,6 +189,51 @@ def update(
       InputError: ``beta`` or ``entropy`` below 0; a micro-batch that is not whole groups, or does
         not divide the batch; a draw without a key.
     """
+    grads, metrics = gradients(
+        state.offsets,
+        params,
+        batch,
+        temperature,
+        model=model,
+        objective=objective,
+        beta=beta,
+        entropy=entropy,
+        micro_batch=micro_batch,
+        loss=loss,
+        draw=draw,
+        key=key,
+    )
+    return apply(state, grads, metrics, optimizer=optimizer, beta=beta)
+
+
+def gradients(
+    offsets: Any,
+    params: Params,
+    batch: Batch,
+    temperature: jax.Array | float,
+    *,
+    model: Model,
+    objective: Objective,
+    beta: float = 0.0,
+    entropy: float = 0.0,
+    micro_batch: int | None = None,
+    loss: Loss = loss,
+    draw: Callable[[jax.Array, Any], Any] | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The gradient of a loss on a batch, of which those of parts of a step add up. Traceable.
+
+    Args:
+      offsets: the offsets.
+      params: as those after it, as in `update`.
+      batch: all rollouts of a step, or those of some prompts with the weights of the whole step.
+
+    Returns:
+      the gradient, and the metrics of the loss.
+
+    Raises:
+      InputError: as `update`.
+    """
     for name, value in (("beta", beta), ("entropy", entropy)):
         if not value >= 0:
             raise InputError(f"{name}={value!r}: must be at least 0.")
@@ -218,15 +263,36 @@ def update(
 
     def accumulate(total: Any, part: Batch) -> tuple[Any, dict[str, jax.Array]]:
         part = part._replace(weights=part.weights * scale)
-        grads, metrics = gradient(state.offsets, params, part, temperature)
+        grads, metrics = gradient(offsets, params, part, temperature)
         total = jax.tree.map(lambda x, y: x + y / scale, total, grads)
         return total, jax.tree.map(lambda x: x / scale, metrics)
 
-    zero = jax.tree.map(jnp.zeros_like, state.offsets)
+    zero = jax.tree.map(jnp.zeros_like, offsets)
     grads, parts = jax.lax.scan(accumulate, zero, micro)
-    metrics = {name: jnp.sum(values, 0) for name, values in parts.items()}
-    metrics["grad_norm"] = optax.global_norm(grads)
+    return grads, {name: jnp.sum(values, 0) for name, values in parts.items()}
 
+
+def apply(
+    state: TrainState,
+    grads: Any,
+    metrics: dict[str, jax.Array],
+    *,
+    optimizer: optax.GradientTransformation,
+    beta: float = 0.0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The optimizer's step with the gradient of a whole step. Traceable.
+
+    Args:
+      state: before the step.
+      grads: of `gradients`, or the sum of several.
+      metrics: the same.
+      optimizer: as in `update`.
+      beta: weight of the KL term.
+
+    Returns:
+      as `update`.
+    """
+    metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         grads,
         state.opt_state,

@@ -5,7 +5,7 @@ completion of a prompt and a population of candidates differ in its arguments al
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -70,7 +70,8 @@ def complete(
     """Completes a batch of prompts.
 
     The completions of a prompt depend on its tokens, its key and its adapter alone, not on the
-    other prompts or the bucket.
+    other prompts or the bucket, nor on the process that makes them: each completes its share, and
+    all of them have all completions.
 
     Args:
       policy: the policy.
@@ -92,17 +93,27 @@ def complete(
     context = policy.model.context_length
     longest = max(len(tokens) for tokens in prompts)
     padded = pad(prompts, bucket_length(longest, [min(bucket, context) for bucket in buckets]))
-    out = generate(
-        policy,
-        offsets,
-        padded,
-        keys,
-        generation,
-        num_samples=num_samples,
-        temperature=temperature,
-        greedy=greedy,
-        own_adapters=own_adapters,
-    )
+
+    def of_rows(rows: np.ndarray) -> dict[str, Any]:
+        def own(tree: Any) -> Any:
+            return tree if len(rows) == len(prompts) else jax.tree.map(lambda x: x[rows], tree)
+
+        out = generate(
+            policy,
+            own(offsets) if own_adapters else offsets,
+            own(padded),
+            own(keys),
+            generation,
+            num_samples=num_samples,
+            temperature=temperature,
+            greedy=greedy,
+            own_adapters=own_adapters,
+        )
+        return {**out._asdict(), "texts": decode(policy, *jax.device_get((out.tokens, out.mask)))}
+
+    found = policy.processes.divided(len(prompts), of_rows)
+    texts = found.pop("texts")
+    out = sampling.Rollouts(**found)
     tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
     finite = np.isfinite(logps).all(-1)
     if require_finite and not finite.all():
@@ -110,7 +121,7 @@ def complete(
         raise InputError(
             f"{count}{policy.nonfinite_logits('use another adapter, or other prompts')}."
         )
-    return Completions(padded, out, tokens, mask, finite, decode(policy, tokens, mask))
+    return Completions(padded, out, tokens, mask, finite, texts)
 
 
 def generate(

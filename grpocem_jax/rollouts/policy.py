@@ -20,6 +20,7 @@ from grpocem_jax.models import tokenizer as tokenizers
 from grpocem_jax.tasks import PromptFormat
 from grpocem_jax.utils import devices, user_code
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.processes import ALONE, Processes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +39,9 @@ class Policy:
       end_ids: int32 ``[E]``, tokens that end a completion: the model's own, and those that are a
         stop string by themselves.
       pretrained: where the model came from.
-      mesh: the devices that work together, each with all parameters; None for a single one.
+      mesh: the devices of this process that work together, each with all parameters; None for a
+        single one.
+      processes: those that work together, each with a policy of its own.
       stop_strings: what ends a completion wherever it appears in the text.
       stop_table: int32 ``[K, V]``, by which the tokens are watched for them, see
         `models.tokenizer.stop_table`; None where there are none.
@@ -58,6 +61,7 @@ class Policy:
     end_ids: jax.Array
     pretrained: hub.Pretrained
     mesh: Mesh | None = None
+    processes: Processes = ALONE
     stop_strings: tuple[str, ...] = ()
     stop_table: jax.Array | None = None
     keep_special_tokens: bool = True
@@ -65,8 +69,8 @@ class Policy:
 
     @property
     def num_devices(self) -> int:
-        """How many devices work together."""
-        return 1 if self.mesh is None else self.mesh.size
+        """How many devices work together, those of all processes."""
+        return self.processes.count * (1 if self.mesh is None else self.mesh.size)
 
     @property
     def dtype(self) -> str:
@@ -135,7 +139,11 @@ class Policy:
 
 
 def load_policy(
-    config: Config, *, adapter: adapters.Adapter | None = None, mesh: Mesh | None = None
+    config: Config,
+    *,
+    adapter: adapters.Adapter | None = None,
+    mesh: Mesh | None = None,
+    processes: Processes = ALONE,
 ) -> Policy:
     """Loads the model of a config and puts a zero adapter on it.
 
@@ -143,6 +151,7 @@ def load_policy(
       config: of which the model, the adapter, the stop strings and the seed are read.
       adapter: an adapter of one's own, in place of the config's on the config's sites.
       mesh: devices that the parameters are put on, see `grpocem_jax.utils.devices`.
+      processes: those that share the work, see `grpocem_jax.utils.processes`.
 
     Raises:
       InputError: a source, site, stop string or adapter that cannot be used; a chat without a
@@ -188,6 +197,7 @@ def load_policy(
         end_ids=jnp.array(end_ids, jnp.int32),
         pretrained=pretrained,
         mesh=mesh,
+        processes=processes,
         stop_strings=generation.stop,
         stop_table=None if table is None else devices.replicate(mesh, jnp.asarray(table)),
         keep_special_tokens=generation.keep_special_tokens,

@@ -20,6 +20,7 @@ from grpocem_jax.rollouts.prompts import Item
 from grpocem_jax.tasks import scoring
 from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.processes import ALONE, Processes
 from grpocem_jax.utils.terminal import say
 
 BASE_LOGPS = "base_logps"
@@ -75,12 +76,18 @@ def with_base_logps(
         return out
     # To a power of two, so that few numbers of prompts are compiled.
     filled = np.resize(rows, 1 << (len(rows) - 1).bit_length())
-    batch = (*(x[filled] for x in out.prompts), out.tokens[filled], out.mask[filled])
-    found = _base_logps(
-        policy.params, policy.zero, devices.divide(policy.mesh, batch), model=policy.model
-    )
+
+    def of_rows(own: np.ndarray) -> dict[str, np.ndarray]:
+        asked = filled[own]
+        batch = (*(x[asked] for x in out.prompts), out.tokens[asked], out.mask[asked])
+        logps = _base_logps(
+            policy.params, policy.zero, devices.divide(policy.mesh, batch), model=policy.model
+        )
+        return {"logps": np.asarray(logps)}
+
+    found = policy.processes.divided(len(filled), of_rows)["logps"]
     logps: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] * len(group) for group in out.texts]
-    for row, group in zip(rows, np.asarray(found), strict=False):
+    for row, group in zip(rows, found, strict=False):
         logps[row] = [x[mask] for x, mask in zip(group, out.mask[row], strict=True)]
     return out._replace(base_logps=logps)
 
@@ -164,6 +171,8 @@ def score(
     items: Sequence[Item],
     texts: Sequence[Sequence[str]],
     base_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Outcome rewards of ``P`` prompts' ``G`` completions.
 
@@ -171,6 +180,8 @@ def score(
       items: ``P`` prompts.
       texts: ``[P][G]`` decoded completions.
       base_logps: of `with_base_logps`, ``[P][G]``; None where no reward asks for them.
+      processes: those that share the prompts; a function is called with the completions of its
+        process.
 
     Raises:
       InputError: a reward function raised, exited or took too long, returned something else than a
@@ -178,7 +189,34 @@ def score(
         function, and where one can be found the prompt and the completion.  A weighted sum that
         is not finite in float32.
     """
-    shape = (len(items), len(texts[0]))
+    own = _of_rows(processes.own(len(items)), items, texts, base_logps)
+    found = processes.each(lambda: _score(len(texts[0]), *own)._asdict())
+    parts = [Scores(**part) for part in found]
+    names = dict.fromkeys(
+        reward.name
+        for task_rows in _by_task(items).values()
+        for reward in items[task_rows[0]].task.rewards
+    )
+
+    def of(name: str, part: Scores) -> np.ndarray:
+        return part.functions.get(name, np.full(part.total.shape, np.nan, np.float32))
+
+    counted = any(item.task.reward_on_error == "abstain" for item in items)
+    return Scores(
+        np.concatenate([part.total for part in parts]),
+        {name: np.concatenate([of(name, part) for part in parts]) for name in names},
+        sum(part.errors or 0 for part in parts) if counted else None,
+    )
+
+
+def _score(
+    group: int,
+    items: Sequence[Item],
+    texts: Sequence[Sequence[str]],
+    base_logps: Sequence[Sequence[np.ndarray]] | None,
+) -> Scores:
+    """`score` of a process's own prompts with ``group`` completions each; there may be none."""
+    shape = (len(items), group)
     total = np.full(shape, np.nan, np.float32)
     functions: dict[str, np.ndarray] = {}
     judged = [
@@ -210,8 +248,7 @@ def score(
                 "weights."
             )
         total[rows] = sums
-    counted = any(item.task.reward_on_error == "abstain" for item in items)
-    return Scores(total, functions, errors if counted else None)
+    return Scores(total, functions, errors)
 
 
 def score_steps(
@@ -222,6 +259,8 @@ def score_steps(
     mask: np.ndarray,
     outcomes: np.ndarray,
     base_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    processes: Processes = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of the steps of completions, for `grpo.process_advantages`.
 
@@ -235,11 +274,30 @@ def score_steps(
       mask: bool ``[P, G, N]``.
       outcomes: float32 ``[P, G]`` from `score`.
       base_logps: as in `score`.
+      processes: as in `score`.
 
     Returns:
       rewards float32 ``[P, G, N]`` at the last token of each step, and where those are, bool.
       The last step of a completion ends with its end token.
     """
+    rows = processes.own(len(items))
+    own = _of_rows(rows, items, texts, base_logps)
+    at = slice(rows.start, rows.stop)
+    parts = processes.each(lambda: _score_steps(policy, tokens[at], mask[at], outcomes[at], *own))
+    rewards, ends = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return rewards, ends
+
+
+def _score_steps(
+    policy: Policy,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    outcomes: np.ndarray,
+    items: Sequence[Item],
+    texts: Sequence[Sequence[str]],
+    base_logps: Sequence[Sequence[np.ndarray]] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`score_steps` of a process's own prompts, of which there may be none."""
     rewards = np.zeros(mask.shape, np.float32)
     ends = np.zeros(mask.shape, bool)
     lengths = mask.sum(-1)
@@ -320,7 +378,8 @@ def population_rewards(
     )
     asked = [*items] * count
     out = with_base_logps(policy, asked, out)
-    scores = np.where(out.finite, score(asked, out.texts, out.base_logps).total, np.nan)
+    judged = score(asked, out.texts, out.base_logps, processes=policy.processes)
+    scores = np.where(out.finite, judged.total, np.nan)
     scores = scores.reshape(count, len(items), num_samples)
     present = ~np.isnan(scores)
     total = np.where(present, scores, 0.0).sum(-1)

@@ -69,10 +69,17 @@ class Checkpoints:
         self._folder = (workdir / "checkpoints").absolute()
         self._best = _Best()
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep or None), self._best])
+        # Of several processes, the one that keeps them waits for no other.
+        here = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept, cleanup_tmp_directories=True
+            preservation_policy=kept,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=alone,
         )
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except Exception as error:  # Orbax and what lies below it raise errors of many families
             raise InputError(
@@ -91,7 +98,7 @@ class Checkpoints:
             ``best`` is a record with a ``step``, that step's checkpoint is kept.
         """
         self._best.step = (position.get("best") or {}).get("step")
-        tree = {"state": state._asdict(), "key": jax.random.key_data(key)}
+        tree = jax.device_get({"state": state._asdict(), "key": jax.random.key_data(key)})
         position = {**position, "sha256": _digest(tree, position)}
         self._manager.save(
             int(state.step),

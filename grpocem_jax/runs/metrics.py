@@ -24,13 +24,15 @@ class JsonLines:
     Args:
       path: of the file, made with the first record where it is not there.
       size: bytes of it to keep, what a checkpoint knows of; None keeps all.
+      written: whether anything is; of several processes one writes.
 
     Raises:
       InputError: the file has fewer bytes.
     """
 
-    def __init__(self, path: Path, size: int | None = None):
-        if size is not None:
+    def __init__(self, path: Path, size: int | None = None, *, written: bool = True):
+        self._written = written
+        if size is not None and written:
             present = path.stat().st_size if path.exists() else 0
             if present < size:
                 raise InputError(
@@ -45,6 +47,8 @@ class JsonLines:
     @property
     def size(self) -> int:
         """Bytes written."""
+        if not self._written:
+            return 0
         if self._file is None:
             return self._path.stat().st_size if self._path.exists() else 0
         return self._file.tell()
@@ -52,6 +56,8 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         """Writes a record; NaN and infinity, which JSON lacks, are refused (ValueError)."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        if not self._written:
+            return
         if self._file is None:
             self._file = self._path.open("a", encoding="utf-8")
             self._file.seek(0, os.SEEK_END)

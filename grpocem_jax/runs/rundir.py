@@ -108,7 +108,7 @@ def _but(left_out: Collection[str], settings: Mapping[str, Any]) -> dict[str, An
     """The settings by their names with dots, but for some and whole sections."""
     return {
         name: value
-        for name, value in _flat(settings).items()
+        for name, value in flat(settings).items()
         if not any(name == own or name.startswith(f"{own}.") for own in left_out)
     }
 
@@ -180,13 +180,14 @@ def claim(
         yield stored
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their names with dots."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, part in value.items():
-        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+        found |= flat(part, f"{prefix}.{name}" if prefix else str(name))
+    return found
 
 
 class Signals:

@@ -18,8 +18,10 @@ def setting(config: Config, policy: Policy) -> list[str]:
     """Device, model and adapter, a line each."""
     pretrained, trainable = policy.pretrained, adapters.num_params(policy.zero)
     total = pretrained.num_params()
-    device, used, there = jax.devices()[0], policy.num_devices, jax.device_count()
+    device, processes = jax.local_devices()[0], policy.processes
+    used, there = policy.num_devices // processes.count, jax.local_device_count()
     count = f"{used} of {there} x " if used < there else f"{used} x " if used > 1 else ""
+    several = f"{processes.count} processes x " if processes.count > 1 else ""
     asked = ", by model.dtype=auto" if config.model.dtype == "auto" else ""
     packaged = hub.PACKAGED.get(pretrained.source)
     source = {
@@ -32,10 +34,30 @@ def setting(config: Config, policy: Policy) -> list[str]:
         "hub": f"{pretrained.source} from the Hub",
     }[pretrained.kind]
     return [
-        f"device    {count}{device.platform} ({device.device_kind}), {policy.dtype}{asked}",
+        f"device    {several}{count}{device.platform} ({device.device_kind}), "
+        f"{policy.dtype}{asked}",
         f"model     {source}, {total:,} parameters, frozen",
         f"adapter   {trainable:,} {trained(config.adapter)} ({100 * trainable / total:.3f}%)",
     ]
+
+
+def divided(policy: Policy, what: str, count: int, *, alike: bool = False) -> list[str]:
+    """What each of several processes does, a line; none of a single one.
+
+    Args:
+      policy: which knows the processes.
+      what: is divided, in the plural.
+      count: how many of these there are.
+      alike: whether they are not divided after all.
+    """
+    processes = policy.processes.count
+    if processes == 1:
+        return []
+    if alike:
+        return ["divided   nothing: a gradient is computed alike in every process"]
+    share = f"{count // processes}" if count % processes == 0 else f"about {count / processes:.1f}"
+    each = f"{share} in each process"
+    return [f"divided   {count} {what}: {each}; process 0 writes"]
 
 
 def trained(settings: AdapterConfig) -> str:

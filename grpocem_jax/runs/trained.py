@@ -13,7 +13,7 @@ from grpocem_jax.config import Config, parse_config
 from grpocem_jax.config.files import load_config
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints
-from grpocem_jax.utils import devices
+from grpocem_jax.utils import cluster, devices
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, read_object
 
@@ -103,7 +103,11 @@ def _with_model(config: Config, model: str | None) -> Config:
 
 
 def _load_policy(config: Config) -> Policy:
-    return load_policy(config, mesh=devices.make_mesh(jax.devices()))
+    together = cluster.here()
+    mesh = devices.make_mesh(jax.local_devices())
+    policy = together.ahead(lambda: load_policy(config, mesh=mesh, processes=together))
+    together.require_same({"the model": policy.pretrained.sha256})
+    return policy
 
 
 def load_fitting_adapter(config: Config, policy: Policy, folder: Path) -> Offsets:

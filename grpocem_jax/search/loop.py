@@ -40,6 +40,7 @@ from grpocem_jax.utils import memory
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.devices import map_chunks
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.processes import ALONE, Processes
 
 FOLLOWED = ("mean", "best")
 
@@ -242,6 +243,7 @@ def maximize(
     population_chunk: int = 0,
     fit_memory: bool = False,
     mesh: Mesh | None = None,
+    processes: Processes = ALONE,
     budget_s: float | None = None,
     on_chunk: Callable[[int, History], None] | None = None,
 ) -> SearchResult:
@@ -263,8 +265,10 @@ def maximize(
         generations that did not fit are tried again.
       mesh: devices among which the candidates are divided, see `utils.devices`; where the fitness
         has parameters, they lie on each of them.
-      budget_s: seconds; the search stops at the first chance after them. Chunks grow and shrink
-        with the time that is left. Compilation does not count.
+      processes: those among which the candidates are divided, each with a mesh of its own; all
+        call this with the same arguments, and have the same result.
+      budget_s: seconds, by the clock of process 0; the search stops at the first chance after
+        them. Chunks grow and shrink with the time that is left. Compilation does not count.
       on_chunk: called with the number of generations done and their history, after the first and
         at least every tenth of them; with a `HostFitness` after each.
 
@@ -281,6 +285,7 @@ def maximize(
         population_chunk=population_chunk,
         fit_memory=fit_memory,
         mesh=mesh,
+        processes=processes,
     )
     found.run(generations, budget_s, on_chunk)
     offsets = decode(space, found.point())
@@ -300,6 +305,7 @@ def cross_fit(
     population_chunk: int = 0,
     fit_memory: bool = False,
     mesh: Mesh | None = None,
+    processes: Processes = ALONE,
     budget_s: float | None = None,
     on_chunk: Callable[[int, History], None] | None = None,
 ) -> SearchResult:
@@ -317,6 +323,7 @@ def cross_fit(
       population_chunk: as in `maximize`.
       fit_memory: as in `maximize`.
       mesh: as in `maximize`.
+      processes: as in `maximize`.
       budget_s: seconds for both searches.
       on_chunk: as in `maximize`, with the mean of the two histories.
 
@@ -335,6 +342,7 @@ def cross_fit(
         population_chunk=population_chunk,
         fit_memory=fit_memory,
         mesh=mesh,
+        processes=processes,
     )
     found.run(generations, budget_s, on_chunk)
     verdict = gate.judge(*found.scores(halves[::-1], gate_key), gate_z)
@@ -356,6 +364,7 @@ class _Searches:
         population_chunk: int,
         fit_memory: bool,
         mesh: Mesh | None,
+        processes: Processes,
     ):
         if population_chunk < 0:
             raise InputError(f"population_chunk={population_chunk}: must be at least 0.")
@@ -372,6 +381,7 @@ class _Searches:
         size = min(population_chunk or method.population_size, method.population_size)
         chunk = memory.population_chunk(size, lower=fit_memory)
         self.method, self.space, self.returned, self.chunk = method, space, returned, chunk
+        self.processes = processes
         self.drivers: list[_OnHost | _OnDevice] = []
         for batch, key in parts:
             if isinstance(fitness, HostFitness):
@@ -379,7 +389,9 @@ class _Searches:
                 self.drivers.append(_OnHost(method, fitness, problem, chunk, fit_memory))
             else:
                 problem = Problem.of(fitness, space, batch, key)
-                self.drivers.append(_OnDevice(method, problem, chunk, mesh))
+                divided = processes.count > 1 and "gradient" not in needs(method)
+                kind = functools.partial(_Divided, processes) if divided else _OnDevice
+                self.drivers.append(kind(method, problem, chunk, mesh))
 
     def run(
         self,
@@ -407,7 +419,7 @@ class _Searches:
             while done < generations:
                 limit = min(generations, done + stride)
                 if budget_s is not None:
-                    seconds = spent()
+                    seconds = self.processes.first(spent)
                     if done and seconds >= budget_s:
                         break
                     # The first generation is the measure of the others.
@@ -553,6 +565,48 @@ class _OnDevice:
         )
 
 
+class _Divided(_OnDevice):
+    """Generations of a traceable fitness whose candidates are divided among processes.
+
+    Each asks for all candidates, scores its own, and tells the method the fitness of all; only that
+    goes from one to another.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        method: SearchMethod,
+        problem: Problem,
+        chunk: memory.Chunk,
+        mesh: Mesh | None,
+    ):
+        super().__init__(method, problem, chunk, mesh)
+        self.processes = processes
+
+    def advance(self, state: SearchState, limit: int) -> SearchState:
+        while int(state.generation) < limit and not bool(self.method.converged(state.state)):
+            ask_key, fitness_key = _keys(self.problem.key, state.generation)
+            candidates = _ask(ask_key, state.state, method=self.method)
+            values = self._score(candidates, fitness_key)
+            state = _tell(self.method, state, ask_key, candidates, jnp.asarray(values))
+        return state
+
+    def _score(self, candidates: Point, key: jax.Array) -> np.ndarray:
+        """The fitness of all candidates, of which this process computes its own."""
+
+        def of_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
+            points = jax.tree.map(lambda x: x[rows], candidates)
+
+            def attempt(size: int) -> np.ndarray:
+                size = min(size, len(rows))
+                return np.asarray(_fitness(self.problem, points, key, size=size, mesh=self.mesh))
+
+            return {"fitness": self.chunk.run(attempt)}
+
+        found = self.processes.divided(self.method.population_size, of_rows)
+        return found["fitness"]
+
+
 class _OnHost:
     """Generations of a fitness in Python, one at a time."""
 
@@ -685,6 +739,18 @@ _tell = jax.jit(told, static_argnames="method")
 @functools.partial(jax.jit, static_argnames="method")
 def _ask(key: jax.Array, state: State, *, method: SearchMethod) -> Point:
     return method.ask(key, state)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "mesh"))
+def _fitness(
+    problem: Problem, points: Point, key: jax.Array, *, size: int, mesh: Mesh | None
+) -> jax.Array:
+    """The fitness of points ``[C, ...]``, so many at a time, float ``[C]``."""
+
+    def score(point: Point) -> jax.Array:
+        return problem.fitness(decode(problem.space, point), problem.batch, key)
+
+    return map_chunks(score, (points,), size=size, mesh=mesh)
 
 
 @jax.jit

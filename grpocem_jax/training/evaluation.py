@@ -201,7 +201,9 @@ def _complete(
             out = rollouts.with_base_logps(policy, [items[i] for i in filled], out)
         groups = out.texts[: len(rows)]
         logps = None if out.base_logps is None else out.base_logps[: len(rows)]
-        rewards[rows] = rollouts.score([items[i] for i in rows], groups, logps).total
+        own = [items[i] for i in rows]
+        scores = rollouts.score(own, groups, logps, processes=policy.processes)
+        rewards[rows] = scores.total
         for row, group in zip(rows, groups, strict=True):
             texts[row] = group
     return rewards, texts

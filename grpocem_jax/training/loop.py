@@ -3,10 +3,11 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
+from grpocem_jax.runs.shared import SharedCheckpoints
 from grpocem_jax.training import evaluation, results, screens
 from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
@@ -26,14 +28,16 @@ from grpocem_jax.training.data import Data, load_data
 from grpocem_jax.training.update import (
     find_trouble,
     micro_batch,
+    over,
     repeat,
     shorter_completions,
     update_program,
 )
-from grpocem_jax.utils import devices, memory, user_code
+from grpocem_jax.utils import cluster, devices, memory, user_code
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, read_object, writing
+from grpocem_jax.utils.processes import ALONE, Processes
 from grpocem_jax.utils.progress import Progress
 from grpocem_jax.utils.terminal import say
 
@@ -59,23 +63,24 @@ def train(
       InputError: settings, model, data or run directory that cannot be used; before compilation.
       Interrupted: SIGTERM or SIGINT came; the run was saved.
     """
-    started = time.perf_counter()
+    started, processes = time.perf_counter(), cluster.here()
     config, workdir = parse_config(settings), expand(workdir, "--workdir")
     settings = with_defaults(settings)
+    workdir = Path(processes.first(lambda: str(workdir)))
+    processes.require_same(started_with(settings.to_dict()))
+    check_division(config, processes)
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
     algorithm = make_algorithm(config)
-    complete, done = None, 0
-    if rundir.check_settings(workdir, settings.to_dict()):
-        complete, done = _complete_summary(workdir), checkpoints.last_step(workdir)
+    complete, done = processes.first(lambda: _found(workdir, settings.to_dict()))
     trackers.check(config.logging)
-    policy = load_policy(
-        config, mesh=devices.sharing(config.train.batch_size // config.grpo.group_size)
-    )
+    together = config.train.batch_size // config.grpo.group_size
+    mesh = devices.sharing(together // processes.count)
+    policy = processes.ahead(lambda: load_policy(config, mesh=mesh, processes=processes))
     check_length(config, policy)
     if user_code.is_reference(config.train.optimizer):
         _check_optimizer(config, algorithm, policy)
-    data = load_data(config, policy, held_out=held_out)
+    data = processes.ahead(lambda: load_data(config, policy, held_out=held_out))
     train_items = data.train
     if len(train_items) < config.prompts_drawn_per_step:
         factor = " * grpo.dynamic_sampling" if config.grpo.dynamic_sampling > 1 else ""
@@ -87,6 +92,7 @@ def train(
     identity = {"model": policy.pretrained.sha256, "data": data.sha256}
     if config.model.dtype == "auto":
         identity["model.dtype"] = policy.dtype
+    processes.require_same({f"the {name}": value for name, value in identity.items()})
     total = total_steps(config, len(train_items))
     if config.train.final_lr_scale < 1:
         algorithm = make_algorithm(config, total_steps=total)
@@ -99,37 +105,38 @@ def train(
             f"{total}; give as many or more, or another folder."
         )
     if complete is not None:
-        rundir.check_identity(workdir, identity)
+        processes.first(lambda: rundir.check_identity(workdir, identity))
     if total > trained > done:
         raise InputError(
             f"--workdir={workdir}: the run there ended after {trained} steps, but its checkpoint "
             "of that step is not there to go on from; give another folder."
         )
     if complete is not None and finished in (total, None):
-        page = workdir / "report" / "index.html"
-        if not is_file(page):  # the run was cut off before it was drawn
-            page = report.write(workdir)
+        page = processes.first(lambda: _page(workdir))
         say(f"the run in {workdir} is complete; its page is {page}")
         return complete
     with (
         writing(f"--workdir={workdir}", "make room; the same command continues the run"),
-        rundir.claim(workdir, settings.to_dict(), identity) as claimed,
+        contextlib.ExitStack() as held,
         rundir.Signals() as signals,
         contextlib.ExitStack() as at_last,
     ):
+        claim = rundir.claim(workdir, settings.to_dict(), identity)
+        claimed = processes.first(lambda: held.enter_context(claim))
         config_hash = checkpoints.config_hash(rundir.trained_settings(settings.to_dict()))
         key, eval_key = jax.random.split(jax.random.key(config.seed))
         run = Run(config, policy, algorithm, train_items, key, workdir, config_hash, signals)
         run.validation_items = data.validation
         # The numbers before it are those of the held-out prompts.
         run.validation_key = jax.random.fold_in(eval_key, len(data.heldout))
-        run.logs = trackers.start(
-            config.logging,
-            workdir,
-            settings.to_dict(),
-            run_id=claimed["id"],
-            first_step=run.first_step + 1,
-        )
+        if processes.writes:
+            run.logs = trackers.start(
+                config.logging,
+                workdir,
+                settings.to_dict(),
+                run_id=claimed["id"],
+                first_step=run.first_step + 1,
+            )
         for log in run.logs:
             at_last.callback(log.close)
         first = screens.first(config, policy, data.lines, workdir, [x.where for x in run.logs])
@@ -174,8 +181,9 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
     sampled, greedy = heldout.gains(config.data.tasks)
     unchanged = [name for name, gain in sampled.items() if gain.gain_ci95 == (0.0, 0.0)]
     remarks = metrics.signal_lines(run.recent, config.generation.temperature, unchanged)
+    written = (workdir, config, policy, state.offsets, best, heldout, summary)
     try:  # saved first, and shown also where it cannot be saved
-        results.write(workdir, config, policy, state.offsets, best, heldout, summary)
+        policy.processes.first(lambda: results.write(*written))
     finally:
         say(screens.closing(sampled, greedy, summary, config, workdir, remarks))
     named = {
@@ -184,8 +192,45 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
     }
     for log in run.logs:
         log.log(named, int(state.step))
-    say(f"report    {report.write(workdir)}")
+    say(f"report    {policy.processes.first(lambda: str(report.write(workdir)))}")
     return summary
+
+
+def _found(
+    workdir: Path, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, int] | list[Any]:
+    """The summary of a run that is complete, and the step of a run's last checkpoint."""
+    if not rundir.check_settings(workdir, settings):
+        return None, 0
+    return _complete_summary(workdir), checkpoints.last_step(workdir)
+
+
+def _page(workdir: Path) -> str:
+    """The report of a complete run, drawn where it was cut off before it was."""
+    page = workdir / "report" / "index.html"
+    return str(page if is_file(page) else report.write(workdir))
+
+
+def started_with(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same in all processes before any of them loads a model, by name."""
+    versions = metrics.environment()
+    flat = {f"config.{name}": value for name, value in rundir.flat(settings).items()}
+    return {**flat, **{f"the version of {x}": v for x, v in versions["versions"].items()}}
+
+
+def check_division(config: Config, processes: Processes) -> None:
+    """Refuses a batch whose groups cannot be divided evenly among the processes.
+
+    Raises:
+      InputError: how many there are, and what would fit.
+    """
+    size, group = config.train.batch_size, config.grpo.group_size
+    processes.divide_evenly(
+        size // group,
+        f"train.batch_size={size} / grpo.group_size={group} makes {size // group} prompts, which",
+        f"start as many processes as divide them, or give a train.batch_size that is a multiple of "
+        f"{group * processes.count}",
+    )
 
 
 def _complete_summary(workdir: Path) -> dict[str, Any] | None:
@@ -229,6 +274,7 @@ class Run:
       skipped: updates skipped because loss or gradient was not finite.
       logs: where metrics go beside metrics.jsonl.
       micro_batch: completions of an update processed at once.
+      processes: those that train together.
       validation_items: prompts to compare checkpoints by; none are compared where it is empty.
       validation_key: PRNG key of their completions, the same each time.
       best: step and ``eval_reward`` of the best checkpoint so far, or None.
@@ -237,6 +283,7 @@ class Run:
         than that of a run as long from the start, in sentences; none as a rule.
     """
 
+    processes: Processes = ALONE
     validation_items: Sequence[rollouts.Item] = ()
     validation_key: jax.Array
 
@@ -258,8 +305,11 @@ class Run:
         self.steps_per_epoch = len(items) // config.prompts_drawn_per_step
         self.total_steps = total_steps(config, len(items))
         self.logs: Sequence[trackers.Tracker] = ()
-        self.checkpoints = checkpoints.Checkpoints(workdir, keep=config.train.keep_checkpoints)
+        self.processes = policy.processes
         self.state = grpo.init_state(policy.zero, algorithm.optimizer)
+        self.checkpoints = SharedCheckpoints(
+            workdir, keep=config.train.keep_checkpoints, processes=self.processes
+        )
         found, damaged = self.checkpoints.restore_latest(self.state)
         for sentence in damaged:
             say(f"passed over: {sentence}", sys.stderr)
@@ -277,23 +327,24 @@ class Run:
         self.skipped = position.get("skipped", 0)
         self.skipped_in_a_row = position.get("skipped_in_a_row", 0)
         self.best: dict[str, Any] | None = position.get("best")
-        self.micro_batch = micro_batch(config, position.get("micro_batch", config.train.batch_size))
+        size = position.get("micro_batch", config.train.batch_size)
+        self.micro_batch = micro_batch(config, size, self.processes)
+
         # What was written after the checkpoint is written again.
-        self.metrics = metrics.JsonLines(
-            workdir / "metrics.jsonl", position.get("metrics_bytes", 0)
-        )
+        def log(name: str, size: int) -> metrics.JsonLines:
+            return metrics.JsonLines(workdir / name, size, written=self.processes.writes)
+
+        self.metrics = log("metrics.jsonl", position.get("metrics_bytes", 0))
         shown = position.get("completions_bytes", 0)
         if self.first_step < self.total_steps:
             shown = position.get("completions_bytes_but_of_the_end", shown)
-        self.completions = metrics.JsonLines(workdir / "completions.jsonl", shown)
+        self.completions = log("completions.jsonl", shown)
         self.shown_before = shown
-        self.nonfinite = metrics.JsonLines(
-            workdir / "nonfinite.jsonl", position.get("nonfinite_bytes", 0)
+        self.nonfinite = log("nonfinite.jsonl", position.get("nonfinite_bytes", 0))
+        last = self.processes.first(
+            lambda: metrics.last_lines(workdir / "metrics.jsonl", metrics.WINDOW)
         )
-        self.recent = collections.deque(
-            metrics.last_lines(workdir / "metrics.jsonl", metrics.WINDOW),
-            maxlen=metrics.WINDOW,
-        )
+        self.recent = collections.deque(last, maxlen=metrics.WINDOW)
         self.without_signal: set[str] = set()
         self.differences: list[str] = list(position.get("differences", []))
         planned = position.get("total_steps", self.total_steps)
@@ -330,6 +381,7 @@ class Run:
         """
         state, saved = self.state, time.monotonic()
         completed = saved_step = self.first_step
+        received = 0
         position = self.position(completed)
         progress = Progress(self.total_steps)
         signals = self.signals
@@ -367,19 +419,46 @@ class Run:
                     kl=f"{record['kl']:.4f}",
                     tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
                 )
-                if signals.received or self.checkpoint_due(step + 1, saved):
+                received, due = self.agree(state, self.checkpoint_due(step + 1, saved))
+                if received or due:
                     save()
                     saved, saved_step = time.monotonic(), step + 1
-                if signals.received:
+                if received:
                     break
-        if signals.received:
+        received = received or self.agree(state, False)[0]
+        if received:
             say(
                 f"stopped after step {int(state.step)} of {self.total_steps}; the same command "
                 "continues the run",
                 sys.stderr,
             )
-            raise rundir.Interrupted(128 + signals.received)
+            raise rundir.Interrupted(128 + received)
         return state
+
+    def agree(self, state: grpo.TrainState, due: bool) -> tuple[int, bool]:
+        """What all processes do after a step: the signal to stop at, or 0, and whether to save.
+
+        A signal to one is one to all; the clock by which checkpoints are due is that of process 0.
+
+        Raises:
+          InputError: the processes have come to different adapters.
+        """
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(jax.device_get(state.offsets)):
+            digest.update(leaf.tobytes())
+        own: dict[str, Any] = {
+            "signal": int(self.signals.received or 0),
+            "due": due,
+            "at": digest.hexdigest(),
+        }
+        agreed = self.processes.each(lambda: own)
+        apart = [i for i, each in enumerate(agreed) if each["at"] != agreed[0]["at"]]
+        if apart:
+            raise InputError(
+                f"step {int(state.step)}: the adapters of process 0 and process {apart[0]} differ, "
+                "which compute the same; give them the same kind of device and the same libraries."
+            )
+        return next((each["signal"] for each in agreed if each["signal"]), 0), agreed[0]["due"]
 
     def rescue(self, save: Callable[[], None], step: int) -> None:
         """Saves where something else went wrong, which is then not hidden by what goes wrong here.
@@ -436,7 +515,7 @@ class Run:
         """The adapter of the best checkpoint; None, after saying so, where it cannot be read."""
         if self.best is None:
             return None
-        stored = checkpoints.Checkpoints(self.workdir)
+        stored = SharedCheckpoints(self.workdir, processes=self.processes)
         try:
             return stored.restore(self.state, self.best["step"])[0].offsets
         except InputError as error:
@@ -507,10 +586,11 @@ class Run:
         prepared = steps.prepare(config, policy, self.algorithm, items, out, keys.weights)
         self.step_tokens = prepared.tokens
         self.num_tokens += self.step_tokens
-        batch = devices.divide(policy.mesh, prepared.batch)
+        batch = devices.divide(policy.mesh, self.processes.part(prepared.batch))
+        update = over(self.processes, update_program)
 
         def once(state: grpo.TrainState, size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
-            updated = update_program(
+            updated = update(
                 state,
                 policy.params,
                 batch,
@@ -530,11 +610,11 @@ class Run:
             return repeat(functools.partial(once, size=size), state, config.grpo.updates)
 
         before = state
-        state, update = self.micro_batch.run(attempt)
+        state, found = self.micro_batch.run(attempt)
         record: dict[str, Any] = {
             "step": step + 1,
             "epoch": (step + 1) / self.steps_per_epoch,
-            **{name: float(value) for name, value in jax.device_get(update).items()},
+            **{name: float(value) for name, value in jax.device_get(found).items()},
             **prepared.metrics,
             "temperature": temperature,
             "num_tokens": self.num_tokens,

@@ -12,6 +12,7 @@ from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.runs.screens import (
     caveats,
+    divided,
     installed,
     reward_tables,
     right_answers,
@@ -39,6 +40,7 @@ def first(
             *(f"data      {line}" for line in data_lines),
             f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions"
             + drawn,
+            *divided(policy, "prompts of a step", config.prompts_drawn_per_step),
             f"run       {workdir}",
             *(f"metrics   {log}" for log in logs),
         ]

@@ -106,7 +106,7 @@ def prepare(
     Raises:
       InputError: whatever a reward function or a part of the algorithm does wrong.
     """
-    scores = rollouts.score(items, out.texts, out.base_logps)
+    scores = rollouts.score(items, out.texts, out.base_logps, processes=policy.processes)
     ended = np.isin(out.tokens[..., -1], np.asarray(policy.end_ids))
     metrics = {
         **step_metrics.rewards(items, scores),
@@ -145,7 +145,14 @@ def _step_rewards(
     """Rewards at the last token of each step, float32 ``[P, G, N]``, NaN elsewhere."""
     if config.grpo.supervision == "process":
         values, ends = rollouts.score_steps(
-            policy, items, out.texts, out.tokens, out.mask, rewards, out.base_logps
+            policy,
+            items,
+            out.texts,
+            out.tokens,
+            out.mask,
+            rewards,
+            out.base_logps,
+            processes=policy.processes,
         )
     else:  # one step a completion, worth its outcome
         values = rewards[..., None].astype(np.float32)

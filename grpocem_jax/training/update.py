@@ -4,9 +4,11 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from grpocem_jax import grpo, rollouts
 from grpocem_jax.adapters.base import Offsets
@@ -15,6 +17,7 @@ from grpocem_jax.models.base import Model, Params
 from grpocem_jax.models.likelihood import completion_logps
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.utils import memory
+from grpocem_jax.utils.processes import ALONE, Processes
 from grpocem_jax.utils.terminal import say
 
 LARGE_KL = 1e6
@@ -26,12 +29,47 @@ what comes of it: 1.9 instead of 1.3 GB at the report's setting. Other backends 
 update_program = jax.jit(grpo.update, static_argnames=grpo.STATIC, compiler_options=MEMORY_FIRST)
 """`grpo.update` as a program of its own, in the least memory."""
 
+_gradients = jax.jit(
+    grpo.gradients,
+    static_argnames=tuple(name for name in grpo.STATIC if name != "optimizer"),
+    compiler_options=MEMORY_FIRST,
+)
+_apply = jax.jit(grpo.apply, static_argnames=("optimizer", "beta"))
+
+Updated = tuple[grpo.TrainState, dict[str, jax.Array]]
+
+
+def over(processes: Processes, program: Callable[..., Updated]) -> Callable[..., Updated]:
+    """An update whose batch is divided among processes, with the arguments of `grpo.update`.
+
+    Each takes the gradient of its own prompts; their sum is what the optimizer of each steps by.
+    ``micro_batch`` counts the completions of all processes.
+
+    Args:
+      processes: the processes.
+      program: the update of one process that has all prompts.
+    """
+    if processes.count == 1:
+        return program
+
+    def update(
+        state: grpo.TrainState,
+        *args: Any,
+        micro_batch: int,
+        optimizer: optax.GradientTransformation,
+        beta: float,
+        **options: Any,
+    ) -> Updated:
+        own = {"micro_batch": micro_batch // processes.count, "beta": beta, **options}
+        grads, metrics = processes.total(lambda: _gradients(state.offsets, *args, **own))
+        return _apply(state, grads, metrics, optimizer=optimizer, beta=beta)
+
+    return update
+
 
 def repeat(
-    once: Callable[[grpo.TrainState], tuple[grpo.TrainState, dict[str, jax.Array]]],
-    state: grpo.TrainState,
-    count: int,
-) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
+    once: Callable[[grpo.TrainState], Updated], state: grpo.TrainState, count: int
+) -> Updated:
     """Several updates on the completions of one step, which counts as one.
 
     Args:
@@ -82,9 +120,13 @@ def largest_log_ratio(
     return jnp.max(jax.lax.map(of_prompt, batch))
 
 
-def micro_batch(config: Config, size: int) -> memory.Chunk:
-    """The completions of an update that are processed at once: whole groups, at first ``size``."""
-    group, length = config.grpo.group_size, config.generation.max_new_tokens
+def micro_batch(config: Config, size: int, processes: Processes = ALONE) -> memory.Chunk:
+    """The completions of an update that are processed at once: whole groups, at first ``size``.
+
+    They are those of all processes, of which each has as many.
+    """
+    length = config.generation.max_new_tokens
+    group = config.grpo.group_size * processes.count
 
     def smaller(size: int) -> int | None:
         sizes = range(group, size // 2 + 1, group)
@@ -130,8 +172,9 @@ def find_trouble(
         what = f"the logits are not finite in {policy.dtype}"
         return what, half if policy.dtype == "float16" else lower
     if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:
-        largest = float(
-            largest_log_ratio(policy.params, state.offsets, batch, temperature, model=policy.model)
+        arguments = (policy.params, state.offsets, batch, temperature)
+        largest = max(
+            policy.processes.each(lambda: float(largest_log_ratio(*arguments, model=policy.model)))
         )
         what = (
             f"the KL term is {kl:.3g}, as a token is {largest:.0f} nats more probable under "

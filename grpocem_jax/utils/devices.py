@@ -1,4 +1,4 @@
-"""One program for one device and for many.
+"""One program for one device and for many of a process; `processes` is about several of those.
 
 Parameters and adapters lie on every device; the prompts of a batch and the candidates of a
 population are divided among them.  The functions themselves know nothing of it: arrays say where
@@ -26,13 +26,13 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh | None:
 
 
 def sharing(count: int) -> Mesh | None:
-    """A mesh of as many of the devices there are as share ``count`` prompts evenly."""
-    return make_mesh(jax.devices()[: math.gcd(jax.device_count(), count)])
+    """A mesh of as many of this process's devices as share ``count`` prompts evenly."""
+    return make_mesh(jax.local_devices()[: math.gcd(jax.local_device_count(), count)])
 
 
 def matrix_dtype(dtype: str) -> str:
     """What ``model.dtype`` stands for: ``auto`` for `fast_dtype`, the others for themselves."""
-    return fast_dtype(jax.devices()[0], Path("/proc/cpuinfo")) if dtype == "auto" else dtype
+    return fast_dtype(jax.local_devices()[0], Path("/proc/cpuinfo")) if dtype == "auto" else dtype
 
 
 def fast_dtype(device: jax.Device, processor: Path) -> str:
