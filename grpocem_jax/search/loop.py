@@ -585,7 +585,7 @@ class _Divided(_OnDevice):
 
     def advance(self, state: SearchState, limit: int) -> SearchState:
         while int(state.generation) < limit and not bool(self.method.converged(state.state)):
-            ask_key, fitness_key = _keys(self.problem.key, state.generation)
+            ask_key, fitness_key = generation_keys(self.problem.key, state.generation)
             candidates = _ask(ask_key, state.state, method=self.method)
             values = self._score(candidates, fitness_key)
             state = _tell(self.method, state, ask_key, candidates, jnp.asarray(values))
