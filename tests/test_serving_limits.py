@@ -93,6 +93,20 @@ def test_a_client_that_goes_frees_its_slot(held, stream):
     assert second.cancelled.wait(10)
 
 
+def test_a_stream_that_waits_is_kept_open_by_comments(held, monkeypatch):
+    from grpocem_jax.serving import answers
+
+    monkeypatch.setattr(answers, "KEEP_ALIVE_S", 0.1)
+    answer = in_thread(held, "POST", "/v1/completions", json={**ASKED, "stream": True})
+    held.server.engine.wait_for(1)
+    time.sleep(2.5)
+    held.server.engine.answer(0, DONE)
+    events = [x for x in answer().text.split("\n\n") if x]
+    assert 1 <= events.count(": ") <= 3
+    assert " cold" in events[-3]
+    assert events[-1] == "data: [DONE]"
+
+
 def test_a_completion_that_takes_too_long_is_an_error_and_frees_its_slot(tmp_path, model):
     with holding(tmp_path, timeout_s=0.3) as held:
         whole = held("POST", "/v1/completions", json=ASKED)

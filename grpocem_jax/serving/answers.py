@@ -4,11 +4,14 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from grpocem_jax.serving.completions import Asked
 from grpocem_jax.serving.errors import ApiError
+
+KEEP_ALIVE_S = 15.0
+"""Between comments of a stream on which nothing happens, so that no proxy gives it up."""
 
 
 class Answers:
@@ -51,8 +54,12 @@ class Answers:
         for ticket in self._tickets:
             ticket.cancel()
 
-    async def pieces(self, *, seconds: float, check: Any) -> AsyncIterator[tuple[int, Any]]:
+    async def pieces(
+        self, *, seconds: float, check: Callable[[], None]
+    ) -> AsyncIterator[tuple[int, Any] | None]:
         """The pieces of all completions, each with the completion's number, until all have ended.
+
+        None now and then where nothing comes.
 
         Args:
           seconds: in which they have to end.
@@ -61,7 +68,8 @@ class Answers:
         Raises:
           ApiError: they took longer, or one failed.
         """
-        deadline = time.monotonic() + seconds
+        spoken = time.monotonic()
+        deadline = spoken + seconds
         while self._open:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -70,7 +78,11 @@ class Answers:
                 number, piece = await asyncio.wait_for(self._pieces.get(), min(left, 1.0))
             except TimeoutError:
                 check()
+                if time.monotonic() - spoken > KEEP_ALIVE_S:
+                    spoken = time.monotonic()
+                    yield None
                 continue
+            spoken = time.monotonic()
             if piece.finish == "error":
                 raise ApiError(500, f"the completion failed: {piece.error}")
             if piece.finish == "cancelled":
