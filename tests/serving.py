@@ -170,6 +170,7 @@ class HeldJob:
 
     def __init__(self, generations: int):
         self.state, self.generation, self.generations = "queued", 0, generations
+        self.curve: tuple[Any, ...] = ()
         self.result: Any = None
         self.error: Any = None
 

@@ -21,7 +21,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ CREATE TABLE adapters (
   ended REAL,
   result TEXT,
   error TEXT,
-  sha256 TEXT
+  sha256 TEXT,
+  curve TEXT
 )
 """
 _INDICES = (
@@ -292,6 +293,12 @@ class Store:
             values.append(base)
         return self._read(condition, values, f"ORDER BY number DESC LIMIT {int(limit)}")
 
+    def curve(self, id: str) -> Sequence[dict[str, Any]]:
+        """How the search of an adapter went, generation by generation; see `update`."""
+        with self._lock:
+            found = self._index.execute("SELECT curve FROM adapters WHERE id = ?", (id,)).fetchone()
+        return json.loads(found[0]) if found and found[0] else []
+
     def counts(self) -> dict[str, int]:
         """How many adapters there are of each status."""
         with self._lock:
@@ -300,11 +307,17 @@ class Store:
             ).fetchall()
         return dict(rows)
 
-    def update(self, states: dict[str, tuple[str, int]]) -> set[str]:
+    def update(
+        self,
+        states: dict[str, tuple[str, int]],
+        curves: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+    ) -> set[str]:
         """Writes how far searches of this server have come.
 
         Args:
           states: the status, one of `UNFINISHED`, and the generations done, by id.
+          curves: the fitness after each generation, as JSON has it, by id; None where it is as it
+            was.
 
         Returns:
           the ids that are there no more: their searches are to be cancelled.
@@ -313,8 +326,9 @@ class Store:
         with self._writing() as index:
             for id, (status, generation) in states.items():
                 changed = index.execute(
-                    "UPDATE adapters SET status = ?, generation = ? WHERE id = ? AND ended IS NULL",
-                    (status, generation, id),
+                    "UPDATE adapters SET status = ?, generation = ?, curve = "
+                    "COALESCE(?, curve) WHERE id = ? AND ended IS NULL",
+                    (status, generation, None if curves is None else json.dumps(curves[id]), id),
                 )
                 if not changed.rowcount:
                     gone.add(id)
