@@ -55,7 +55,7 @@ def endpoints(model, id):
 
 
 def test_all_routes_are_tried(served, adapters):
-    """A route that is added has to be added to `endpoints`; `/health` and the page are for everyone."""
+    """A route that is added has to be added to `endpoints`; two are for everyone."""
     app = served.server._http.config.app
     there = {(x, route.path) for route in app.routes for x in route.methods - {"HEAD"}}
     tried = {

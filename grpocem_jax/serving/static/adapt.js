@@ -14,6 +14,7 @@ let tools = {};
 let watching = null;
 let shown = null;
 const prompts = new Map();
+const nothing = byId("watch-status").textContent;
 
 // `tools`: compare, download, remove and changed, which other parts of the page do.
 export function setUp(given) {
@@ -118,9 +119,12 @@ export function forget(id) {
   watching?.abort();
   shown = null;
   say("watch-title", "No search yet");
-  say("watch-status", "What the search finds is shown here while it runs.");
+  say("watch-status", nothing);
   for (const part of ["watch-progress", "verdict", "chart-figure", "facts"]) byId(part).hidden = true;
-  byId("watch-actions").replaceChildren();
+  const place = byId("watch-actions");
+  const focused = place.contains(document.activeElement);
+  place.replaceChildren();
+  if (focused) byId("watch-title").focus();
   fail("watch-error");
 }
 
@@ -191,7 +195,7 @@ function actions(adapter, ended) {
   const found = [];
   if (adapter.status === "ready") {
     const prompt = prompts.get(adapter.id) ?? "";
-    found.push(button("Compare before and after", "main", () => tools.compare(adapter, prompt)));
+    found.push(button("Compare with before", "main", () => tools.compare(adapter, prompt)));
     found.push(button("Download", "", () => tools.download(adapter, "watch-error")));
   }
   if (adapter.owned_by === settings.tenant) {

@@ -44,9 +44,9 @@ export function countExamples({ examples, form }) {
 export const promptOf = (example) => (typeof example?.prompt === "string" ? example.prompt : "");
 
 export const METHODS = {
-  gradient: "Gradient: quick",
-  cem: "Cross-Entropy Method: without gradients",
-  experts: "Experts: a mixture of trained ones",
+  gradient: "Gradient (quick)",
+  cem: "Cross-Entropy Method",
+  experts: "Mixture of experts",
 };
 
 export const titleOf = (adapter) => adapter.name || `Adapter ${adapter.id.slice(-6)}`;
@@ -87,7 +87,7 @@ export function verdict({ status, result, error, name }, base) {
   const moved = gain === null ? "" : change(gain, result);
   if (!result.adapted) {
     const why = result.note || "nothing did better on held-back text";
-    const small = gain < 0 ? "" : ", too little to be told from chance";
+    const small = gain < 5e-4 ? "" : ", too little to be told from chance";
     const tested = moved ? `On examples that a search had not seen, ${moved}${small}. ` : "";
     return {
       good: false,
@@ -116,7 +116,7 @@ export function facts({ asked, result }) {
     listed.push(["Generations", `${result.generations}${result.converged ? ", converged" : ""}`]);
   }
   if (result?.seconds) {
-    const compiled = result.compile_seconds >= 0.5 ? `, and ${number(result.compile_seconds, 0)} s to compile` : "";
+    const compiled = result.compile_seconds >= 0.5 ? ` (and ${number(result.compile_seconds, 0)} s to compile)` : "";
     listed.push(["Time", `${number(result.seconds, result.seconds < 10 ? 1 : 0)} s${compiled}`]);
   }
   return listed;
@@ -154,10 +154,16 @@ export function differences(text, other) {
   const found = [];
   const add = (word, common) => {
     const last = found.at(-1);
-    if (last?.[1] === common) last[0] += word;
-    // The space before a run that differs is no part of it.
-    else if (common) found.push([word, true]);
-    else found.push([word.match(/^\s*/)[0], true], [word.trimStart(), false]);
+    const space = common ? "" : word.match(/^\s*/)[0];
+    if (last?.[1] === common) {
+      last[0] += word;
+    } else if (space) {
+      // The space before a run that differs is no part of it.
+      add(space, true);
+      found.push([word.slice(space.length), false]);
+    } else {
+      found.push([word, common]);
+    }
   };
   for (let i = 0, j = 0; i < a.length; ) {
     if (j < b.length && a[i] === b[j]) {
