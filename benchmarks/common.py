@@ -59,9 +59,9 @@ class Product(NamedTuple):
         return 2 * self.rows * self.inner * self.columns * self.repeats
 
 
-def define_flags() -> None:
-    """The flags that every benchmark has."""
-    commands.define_config("gpt2")
+def define_flags(config: str = "gpt2") -> None:
+    """The flags that every benchmark has; ``config`` is the default of ``--config``."""
+    commands.define_config(config)
     flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
 

@@ -168,7 +168,8 @@ class HeldEngine:
 class HeldJob:
     """A search that the test ends."""
 
-    def __init__(self, generations: int):
+    def __init__(self, examples: Any, generations: int, options: dict[str, Any]):
+        self.examples, self.options = examples, options
         self.state, self.generation, self.generations = "queued", 0, generations
         self.curve: tuple[Any, ...] = ()
         self.result: Any = None
@@ -190,7 +191,7 @@ class HeldSearches:
         """Takes a search, or raises ``error``."""
         if self.error is not None:
             raise self.error
-        self.jobs.append(HeldJob(generations))
+        self.jobs.append(HeldJob(examples, generations, options))
         return self.jobs[-1]
 
 
@@ -222,6 +223,7 @@ def holding(
         catalogue=catalogue,
         engine=engine,
         searches=searches,
+        rewarded=searches,
         keeper=keeper,
         keys=Keys(folder / "keys.json", limits),
         most_tokens=16,

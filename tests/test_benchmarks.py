@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common, decode, gpu, memory, ppo, scaling
+from benchmarks import common, decode, gpu, memory, ppo, scaling, serve
 from benchmarks import grpo as grpo_benchmark
 from grpocem_jax import grpo
 from grpocem_jax.config import load_config
@@ -102,6 +102,32 @@ def test_memory_reports_what_it_promises(thin):
     for name in ("ppo_separate_critic_peak_bytes", "grpo_over_ppo_value_head"):
         assert outline[name] is None
     assert outline["grpo_measured_bytes"] is None
+
+
+def test_serve_reports_what_it_promises(thin, monkeypatch):
+    monkeypatch.setattr(serve, "RESIDENT", 6)
+    settings = load_config("tiny")
+    settings.model.source = thin.partition("=")[2]
+    text, record = serve.measure(settings, slots=4, prompt_length=5, length=8, repetitions=1)
+    seconds = {name: x["median"] for name, x in record["seconds"].items()}
+    assert list(record)[:5] == [
+        *("own_over_shared", "own_over_plain", "resident_2000_over_1"),
+        *("concurrent_speedup", "continuous_speedup"),
+    ]
+    assert record["own_over_shared"] == pytest.approx(seconds["shared"] / seconds["own"])
+    assert record["own_over_plain"] == pytest.approx(seconds["plain"] / seconds["own"])
+    assert record["tokens_per_s"]["own"] == pytest.approx(4 * 8 / seconds["own"])
+    ratio = seconds["static"] / seconds["continuous"]
+    assert record["continuous_speedup"] == pytest.approx(ratio)
+    assert "4 requests, 4 adapters" in text
+
+
+def test_mixed_lengths_are_exponential_and_cut_off():
+    lengths = serve.mixed_lengths(1000, 90)
+    assert (min(lengths), max(lengths)) == (1, 90)
+    # P(X > 90) = exp(-3) of the lengths are cut off; half of them are up to 30 log 2 = 20.8.
+    assert lengths.count(90) == pytest.approx(1000 * math.exp(-3), abs=2)
+    assert np.median(lengths) == pytest.approx(21, abs=0.5)
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu(thin, tmp_path, monkeypatch, capsys):

@@ -43,6 +43,7 @@ ALLOWED = {
     ("benchmarks/peers.py", "torch"),
     ("benchmarks/peers_trl.py", "torch"),
     ("studies/kills.py", "subprocess"),
+    ("studies/serving.py", "subprocess"),
     # An optional package, and only where a config names it.
     ("grpocem_jax/search/evosax.py", "import_module"),
     # git, which says of which commit a checkout is.

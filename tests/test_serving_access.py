@@ -5,7 +5,7 @@ import json
 import pytest
 
 from grpocem_jax.serving.tenants import PUBLIC
-from tests.serving import PROMPT
+from tests.serving import PROMPT, serving
 
 WRONG = {
     "none": {},
@@ -156,3 +156,40 @@ def test_a_path_that_leads_out_of_the_store_is_no_adapter(served):
         found = served("GET", f"/v1/adapters/{path}/download")
         assert found.status_code == 404
         assert "error" in found.json()
+
+
+def test_the_document_has_every_route_and_every_flag_with_its_default(served):
+    import dataclasses
+
+    from grpocem_jax.serving.options import Limits, Options
+    from tests.runs import ROOT
+
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for route in served.server._http.config.app.routes:
+        path = route.path.replace("{id:path}", "{id}")
+        for method in route.methods - {"HEAD"}:
+            assert f"`{method} {path}`" in text, (method, path)
+    rows = [line for line in text.splitlines() if line.startswith("| `--")]
+    for record in (Options, Limits):
+        for field in dataclasses.fields(record):
+            found = [row for row in rows if f"`--{field.name}`" in row]
+            if field.name == "keys":
+                assert f"`--{field.name}`" in text
+                continue
+            (row,) = found
+            default = "served/" if field.name == "store" else f"{field.default}".removesuffix(".0")
+            assert default in row, row
+
+
+def test_a_server_without_keys_answers_to_this_machines_names_alone(tmp_path):
+    """Another name in Host is that of a web page that has been led here."""
+    with serving(tmp_path, keys="") as served:
+        for host, status in (
+            ("127.0.0.1:8000", 200),
+            ("localhost", 200),
+            ("[::1]:1", 200),
+            ("evil.example", 403),
+            ("127.0.0.1.evil.example:8000", 403),
+        ):
+            found = served("GET", "/v1/adapters", None, headers={"Host": host})
+            assert found.status_code == status, (host, found.text)

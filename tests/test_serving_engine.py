@@ -87,6 +87,12 @@ def run():
     return load_run(**{"model.source": thin_model()})
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Slots of 11, 22 or 44 tokens; else they are of 44."""
+    monkeypatch.setattr(engine, "SHORTEST", 10)
+
+
 @pytest.fixture(scope="module")
 def served(run):
     made = make_engine(run)
@@ -169,8 +175,10 @@ def various(run, count, seed=0):
     ]
 
 
-def test_an_answer_is_the_same_alone_and_in_company(run, served):
+@pytest.mark.usefixtures("short")
+def test_an_answer_is_the_same_alone_and_in_company(run):
     """200 mixes, in which requests also come while others are under way."""
+    served = make_engine(run, slots=6, group=2)
     requests = various(run, 40)
     alone = [complete(served, each)[0] for each in requests]
     assert len(set(alone)) > 30
@@ -188,13 +196,14 @@ def test_an_answer_is_the_same_alone_and_in_company(run, served):
     assert served.stats.evictions > 20
 
 
-def test_nothing_is_compiled_after_warming_up(run, monkeypatch):
+@pytest.mark.usefixtures("short")
+def test_nothing_is_compiled_after_warming_up(run):
     compiled = []
 
     def note(name, *_, **__):
         compiled.append(name)
 
-    served = make_engine(run, slots=5, rows=2, max_queue=100)
+    served = make_engine(run, slots=6, group=2, rows=2, max_queue=100)
     assert served.warm_up() > 0
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
@@ -210,6 +219,27 @@ def test_nothing_is_compiled_after_warming_up(run, monkeypatch):
         assert any("compile" in name for name in compiled)  # that it would have been seen
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.usefixtures("short")
+def test_the_slots_are_as_long_as_what_is_in_them_needs(run):
+    served = make_engine(run)
+    # Prompts of 2, 2 and 15 tokens.
+    brief, long, longest = (request(run, TEXTS[i]) for i in (0, 0, 1))
+    brief = dataclasses.replace(brief, max_new_tokens=3)
+    expected = [complete(make_engine(run), each)[0] for each in (brief, long, longest)]
+    lengths, tickets = [], []
+    for each in (brief, long, longest, brief):
+        tickets.append(served.submit(each))
+        served.step()
+        lengths.append(served._groups[0].length)
+        finish(served)
+    assert lengths == [11, 22, 44, 11]
+    assert [answer(ticket) for ticket in tickets] == [*expected, expected[0]]
+    served.submit(longest)
+    served._admit()
+    with pytest.raises(RuntimeError, match="under way"):
+        served.warm_up()
 
 
 def test_a_token_is_drawn_with_the_seed_and_its_number(run, served):
@@ -277,6 +307,20 @@ def test_slots_are_taken_again_while_others_go_on(run):
     assert [(lengths[n], "length") for n, *_ in ended] == [x[1:] for x in ended]
 
 
+def test_groups_without_requests_do_not_run(run, monkeypatch):
+    served, ran = make_engine(run, slots=5, group=2), []
+    assert served.slots == 6  # three groups of two
+    for number, group in enumerate(served._groups):
+        decode = group.decode
+        monkeypatch.setattr(
+            group, "decode", lambda *x, n=number, f=decode, **y: (ran.append(n), f(*x, **y))[1]
+        )
+    expected = [complete(served, request(run, each))[0] for each in TEXTS]
+    assert set(ran) == {0}
+    assert complete(served, *(request(run, each) for each in TEXTS)) == expected
+    assert set(ran) == {0, 1, 2}
+
+
 def test_equal_prompts_of_a_batch_are_processed_once(run):
     served = make_engine(run)
     prompt = request(run, TEXTS[0], temperature=2.0, adapter="1")
@@ -303,11 +347,29 @@ def test_adapters_used_last_stay_on_the_device(run):
         complete(served, request(run, adapter=name))
     assert loaded == ["1", "2", "3", "2"]
     assert (served.stats.resident, served.stats.evictions) == (2, 2)
+    waits = served.submit(request(run, adapter="1"))
     served.forget("1")
     assert served.stats.resident == 1
-    complete(served, request(run, adapter="1"), request(run, adapter="2"))
+    finish(served)
     assert loaded == ["1", "2", "3", "2", "1"]
-    assert served.stats.evictions == 2
+    assert answer(waits) == complete(make_engine(run), request(run, adapter="1"))[0]
+    served.forget("1")
+    complete(served, request(run, adapter="1"), request(run, adapter="2"))
+    assert loaded == ["1", "2", "3", "2", "1", "1"]
+    assert served.stats.evictions == 3  # what had been forgotten was the first to go
+
+
+def test_an_adapter_whose_name_stands_for_another_is_the_new_one(run):
+    seeds = {"mine": "1"}
+    served = make_engine(run, load=lambda name: offsets_of(run.offsets, seeds[name]))
+    expected = [complete(make_engine(run), request(run, adapter=x))[0] for x in "12"]
+    early = served.submit(request(run, adapter="mine"))
+    seeds["mine"] = "2"
+    served.forget("mine")
+    late = served.submit(request(run, adapter="mine"))
+    finish(served)
+    assert [answer(early), answer(late)] == expected
+    assert complete(served, request(run, adapter="mine")) == expected[1:]
 
 
 def test_an_adapter_that_is_gone_when_its_turn_comes_ends_one_answer(run):

@@ -12,7 +12,7 @@ import pytest
 from grpocem_jax.serving.engine import Piece
 from grpocem_jax.serving.options import Limits
 from grpocem_jax.utils.errors import InputError
-from tests.serving import EXAMPLES, PROMPT, holding
+from tests.serving import EXAMPLES, PROMPT, holding, serving
 
 ASKED = {"model": "thin", "prompt": PROMPT, "max_tokens": 4}
 DONE = Piece(" cold", 2, "stop")
@@ -264,3 +264,42 @@ def test_a_search_deleted_through_another_server_is_cancelled(held):
     job.state, job.generation = "running", 1
     held.server.keeper.look()
     assert job.state == "cancelled"
+
+
+def test_an_engine_that_fails_ends_the_server_with_what_it_failed_with(tmp_path):
+    with serving(tmp_path) as served:
+        server = served.server
+        assert served("GET", "/health", None).status_code == 200
+
+        def fail():
+            raise ZeroDivisionError("a bug")
+
+        server.engine.step = fail
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            server.wait()
+        health = served("GET", "/health", None)
+        assert (health.status_code, health.headers["retry-after"]) == (503, "5")
+        asked = {**ASKED, "model": server.catalogue.base}
+        assert served("POST", "/v1/completions", json=asked).status_code == 503
+
+
+def test_searches_that_fail_leave_the_completions_alone(tmp_path):
+    with serving(tmp_path) as served:
+
+        def fail(**options):
+            raise ZeroDivisionError("a bug")
+
+        served.server.searches.step = fail
+        asked = {**ASKED, "model": served.server.catalogue.base}
+        for _ in range(2):
+            assert served("POST", "/v1/completions", json=asked).status_code == 200
+
+
+def test_requests_that_are_refused_cost_no_tokens(tmp_path, model):
+    from tests.serving import thin_run
+
+    prompt = len(thin_run().policy.encode(PROMPT))
+    with holding(tmp_path, Limits(tokens_per_minute=prompt + 4)) as held:
+        held.server.engine.error = queue.Full()
+        assert_limited(held("POST", "/v1/completions", json=ASKED), "waiting")
+        assert_limited(held("POST", "/v1/completions", json=ASKED), "waiting")

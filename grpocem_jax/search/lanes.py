@@ -83,6 +83,8 @@ class Lanes:
         self._counts = np.ones(lanes, np.float32)
         self._rows: dict[int, list[Row]] = {}
         self._pages: list[Page] | None = []
+        self._asked: tuple[jax.Array, Point] | None = None
+        self._left: list[tuple[Page, int]] = []
 
     @property
     def at_once(self) -> int:
@@ -111,25 +113,54 @@ class Lanes:
         if self._rows.pop(lane, None) is not None:
             self._pages = None
 
-    def advance(self) -> None:
-        """Runs a generation of every search that has one left."""
-        if self._pages is None:
-            own = [(lane, row) for lane, rows_ in sorted(self._rows.items()) for row in rows_]
-            self._pages = [page for page, _ in self._lay_out(own)]
-        keys, candidates, sums = _ask(self._keys, self.search, method=self.method)
-        for page in self._pages:
-            sums = _score(
-                sums,
+    def advance(self, pieces: int | None = None) -> tuple[int, bool]:
+        """Runs a generation of every search that has one left, or a piece of it.
+
+        Args:
+          pieces: how many pieces at most, each a page with a few candidates; None for all.
+
+        Returns:
+          how many there were, and whether the generation is through. Where it is not, the next call
+          goes on with it, and no search may be placed before.
+        """
+        if self._asked is None:
+            if self._pages is None:
+                own = [(lane, row) for lane, held in sorted(self._rows.items()) for row in held]
+                self._pages = [page for page, _ in self._lay_out(own)]
+            *asked, self._sums = _ask(self._keys, self.search, method=self.method)
+            self._asked = tuple(asked)
+            population = self.method.population_size
+            self._left = [
+                (page, first)
+                for page in self._pages
+                for first in range(0, population, self._size(page))
+            ]
+        now = self._left[:pieces]
+        for page, first in now:
+            self._sums = _score(
+                self._sums,
                 self.score,
                 self.space,
-                candidates,
+                self._asked[1],
                 page,
+                first,
                 gradient="gradient" in needs(self.method),
                 size=self._size(page),
             )
+        self._left = self._left[len(now) :]
+        if self._left:
+            return len(now), False
         self.search = _tell(
-            self.search, keys, candidates, sums, self._limits, self._counts, method=self.method
+            self.search, *self._asked, self._sums, self._limits, self._counts, method=self.method
         )
+        self._asked = None
+        return len(now), True
+
+    def reset(self) -> None:
+        """Empties all lanes, and forgets a generation that is not through."""
+        self._asked = None
+        for lane in list(self._rows):
+            self.clear(lane)
 
     def progress(self) -> Progress:
         """Where the searches are; waits for them."""
@@ -220,7 +251,9 @@ class Lanes:
     def _size(self, page: Page) -> int:
         count, context = page.rows.context.shape
         tokens = count * (context + page.rows.scored.shape[1])
-        return fitness.chunk(self.method.population_size, tokens)
+        # A backward pass holds the activations of the forward pass.
+        size = self.method.population_size
+        return 1 if "gradient" in needs(self.method) else fitness.chunk(size, tokens)
 
 
 def _verdict(values: np.ndarray, z: float) -> gate.Verdict:
@@ -277,11 +310,15 @@ def _score(
     space: Space,
     candidates: Point,
     page: Page,
+    first: int,
     *,
     gradient: bool,
     size: int,
 ) -> _Sums:
-    """Adds what the texts of a page have to say of their lanes' candidates."""
+    """Adds what the texts of a page have to say of some candidates of their lanes.
+
+    Those are ``size`` from ``first`` on, or as many as there are.
+    """
 
     def total(point: Point, row: fitness.Rows) -> jax.Array:
         return jnp.sum(score.row(decode(space, point), row))
@@ -292,11 +329,12 @@ def _score(
             return jax.vmap(jax.value_and_grad(total))(own, page.rows)
         return jax.vmap(total)(own, page.rows), None
 
-    def add(sums: jax.Array, more: jax.Array) -> jax.Array:
-        return sums.at[page.lane].add(jnp.swapaxes(more, 0, 1), mode="drop")
+    numbers = first + jnp.arange(size)
 
-    numbers = jnp.arange(sums.values.shape[1])
-    more = jax.lax.map(of_candidate, numbers, batch_size=None if gradient else size)
+    def add(sums: jax.Array, more: jax.Array) -> jax.Array:
+        return sums.at[page.lane[None], numbers[:, None]].add(more, mode="drop")
+
+    more = jax.vmap(of_candidate)(numbers)
     return jax.tree.map(add, sums, _Sums(*more))
 
 

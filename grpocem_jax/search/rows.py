@@ -64,11 +64,8 @@ def cut(tokens: np.ndarray, counts: np.ndarray) -> Row | None:
 
 
 def padded(length: int) -> int:
-    """The length that ``length`` tokens are padded to: a multiple of 8, and above 64 of an eighth.
-
-    0, 8, 16, ..., 64, 80, 96, 112, 128, 160, ...
-    """
-    step = max(8, (1 << (length - 1).bit_length()) // 8) if length else 8
+    """The length that ``length`` tokens are padded to: 0, 4, ..., 32, 40, ..., 64, 80, ..."""
+    step = max(4, (1 << (length - 1).bit_length()) // 8) if length else 4
     return -(-length // step) * step
 
 

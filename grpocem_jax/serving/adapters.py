@@ -3,12 +3,12 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from anyio.to_thread import run_sync
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from grpocem_jax.serving import archive, asked
@@ -16,6 +16,7 @@ from grpocem_jax.serving.catalogue import Catalogue
 from grpocem_jax.serving.errors import ApiError, brief
 from grpocem_jax.serving.http import Call, Events, Json
 from grpocem_jax.serving.keeper import INTERVAL_S, Keeper
+from grpocem_jax.serving.searches import QueueFullError
 from grpocem_jax.serving.store import FullError, Record
 from grpocem_jax.serving.tenants import PUBLIC, Tenant
 from grpocem_jax.utils.errors import InputError
@@ -51,14 +52,23 @@ class Adapters:
 
     Args:
       catalogue: which knows the store.
-      searches: with `submit`, which starts a search.
-      keeper: which follows it.
-      prepare: reads a request's search, in a thread.
+      searches: with `submit`, which starts a search by likelihood.
+      rewarded: the same by reward.
+      keeper: which follows them.
+      check: raises `ApiError` where the server ends.
     """
 
-    def __init__(self, catalogue: Catalogue, searches: Any, keeper: Keeper):
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        searches: Any,
+        rewarded: Any,
+        keeper: Keeper,
+        check: Callable[[], None],
+    ):
         self._catalogue, self._store = catalogue, catalogue.store
-        self._searches, self._keeper = searches, keeper
+        self._searches, self._rewarded, self._keeper = searches, rewarded, keeper
+        self._check = check
         leaves = jax.tree.leaves(catalogue.run.policy.zero)
         # The arrays in full precision, the header and the settings.
         self._most_upload = 8 * sum(leaf.size for leaf in leaves) + 2**18
@@ -67,14 +77,15 @@ class Adapters:
         """POST: starts a search."""
         body = await call.json()
         run, limits = self._catalogue.run, call.tenant.limits
-        search = await run_sync(asked.read, body, run, limits)
-        record = await run_sync(self._start, call.tenant, search)
+        experts = bool(self._catalogue.experts)
+        search = await run_in_threadpool(lambda: asked.read(body, run, limits, experts=experts))
+        record = await run_in_threadpool(self._start, call.tenant, search)
         return Json(describe(record), 202, {"Location": f"/v1/adapters/{record.id}"})
 
     def _start(self, tenant: Tenant, search: asked.Search) -> Record:
         record = self._add(tenant, search.name, search.record, search.generations, "queued")
         try:
-            job = self._searches.submit(
+            job = (self._rewarded if search.reward else self._searches).submit(
                 search.subject,
                 method=search.method,
                 seed=search.seed,
@@ -82,6 +93,13 @@ class Adapters:
             )
         except BaseException as error:
             self._store.delete(tenant.name, record.id)
+            if isinstance(error, QueueFullError):
+                raise ApiError(
+                    429,
+                    "the server has as many searches waiting as it takes; try again later.",
+                    code="rate_limit_exceeded",
+                    retry_after=10,
+                ) from None
             if isinstance(error, InputError):
                 raise ApiError(400, str(error)) from None
             raise
@@ -126,8 +144,8 @@ class Adapters:
                 param="limit",
             )
         if after is not None:
-            await run_sync(self._record, call.tenant, after, "after")
-        found = await run_sync(
+            await run_in_threadpool(self._record, call.tenant, after, "after")
+        found = await run_in_threadpool(
             lambda: self._store.list(call.tenant.name, limit=int(limit) + 1, after=after)
         )
         data = [describe(record) for record in found[: int(limit)]]
@@ -149,7 +167,8 @@ class Adapters:
         sent = time.monotonic()
         while record.ended is None:
             await asyncio.sleep(INTERVAL_S)
-            now = await run_sync(self._record, tenant, record.id, "id")
+            self._check()
+            now = await run_in_threadpool(self._record, tenant, record.id, "id")
             if now != record:
                 record, sent = now, time.monotonic()
                 yield await run_sync(self._in_full, record)
@@ -165,7 +184,7 @@ class Adapters:
                 403, f"id={record.id!r}: a public adapter is the operator's to delete.", param="id"
             )
         self._keeper.cancel(record.id)
-        await run_sync(self._store.delete, call.tenant.name, record.id)
+        await run_in_threadpool(self._store.delete, call.tenant.name, record.id)
         return Json({"id": record.id, "object": "adapter", "deleted": True})
 
     async def download(self, call: Call) -> Response:
@@ -185,7 +204,7 @@ class Adapters:
 
         name = f'attachment; filename="{record.id}.zip"'
         return Response(
-            await run_sync(pack),
+            await run_in_threadpool(pack),
             media_type="application/zip",
             headers={"Content-Disposition": name},
         )
@@ -194,7 +213,7 @@ class Adapters:
         """POST a zip: keeps an adapter that was saved elsewhere."""
         name = asked.read_name(call.request.query_params.get("name") or None)
         content = await call.body(media="application/zip", most=self._most_upload)
-        record = await run_sync(self._keep, call.tenant, name, content)
+        record = await run_in_threadpool(self._keep, call.tenant, name, content)
         return Json(describe(record), 201, {"Location": f"/v1/adapters/{record.id}"})
 
     def _keep(self, tenant: Tenant, name: str, content: bytes) -> Record:
@@ -220,7 +239,9 @@ class Adapters:
         return {**describe(record), "curve": self._store.curve(record.id)}
 
     async def _asked_for(self, call: Call) -> Record:
-        return await run_sync(self._record, call.tenant, call.request.path_params["id"], "id")
+        return await run_in_threadpool(
+            self._record, call.tenant, call.request.path_params["id"], "id"
+        )
 
     def _record(self, tenant: Tenant, id: str, field: str) -> Record:
         record = self._store.get(tenant.name, id)

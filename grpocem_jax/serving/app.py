@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import numpy as np
-from anyio.to_thread import run_sync
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -33,7 +33,8 @@ class Parts:
     Attributes:
       catalogue: the models.
       engine: which completes; with `submit` and `stats`.
-      searches: which search for adapters; with `submit`.
+      searches: which search for adapters by likelihood; with `submit`.
+      rewarded: the same by reward.
       keeper: which follows them.
       keys: who may ask.
       most_tokens: of a completion.
@@ -47,6 +48,7 @@ class Parts:
     catalogue: Catalogue
     engine: Any
     searches: Any
+    rewarded: Any
     keeper: Keeper
     keys: Keys
     most_tokens: int
@@ -61,7 +63,7 @@ def make_app(parts: Parts) -> Starlette:
     """The ASGI application."""
     models = _Models(parts.catalogue)
     metrics = Metrics(lambda: _gauges(parts))
-    adapters = Adapters(parts.catalogue, parts.searches, parts.keeper)
+    adapters = Adapters(parts.catalogue, parts.searches, parts.rewarded, parts.keeper, parts.check)
     complete = _Completions(parts, metrics)
     gate = Gate(parts.keys, parts.body_timeout_s, metrics.observe)
 
@@ -75,7 +77,9 @@ def make_app(parts: Parts) -> Starlette:
 
     async def show_metrics(call: Call) -> Response:
         del call
-        return Response(await run_sync(metrics.text), headers={"Content-Type": CONTENT_TYPE})
+        return Response(
+            await run_in_threadpool(metrics.text), headers={"Content-Type": CONTENT_TYPE}
+        )
 
     one = "/v1/adapters/{id}"
     table = (
@@ -130,12 +134,12 @@ class _Models:
         self._catalogue = catalogue
 
     async def list(self, call: Call) -> Response:
-        data = await run_sync(self._catalogue.models, call.tenant)
+        data = await run_in_threadpool(self._catalogue.models, call.tenant)
         return Json({"object": "list", "data": data})
 
     async def show(self, call: Call) -> Response:
         name = call.request.path_params["id"]
-        return Json(await run_sync(self._catalogue.model, call.tenant, name))
+        return Json(await run_in_threadpool(self._catalogue.model, call.tenant, name))
 
 
 class _Completions:
@@ -158,15 +162,18 @@ class _Completions:
             most_tokens=parts.most_tokens,
             most_characters=call.tenant.limits.max_body_bytes,
         )
-        adapter = await run_sync(parts.catalogue.engine_name, call.tenant, asked.model)
-        prompts = await run_sync(self._encode, asked)
+        adapter = await run_in_threadpool(parts.catalogue.engine_name, call.tenant, asked.model)
+        prompts = await run_in_threadpool(self._encode, asked)
         requests = self._requests(asked, adapter, prompts)
-        give_back = call.take_tokens(sum(len(x.tokens) + x.max_new_tokens for x in requests))
+        taken = sum(map(len, prompts)) + sum(x.max_new_tokens for x in requests)
+        give_back = call.take_tokens(taken)
+        made = _Made([0] * len(requests))
+        call.stack.callback(lambda: give_back(taken - made.used))
         parts.check()
         answers = Answers(parts.engine, len(requests))
         call.stack.callback(answers.cancel)
         try:
-            await run_sync(answers.submit, requests)
+            await run_in_threadpool(answers.submit, requests)
         except InputError as error:
             raise ApiError(400, str(error), param="model") from None
         except queue.Full:
@@ -176,14 +183,8 @@ class _Completions:
                 code="rate_limit_exceeded",
                 retry_after=1,
             ) from None
-        made = _Made([0] * len(requests))
-
-        def account() -> None:
-            count = sum(map(len, prompts))
-            give_back(sum(x.max_new_tokens for x in requests) - sum(made.tokens))
-            self._metrics.count_tokens(count, sum(made.tokens))
-
-        call.stack.callback(account)
+        made.read = sum(map(len, prompts))
+        call.stack.callback(lambda: self._metrics.count_tokens(made.read, sum(made.tokens)))
         writer = Writer(asked, list(map(len, prompts)))
         if asked.stream:
             return Events(self._stream(asked, answers, writer, made))
@@ -250,9 +251,21 @@ class _Completions:
 
 @dataclasses.dataclass
 class _Made:
-    """Tokens made so far, of each completion."""
+    """Tokens of a request so far.
+
+    Attributes:
+      tokens: made, of each completion.
+      read: of the prompts; 0 before the engine has taken them.
+    """
 
     tokens: list[int]
+    read: int = 0
+
+    @property
+    def used(self) -> int:
+        """All of them."""
+        return self.read + sum(self.tokens)
 
     def add(self, number: int, piece: Any) -> None:
+        """Counts the tokens of a piece."""
         self.tokens[number] = piece.tokens

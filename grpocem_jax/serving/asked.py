@@ -55,13 +55,14 @@ class Search:
         }
 
 
-def read(body: dict[str, Any], run: TrainedRun, limits: Limits) -> Search:
+def read(body: dict[str, Any], run: TrainedRun, limits: Limits, *, experts: bool) -> Search:
     """Reads the fields of a request.
 
     Args:
       body: a JSON object.
       run: what is adapted.
       limits: of the tenant.
+      experts: whether there is a library of experts.
 
     Raises:
       ApiError: a field that is missing, of another type or out of its range, or a text that cannot
@@ -99,7 +100,7 @@ def read(body: dict[str, Any], run: TrainedRun, limits: Limits) -> Search:
             "method='gradient': a reward has no gradient; give cem or experts.",
             param="method",
         )
-    if method == "experts" and not library(run):
+    if method == "experts" and not experts:
         raise ApiError(
             400,
             "method='experts': the server has no library of experts; give gradient or cem.",
@@ -137,13 +138,6 @@ def read_name(given: Any) -> str:
 def rewards(config: Config) -> list[str]:
     """The names of the tasks whose reward a search may have."""
     return list(dict.fromkeys((*config.data.tasks, *TASKS)))
-
-
-def library(run: TrainedRun) -> str:
-    """The library of experts, as ``config.search.experts`` names it; "" where there is none."""
-    if run.config.search.experts:
-        return run.config.search.experts
-    return "builtin" if run.policy.pretrained.kind == "builtin" else ""
 
 
 def _texts(run: TrainedRun, listed: list[Any], name: str) -> list[Text]:

@@ -1,11 +1,14 @@
 """The names that a request's ``model`` may have, and the adapters that they stand for."""
 
+import dataclasses
 import hashlib
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
+from grpocem_jax import adaptation
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.runs.trained import TrainedRun, load_fitting_adapter
@@ -15,12 +18,20 @@ from grpocem_jax.serving.tenants import Tenant
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import read_object
 
+log = logging.getLogger("grpocem_jax.serving")
+
 BASE = "base"
 """The engine's name of the base model, where what it starts from is a trained adapter."""
 
 
 class Catalogue:
     """The base model, a trained run on it, and the adapters of a store.
+
+    Attributes:
+      base: the name of the base model.
+      default: the name of what the engine starts from: the run's adapter where there is one.
+      fits: what an adapter has to be of, `Record.base`.
+      experts: the library of experts, as ``config.search.experts`` names it; "" for none.
 
     Args:
       run: what is served.
@@ -38,13 +49,15 @@ class Catalogue:
         self.base = Path(pretrained.source).name if is_path else pretrained.source
         if trained is not None and (trained == self.base or ID.fullmatch(trained)):
             raise InputError(
-                f"--name={trained!r}: is the name of the base model or of an adapter; give another."
+                f"name={trained!r}: is the name of the base model or of an adapter; give another, "
+                "or rename the folder of the run."
             )
         self.default = self.base if trained is None else trained
         settings = run.policy.adapter_config(run.config.adapter)
         del settings["base_model"]
         text = json.dumps(settings, sort_keys=True, default=str)
         self.fits = hashlib.sha256(text.encode()).hexdigest()
+        self.experts = _library(run)
         self._created = int(time.time())
 
     def engine_name(self, tenant: Tenant, model: str) -> str | None:
@@ -155,3 +168,18 @@ class Catalogue:
 
     def _model(self, name: str, created: int, owner: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created, "owned_by": owner}
+
+
+def _library(run: TrainedRun) -> str:
+    """The library of experts that fits the run; "" where there is none."""
+    is_builtin = run.policy.pretrained.kind == "builtin"
+    name = run.config.search.experts or ("builtin" if is_builtin else "")
+    if not name:
+        return ""
+    settings = dataclasses.replace(run.config.search, space="experts", experts=name)
+    try:
+        adaptation.make_space(run.policy, run.offsets, settings)
+    except InputError as error:
+        log.warning("no searches by experts: %s", error)
+        return ""
+    return name

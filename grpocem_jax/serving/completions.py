@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from grpocem_jax.rollouts.policy import Policy
-from grpocem_jax.serving.engine import COLDEST
 from grpocem_jax.serving.errors import ApiError
 from grpocem_jax.serving.fields import Fields, is_integer, is_text
+from grpocem_jax.serving.requests import COLDEST
 from grpocem_jax.utils.errors import InputError
 
 MOST_CHOICES = 32

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-import anyio.to_thread
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -23,6 +23,9 @@ from grpocem_jax.utils.errors import InputError
 T = TypeVar("T")
 
 log = logging.getLogger("grpocem_jax.serving")
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names by which a server without keys may be called."""
 
 MOST_TENANTS = 10_000
 """Whose meters are kept; those of tenants that have nothing under way go first."""
@@ -179,7 +182,7 @@ class Call:
         """
         most = self.tenant.limits.max_body_bytes
         content = await self.body(media="application/json", most=most)
-        return await anyio.to_thread.run_sync(read_json, content)
+        return await run_in_threadpool(read_json, content)
 
     def take_tokens(self, count: int) -> Callable[[int], None]:
         """Takes tokens from the tenant's rate.
@@ -239,8 +242,16 @@ class Gate:
         """Who asks.
 
         Raises:
-          ApiError: nobody that is known.
+          ApiError: nobody that is known, or a name of another machine where there are no keys.
         """
+        if self._keys.are_open and request.url.hostname not in LOOPBACK:
+            # Else a web page could reach the server through a name of its own.
+            raise ApiError(
+                403,
+                f"the header Host is {request.headers.get('host', '')[:80]!r}, but a server "
+                "without keys is for this machine alone; ask for 127.0.0.1, or give it --keys.",
+                param="Host",
+            )
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else None
         found = self._keys.find(given)

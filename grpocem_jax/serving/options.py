@@ -65,7 +65,7 @@ class Limits:
     max_body_bytes: int = setting("Bytes of a request's body.", at_least(1), default=1_000_000)
     max_adapters: int = setting("Adapters, ready or not.", at_least(0), default=1000)
     max_jobs: int = setting("Searches that have not ended.", at_least(0), default=4)
-    max_examples: int = setting("Examples of a search.", at_least(1), default=256)
+    max_examples: int = setting("Examples of a search.", at_least(1), default=64)
     max_generations: int = setting("Generations of a search.", at_least(1), default=200)
 
     def __post_init__(self) -> None:

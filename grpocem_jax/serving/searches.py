@@ -14,7 +14,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -230,6 +230,7 @@ class Searches:
         self._lanes: dict[str, Lanes] = {}
         self._queue: deque[Job] = deque()
         self._running: list[_Running] = []
+        self._round: list[Lanes] = []
         self._lock = threading.Lock()
         self._stepping = threading.Lock()
 
@@ -316,26 +317,42 @@ class Searches:
         with self._lock:
             return sum(not each.job.ended for each in self._running)
 
-    def step(self) -> bool:
+    def step(self, *, pieces: int | None = None) -> bool:
         """Runs one generation of every running search, after jobs that wait took free places.
 
         Jobs whose searches are through are judged and end.  A job that fails ends with its
         sentence, and the others go on.
 
+        Args:
+          pieces: where other work waits too, the generation is divided into pieces that take about
+            as long as each other, of which so many are run at most; jobs come and go when the
+            generation is through. None for all of it.
+
         Returns:
           False where nothing is running.
+
+        Raises:
+          InputError: ``pieces`` below 1.
         """
+        if pieces is not None and pieces < 1:
+            raise InputError(f"pieces={pieces}: must be at least 1, or None for all.")
         with self._stepping:
             clock = CompileClock.start()
             try:
-                self._leave()
-                fresh = self._admit()
-                if not self._running:
+                if not self._round:
+                    self._leave()
+                    fresh = self._admit()
+                    self._round = list({id(x.lanes): x.lanes for x in self._running}.values())
+                    for lanes in self._round:
+                        self._guarded(lanes, self._begin, [x for x in fresh if x.lanes is lanes])
+                if not self._round:
                     return False
-                for lanes in {id(x.lanes): x.lanes for x in self._running}.values():
-                    own = [x for x in self._running if x.lanes is lanes]
-                    self._advance(lanes, own, [x for x in own if x in fresh])
-                self._leave()
+                left = pieces
+                while self._round and left != 0:
+                    used = self._guarded(self._round[0], self._advance, left)
+                    left = None if left is None else left - used
+                if not self._round:
+                    self._leave()
             finally:
                 clock.stop()
                 for each in self._running:
@@ -385,25 +402,40 @@ class Searches:
                     fresh.append(each)
         return fresh
 
-    def _advance(self, lanes: Lanes, own: list[_Running], fresh: list[_Running]) -> None:
-        """A generation in some lanes; an error there ends the jobs in them."""
+    def _guarded(self, lanes: Lanes, work: Callable[[Lanes, Any], int], argument: Any) -> int:
+        """What ``work`` returns; an error there ends the jobs in the lanes, and no others."""
         advice = "give fewer users at once, or shorter texts"
         try:
             with memory.advise("the searches of many users", advice):
-                self._begin(lanes, fresh)
-                if not all(each.job.ended for each in own):
-                    lanes.advance()
-                    self._follow(lanes, [each for each in own if not each.job.ended])
+                return work(lanes, argument)
         except Exception as error:
-            for each in own:
-                each.job._end("failed", error=str(error) or type(error).__name__)
+            for each in self._running:
+                if each.lanes is lanes:
+                    each.job._end("failed", error=str(error) or type(error).__name__)
+            lanes.reset()
+            self._round = [x for x in self._round if x is not lanes]
             if not isinstance(error, InputError):
                 raise
+            return 0
 
-    def _begin(self, lanes: Lanes, fresh: list[_Running]) -> None:
+    def _advance(self, lanes: Lanes, pieces: int | None) -> int:
+        """Pieces of a generation in some lanes; how many they were."""
+        used = 0
+        own = [x for x in self._running if x.lanes is lanes and not x.job.ended]
+        if own:
+            used, through = lanes.advance(pieces)
+            if not through:
+                return used
+            self._follow(lanes, own)
+        else:
+            lanes.reset()
+        self._round.remove(lanes)
+        return used
+
+    def _begin(self, lanes: Lanes, fresh: list[_Running]) -> int:
         """Scores the start by the texts of new jobs, and lets their searches begin."""
         if not fresh:
-            return
+            return 0
         asked = [pair for each in fresh for pair in each.asked]
         scores = iter(lanes.scores(lanes.origins(), asked))
         for each in fresh:
@@ -422,6 +454,7 @@ class Searches:
             keys = jax.random.split(key, 3)[:2] if self.settings.gate else [key]
             for place, part, own in zip(each.places, each.rows, keys, strict=True):
                 lanes.place(place, part, own, each.job.generations)
+        return len(fresh)
 
     def _follow(self, lanes: Lanes, own: list[_Running]) -> None:
         """Tells jobs where they are, and ends those whose searches are through."""

@@ -17,11 +17,13 @@ import uvicorn
 
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.serving.app import Parts, make_app
+from grpocem_jax.serving.aside import Aside
 from grpocem_jax.serving.catalogue import Catalogue
 from grpocem_jax.serving.engine import Engine
 from grpocem_jax.serving.errors import ApiError
 from grpocem_jax.serving.keeper import Keeper
 from grpocem_jax.serving.options import Limits, Options
+from grpocem_jax.serving.rewarded import Rewarded
 from grpocem_jax.serving.searches import Searches
 from grpocem_jax.serving.store import Store
 from grpocem_jax.serving.tenants import Keys
@@ -32,6 +34,9 @@ log = logging.getLogger("grpocem_jax.serving")
 
 GRACE_S = 5
 """Seconds that requests under way have when the server ends."""
+
+PATIENCE_S = 0.5
+"""The longest that completions wait for a step of the searches, such as a compilation."""
 
 
 class Door(NamedTuple):
@@ -95,12 +100,28 @@ class Server:
         try:
             self.catalogue = Catalogue(run, self.store, trained=name)
             self.engine = _make_engine(run, options, self.catalogue)
-            self.searches = Searches(run, users=options.users)
+            settings = dataclasses.replace(
+                run.config.search,
+                fitness="likelihood",
+                budget_s=None,
+                experts=self.catalogue.experts,
+            )
+            most = limits or Limits()
+            self.searches = Searches(
+                run,
+                users=options.users,
+                settings=settings,
+                max_examples=most.max_examples,
+                max_generations=most.max_generations,
+            )
+            self.rewarded = Rewarded(run, settings)
+            self._aside = Aside(self._search, patience_s=PATIENCE_S)
             self.keeper = Keeper(self.catalogue)
             parts = Parts(
                 catalogue=self.catalogue,
                 engine=self.engine,
                 searches=self.searches,
+                rewarded=self.rewarded,
                 keeper=self.keeper,
                 keys=keys,
                 most_tokens=self.engine.max_new_tokens,
@@ -154,6 +175,7 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._ended.set()
         self._http.should_exit = True
         engine, http = self._threads
         if http.ident is not None:
@@ -161,6 +183,8 @@ class Server:
         self._stop.set()
         if engine.ident is not None:
             engine.join()
+            self._aside.close()
+            self.rewarded.close()
             self.keeper.stop()
         self._socket.close()
         self.store.close()
@@ -189,11 +213,20 @@ class Server:
             raise ApiError(503, "the server is ending; try again.", retry_after=5)
 
     def _work(self) -> None:
-        self._guard(
-            lambda: self.engine.run(
-                self._stop, between=self.searches.step, share=self.options.share
-            )
-        )
+        def search() -> bool:
+            return self._aside(idle=not self._is_busy())
+
+        self._guard(lambda: self.engine.run(self._stop, between=search, share=self.options.share))
+
+    def _search(self) -> bool:
+        """A step of the searches."""
+        # Completions under way wait for a piece of a generation, not for all of it.
+        more = self.searches.step(pieces=1 if self._is_busy() else None)
+        return self.rewarded.step() or more
+
+    def _is_busy(self) -> bool:
+        stats = self.engine.stats
+        return bool(stats.active or stats.queued)
 
     def _listen(self) -> None:
         self._guard(lambda: self._http.run(sockets=[self._socket]))

@@ -121,6 +121,53 @@ def _record(row: Sequence[Any]) -> Record:
     return Record(**values)
 
 
+class _Connection:
+    """A connection to the index, of one thread at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._index: sqlite3.Connection | None = None
+
+    def open(self, path: Path) -> None:
+        """Opens the file, which is made where it is not there."""
+        self._index = sqlite3.connect(
+            path, timeout=20, isolation_level=None, check_same_thread=False
+        )
+        self._index.execute("PRAGMA journal_mode = WAL")
+        self._index.execute("PRAGMA synchronous = FULL")
+
+    def close(self) -> None:
+        """Closes it, if it is open."""
+        with self._lock:
+            if self._index is not None:
+                self._index.close()
+
+    def select(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows that a statement finds."""
+        with self._lock:
+            return self._opened.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, on disk when the block ends."""
+        with self._lock:
+            index = self._opened
+            index.execute("BEGIN IMMEDIATE")
+            try:
+                yield index
+                index.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    index.execute("ROLLBACK")
+                raise
+
+    @property
+    def _opened(self) -> sqlite3.Connection:
+        if self._index is None:
+            raise sqlite3.ProgrammingError("the index is not open")
+        return self._index
+
+
 class Store:
     """An open store; safe to use from several threads and processes.
 
@@ -145,14 +192,11 @@ class Store:
             raise InputError(
                 f"{where}: cannot be written ({reason}); give another folder."
             ) from None
-        self._lock = threading.RLock()
+        # Reads do not wait for a write to be on disk.
+        self._reading, self._writing = _Connection(), _Connection()
         try:
-            self._index = sqlite3.connect(
-                self.folder / "index.sqlite",
-                timeout=20,
-                isolation_level=None,
-                check_same_thread=False,
-            )
+            for connection in (self._writing, self._reading):
+                connection.open(self.folder / "index.sqlite")
             self._open()
             self.mark_interrupted()
             self._sweep()
@@ -168,17 +212,15 @@ class Store:
 
     def close(self) -> None:
         """Marks the searches of this server as interrupted, and lets go of the folder."""
-        index = getattr(self, "_index", None)
-        with self._lock, contextlib.suppress(sqlite3.Error):
-            if index is not None:
-                self._interrupt(self.server)
-        if index is not None:
-            index.close()
+        with contextlib.suppress(sqlite3.Error):
+            self._interrupt(self.server)
+        for connection in (self._reading, self._writing):
+            connection.close()
         (self.folder / "servers" / self.server).unlink(missing_ok=True)
         self._claim.close()
 
     def _open(self) -> None:
-        with self._writing() as index:
+        with self._writing.transaction() as index:
             (version,) = index.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 if any((self.folder / "adapters").iterdir()):
@@ -194,24 +236,10 @@ class Store:
                     f"(index {version}, not {_VERSION}); give another folder."
                 )
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, on disk when the block ends."""
-        with self._lock:
-            self._index.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._index
-                self._index.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self._index.execute("ROLLBACK")
-                raise
-
     def _read(self, condition: str, values: Sequence[Any], order: str = "") -> list[Record]:
-        with self._lock:
-            rows = self._index.execute(
-                f"SELECT {_COLUMNS} FROM adapters WHERE {condition} {order}", values
-            ).fetchall()
+        rows = self._reading.select(
+            f"SELECT {_COLUMNS} FROM adapters WHERE {condition} {order}", values
+        )
         return [_record(row) for row in rows]
 
     def add(
@@ -247,7 +275,7 @@ class Store:
             sha256=None,
         )
         values = dataclasses.astuple(dataclasses.replace(record, asked=json.dumps(asked)))  # type: ignore[arg-type]
-        with self._writing() as index:
+        with self._writing.transaction() as index:
             for limit, condition in (
                 ("max_adapters", "1"),
                 ("max_jobs", "status IN ('queued', 'running')"),
@@ -301,11 +329,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many adapters there are of each status."""
-        with self._lock:
-            rows = self._index.execute(
-                "SELECT status, COUNT(*) FROM adapters GROUP BY status"
-            ).fetchall()
-        return dict(rows)
+        return dict(self._reading.select("SELECT status, COUNT(*) FROM adapters GROUP BY status"))
 
     def update(
         self,
@@ -323,7 +347,7 @@ class Store:
           the ids that are there no more: their searches are to be cancelled.
         """
         gone = set()
-        with self._writing() as index:
+        with self._writing.transaction() as index:
             for id, (status, generation) in states.items():
                 changed = index.execute(
                     "UPDATE adapters SET status = ?, generation = ?, curve = "
@@ -356,7 +380,7 @@ class Store:
         _sync(folder.parent)
         _sync(folder.parent.parent)
         ended = (time.time(), json.dumps(result), sha256, generation, record.id)
-        with self._writing() as index:
+        with self._writing.transaction() as index:
             changed = index.execute(
                 "UPDATE adapters SET status = 'ready', ended = ?, result = ?, sha256 = ?, "
                 "generation = ? WHERE id = ? AND ended IS NULL",
@@ -368,7 +392,7 @@ class Store:
 
     def end(self, id: str, status: str, error: str) -> None:
         """Says that a search has ended without an adapter: failed, cancelled or interrupted."""
-        with self._writing() as index:
+        with self._writing.transaction() as index:
             index.execute(
                 "UPDATE adapters SET status = ?, ended = ?, error = ? "
                 "WHERE id = ? AND ended IS NULL",
@@ -381,7 +405,7 @@ class Store:
         Returns:
           whether it was there.
         """
-        with self._writing() as index:
+        with self._writing.transaction() as index:
             gone = index.execute("DELETE FROM adapters WHERE id = ? AND tenant = ?", (id, tenant))
         if gone.rowcount:
             shutil.rmtree(self.folder / "adapters" / tenant / id, ignore_errors=True)
@@ -393,17 +417,14 @@ class Store:
 
     def mark_interrupted(self) -> None:
         """Marks the searches of servers that live no more."""
-        with self._lock:
-            servers = self._index.execute(
-                "SELECT DISTINCT server FROM adapters WHERE ended IS NULL"
-            ).fetchall()
-        for (server,) in servers:
+        unfinished = "SELECT DISTINCT server FROM adapters WHERE ended IS NULL"
+        for (server,) in self._reading.select(unfinished):
             if server != self.server and not self._lives(server):
                 self._interrupt(server)
                 (self.folder / "servers" / server).unlink(missing_ok=True)
 
     def _interrupt(self, server: str) -> None:
-        with self._writing() as index:
+        with self._writing.transaction() as index:
             index.execute(
                 "UPDATE adapters SET status = 'interrupted', ended = ?, error = ? "
                 "WHERE server = ? AND ended IS NULL",

@@ -70,6 +70,11 @@ class Keys:
         self._tenants: dict[str, Tenant] = {}
         self._read()
 
+    @property
+    def are_open(self) -> bool:
+        """Whether there are none, and all who reach the server may do everything."""
+        return self._path is None
+
     def find(self, key: str | None) -> Tenant | None:
         """The tenant of a key, None where there is none.
 

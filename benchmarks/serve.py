@@ -1,0 +1,244 @@
+"""What serving many adapters at once costs, and what batching gains.
+
+    python -m benchmarks.serve [--config configs/tiny.py] [--slots 64] [--tokens 64] [--json]
+
+A closed loop over `grpocem_jax.serving.Engine`: requests of random prompts, none of which ends
+early, are submitted and completed.  What is compared runs in turn.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks import common
+from benchmarks.decode import check_length
+from grpocem_jax.adapters import Offsets
+from grpocem_jax.config import commands
+from grpocem_jax.models import base
+from grpocem_jax.models import tokenizer as tokenizers
+from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.serving import Engine, Request
+
+RESIDENT = 2000
+"""Adapters on the device at once."""
+
+
+def stand_in_tokenizer(size: int) -> Any:
+    """A tokenizer of ``size`` words, for a shape that has none of its own."""
+    import tokenizers as backend
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(size)}
+    model = backend.models.WordLevel(words, unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=backend.Tokenizer(model))
+
+
+def make_policy(subject: common.Subject) -> Policy:
+    """The subject's model, adapter and tokenizer; no token ends a completion."""
+    tokenizer = subject.pretrained.tokenizer or stand_in_tokenizer(
+        subject.attached.model.vocab_size
+    )
+    return Policy(
+        **subject.attached._asdict(),
+        tokenizer=tokenizer,
+        continuing=tokenizers.continuing(tokenizer),
+        start_ids=(),
+        end_ids=jnp.array([-1], jnp.int32),
+        pretrained=subject.pretrained,
+    )
+
+
+def without_adapter(subject: common.Subject, policy: Policy) -> Policy:
+    """The model as it is, with its kernels in place of factors."""
+    params = base.cast_params(subject.pretrained.params, jnp.dtype(subject.config.model.dtype))
+    model = subject.pretrained.build(None)
+    return dataclasses.replace(policy, model=model, params=params, zero={}, sites={})
+
+
+def adapter(zero: Offsets, number: int) -> Offsets:
+    """Random offsets, others for each number."""
+    rng = np.random.default_rng(number)
+    return jax.tree.map(lambda x: rng.normal(0.0, 0.1, x.shape).astype(np.float32), zero)
+
+
+def complete(engine: Engine, requests: Sequence[Request]) -> int:
+    """Completes requests, all submitted at once; returns the tokens of their completions."""
+    before = engine.stats.tokens
+    for request in requests:
+        engine.submit(request)
+    while engine.step():
+        pass
+    return engine.stats.tokens - before
+
+
+class Load:
+    """Requests of random prompts, each other than the last, of one length unless said otherwise."""
+
+    def __init__(self, subject: common.Subject, prompt_length: int, length: int):
+        """Prompts of ``prompt_length`` tokens, completions of ``length``."""
+        self._subject, self._prompt_length, self._length = subject, prompt_length, length
+        self._seed = 0
+
+    def __call__(
+        self, names: Sequence[str | None], lengths: Sequence[int] | None = None
+    ) -> list[Request]:
+        """A request for each name of an adapter."""
+        self._seed += 1
+        prompts = common.random_tokens(
+            self._subject, len(names), self._prompt_length, seed=self._seed
+        )
+        lengths = lengths or [self._length] * len(names)
+        return [
+            Request(tokens=prompt, adapter=name, max_new_tokens=length)
+            for prompt, name, length in zip(prompts, names, lengths, strict=True)
+        ]
+
+
+def mixed_lengths(count: int, most: int) -> list[int]:
+    """Lengths of completions from 1 to ``most``, the short ones more often.
+
+    The quantiles of an exponential distribution with a mean of a third of ``most``, cut off there,
+    in an order drawn once.
+    """
+    shares = (np.arange(count) + 0.5) / count
+    lengths = np.ceil(-most / 3 * np.log1p(-shares)).clip(1, most).astype(int)
+    return np.random.default_rng(0).permutation(lengths).tolist()
+
+
+def measure(
+    settings: Any, *, slots: int, prompt_length: int, length: int, repetitions: int
+) -> tuple[str, dict[str, Any]]:
+    """Runs the benchmark; returns the text to show and the JSON record."""
+    subject = common.load(settings)
+    check_length(subject, prompt_length, length)
+    policy = make_policy(subject)
+    plain = without_adapter(subject, policy)
+    loads = Load(subject, prompt_length, length)
+
+    def engine(policy: Policy, start: Offsets, **changes: Any) -> Engine:
+        options = {"slots": slots, "max_queue": 16 * slots, **changes}
+        return Engine(policy, start, buckets=(prompt_length,), max_new_tokens=length, **options)
+
+    def load(name: str) -> Offsets:
+        return adapter(policy.zero, int(name))
+
+    own = engine(policy, policy.zero, rows=RESIDENT, load=load)
+    shared = engine(policy, load("0"))
+    bare = engine(plain, {})
+    single = engine(policy, policy.zero, slots=1, rows=1, load=load)
+    warm_up_seconds = own.warm_up()
+    for other in (shared, bare, single):
+        other.warm_up()
+    # All adapters are put on the device before anything is timed.
+    names = [str(number) for number in range(RESIDENT)]
+    brief = max(2, length // 16)
+    for start in range(0, RESIDENT, slots):
+        some = names[start : start + slots]
+        complete(own, loads(some, [min(brief, length)] * len(some)))
+    assert own.stats.resident == RESIDENT
+
+    def cycle(count: int) -> list[str]:
+        return [names[number % RESIDENT] for number in range(count)]
+
+    rng = np.random.default_rng(0)
+    lengths = mixed_lengths(8 * slots, length)
+    alone = min(8, slots)
+
+    def static() -> None:
+        for start in range(0, len(lengths), slots):
+            part = lengths[start : start + slots]
+            complete(own, loads(names[: len(part)], part))
+
+    def one_by_one() -> None:
+        for request in loads(["0"] * alone):
+            complete(single, [request])
+
+    work: dict[str, Callable[[], Any]] = {
+        "own": lambda: complete(own, loads(names[:slots])),
+        "shared": lambda: complete(shared, loads([None] * slots)),
+        "plain": lambda: complete(bare, loads([None] * slots)),
+        "resident_1": lambda: complete(own, loads(["0"] * slots)),
+        "resident_2000": lambda: complete(own, loads(rng.choice(names, slots).tolist())),
+        "one_by_one": one_by_one,
+        "continuous": lambda: complete(own, loads(cycle(len(lengths)), lengths)),
+        "static": static,
+    }
+    timings = common.alternate(work, repetitions)
+    tokens = dict.fromkeys(work, slots * length) | {
+        "one_by_one": alone * length,
+        "continuous": sum(lengths),
+        "static": sum(lengths),
+    }
+    rates = {name: tokens[name] / timing.median for name, timing in timings.items()}
+    ratios = {
+        "own_over_shared": rates["own"] / rates["shared"],
+        "own_over_plain": rates["own"] / rates["plain"],
+        "resident_2000_over_1": rates["resident_2000"] / rates["resident_1"],
+        "concurrent_speedup": rates["own"] / rates["one_by_one"],
+        "continuous_speedup": rates["continuous"] / rates["static"],
+    }
+    rows: list[tuple[str, ...]] = [("", "seconds", "spread", "tokens/s")]
+    for name, label in (
+        ("own", f"{slots} requests, {slots} adapters"),
+        ("shared", "one adapter for all"),
+        ("plain", "without an adapter"),
+        ("resident_1", f"one adapter of {RESIDENT:,} on the device"),
+        ("resident_2000", f"adapters drawn from {RESIDENT:,}"),
+        ("one_by_one", f"{alone} requests one after another"),
+        ("continuous", f"{len(lengths)} requests of mixed lengths"),
+        ("static", f"the same in batches of {slots}"),
+    ):
+        rows.append((label, *common.timing_cells(timings[name]), f"{rates[name]:.0f}"))
+    size = sum(x.nbytes for x in jax.tree.leaves(jax.device_get(policy.zero)))
+    lines = [
+        common.headline(
+            f"Serving, prompts of {prompt_length} tokens, completions of {length}", subject
+        ),
+        f"engine    {slots} slots, {RESIDENT:,} adapters of {math.ceil(size / 1024):,} KB",
+        "",
+        common.table(rows),
+        "",
+        *(f"{name:<22}{value:.2f}" for name, value in ratios.items()),
+        f"{'warm-up':<22}{warm_up_seconds:.1f} s",
+    ]
+    record = {
+        **ratios,
+        "tokens_per_s": rates,
+        "warm_up_seconds": warm_up_seconds,
+        "slots": slots,
+        "prompt_tokens": prompt_length,
+        "tokens": length,
+        "adapter_bytes": size,
+        "seconds": {name: timing._asdict() for name, timing in timings.items()},
+        "model": subject.source,
+    }
+    return "\n".join(lines), record
+
+
+def main(argv: list[str]) -> None:
+    """Measures and prints."""
+    del argv
+    values = flags.FLAGS
+    text, record = measure(
+        values.config,
+        slots=values.slots,
+        prompt_length=values.prompt_tokens,
+        length=values.tokens,
+        repetitions=values.repetitions,
+    )
+    common.show(text, record, values.json)
+
+
+if __name__ == "__main__":
+    common.define_flags("tiny")
+    flags.DEFINE_integer("repetitions", 5, "Timed repetitions, after one to warm up.", 1)
+    flags.DEFINE_integer("slots", 64, "Requests that are completed at once.", 1, RESIDENT)
+    flags.DEFINE_integer("tokens", 64, "Tokens of each completion.", 1)
+    flags.DEFINE_integer("prompt_tokens", 23, "Tokens of each prompt.", 1)
+    commands.run(main)

@@ -1,0 +1,150 @@
+"""Searches by a reward: one after another, a generation whenever it is their turn.
+
+A reward judges decoded completions in Python, so such a search is not advanced together with those
+of others.  It runs in a thread of its own that goes on only while `Rewarded.step` waits for it.
+"""
+
+import collections
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+
+import jax
+
+from grpocem_jax import adaptation, rollouts
+from grpocem_jax.config import SearchConfig
+from grpocem_jax.runs.trained import TrainedRun
+from grpocem_jax.search.loop import History
+from grpocem_jax.serving.searches import METHODS, Job, Progress, QueueFullError
+from grpocem_jax.utils.errors import InputError
+
+log = logging.getLogger("grpocem_jax.serving")
+
+
+class _Ended(Exception):  # noqa: N818
+    """Raised in a search that has been cancelled."""
+
+
+class Rewarded:
+    """Searches that wait, and the one that runs.
+
+    One thread calls `step` again and again; any may `submit`.
+
+    Args:
+      run: what is adapted, its adapter the start of all searches.
+      settings: of the searches; method, space, fitness and task are the jobs' own.
+      max_queue: how many jobs may wait.
+    """
+
+    def __init__(self, run: TrainedRun, settings: SearchConfig, *, max_queue: int = 256):
+        self._run, self._settings, self._max_queue = run, settings, max_queue
+        self._waiting: collections.deque[tuple[Job, Sequence[rollouts.Item]]] = collections.deque()
+        self._lock = threading.Lock()
+        self._go = threading.Semaphore(0)
+        self._goes_on: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._job: Job | None = None
+
+    def submit(
+        self, items: Sequence[rollouts.Item], *, method: str, seed: int, generations: int
+    ) -> Job:
+        """Lets a job wait for its turn.
+
+        Args:
+          items: prompts of one task, `rollouts.encode`.
+          method: "cem" or "experts".
+          seed: of the PRNG key.
+          generations: at most so many.
+
+        Raises:
+          QueueFullError: too many jobs wait.
+        """
+        job = Job(method, generations, seed, ())
+        with self._lock:
+            waiting = [each for each in self._waiting if not each[0].ended]
+            if len(waiting) >= self._max_queue:
+                raise QueueFullError(
+                    f"{len(waiting)} jobs wait, which is as many as may; try later."
+                )
+            self._waiting = collections.deque([*waiting, (job, items)])
+        return job
+
+    def step(self) -> bool:
+        """Lets the search that runs go on by a generation, or the next one begin.
+
+        Returns:
+          False where nothing is running.
+        """
+        if self._thread is None and not self._begin():
+            return False
+        self._go.release()
+        if not self._goes_on.get():
+            self._end()
+        return True
+
+    def close(self) -> None:
+        """Cancels all jobs; called once `step` is called no more."""
+        with self._lock:
+            for job, _ in self._waiting:
+                job.cancel()
+        if self._job is not None:
+            self._job.cancel()
+        while self._thread is not None:
+            self.step()
+
+    def _begin(self) -> bool:
+        with self._lock:
+            while self._waiting and self._thread is None:
+                job, items = self._waiting.popleft()
+                job._start()
+                if not job.ended:
+                    self._job = job
+                    self._thread = threading.Thread(
+                        target=self._search, args=(job, items), name="reward", daemon=True
+                    )
+                    self._thread.start()
+        return self._thread is not None
+
+    def _end(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = self._job = None
+
+    def _search(self, job: Job, items: Sequence[rollouts.Item]) -> None:
+        """The thread of a search."""
+
+        def turn_is_over(done: int, history: History) -> None:
+            job._advance(Progress(done, float(history.best[-1]), float(history.mean[-1])))
+            self._goes_on.put(True)
+            self._go.acquire()
+            if job.ended:
+                raise _Ended
+
+        settings = dataclasses.replace(
+            self._settings,
+            **METHODS[job.method],
+            fitness="reward",
+            task=items[0].task.name,
+            generations=job.generations,
+        )
+        self._go.acquire()
+        try:
+            found = adaptation.adapt(
+                self._run,
+                items,
+                key=jax.random.key(job.seed),
+                settings=settings,
+                on_chunk=turn_is_over,
+            )
+            job._end("done", found)
+        except _Ended:
+            pass
+        except InputError as error:
+            job._end("failed", error=str(error))
+        except Exception as error:  # such as a bug in a reward function
+            log.exception("a search by reward failed")
+            job._end("failed", error=f"the search failed ({type(error).__name__}).")
+        finally:
+            self._goes_on.put(False)
