@@ -578,6 +578,7 @@ def test_records_pair_each_prompt_with_its_own_texts_and_rewards():
 
 # In a browser
 
+
 def test_the_browser_asks_for_nothing_else_and_reports_no_error(hostile, visit):
     shown = visit(hostile)
     assert shown.problems == []

@@ -153,7 +153,7 @@ class Adapters:
 
     async def show(self, call: Call) -> Response:
         """GET one: its state, and what came of its search."""
-        return Json(await run_sync(self._in_full, await self._asked_for(call)))
+        return Json(await run_in_threadpool(self._in_full, await self._asked_for(call)))
 
     async def events(self, call: Call) -> Response:
         """GET its events: its state whenever it changes, until the search has ended."""
@@ -163,7 +163,7 @@ class Adapters:
     async def _changes(
         self, tenant: Tenant, record: Record
     ) -> AsyncIterator[Mapping[str, Any] | None]:
-        yield await run_sync(self._in_full, record)
+        yield await run_in_threadpool(self._in_full, record)
         sent = time.monotonic()
         while record.ended is None:
             await asyncio.sleep(INTERVAL_S)
@@ -171,7 +171,7 @@ class Adapters:
             now = await run_in_threadpool(self._record, tenant, record.id, "id")
             if now != record:
                 record, sent = now, time.monotonic()
-                yield await run_sync(self._in_full, record)
+                yield await run_in_threadpool(self._in_full, record)
             elif time.monotonic() - sent > KEEP_ALIVE_S:
                 sent = time.monotonic()
                 yield None

@@ -106,6 +106,6 @@ def _of_models(catalogue: Catalogue) -> dict[str, Any]:
         "base": catalogue.base,
         "has_chat": form.render is not None,
         "is_chat": form.chat,
-        "methods": [x for x in asked.METHODS if x != "experts" or asked.library(run)],
+        "methods": [x for x in asked.METHODS if x != "experts" or catalogue.experts],
         "generations": run.config.search.generations,
     }

@@ -323,9 +323,8 @@ class Store:
 
     def curve(self, id: str) -> Sequence[dict[str, Any]]:
         """How the search of an adapter went, generation by generation; see `update`."""
-        with self._lock:
-            found = self._index.execute("SELECT curve FROM adapters WHERE id = ?", (id,)).fetchone()
-        return json.loads(found[0]) if found and found[0] else []
+        rows = self._reading.select("SELECT curve FROM adapters WHERE id = ?", (id,))
+        return json.loads(rows[0][0]) if rows and rows[0][0] else []
 
     def counts(self) -> dict[str, int]:
         """How many adapters there are of each status."""
