@@ -152,7 +152,12 @@ def random_tokens(subject: Subject, *shape: int, seed: int = 0) -> np.ndarray:
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, Timing]:
-    """Times functions in turn, so that what slows the machine down slows all of them.
+    """Times functions in turn, see `rounds`."""
+    return {name: summarize(x) for name, x in rounds(functions, repetitions).items()}
+
+
+def rounds(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of functions in turn, so that what slows the machine down slows all of them.
 
     Each runs once before, untimed. JAX arrays that one returns are waited for.
     """
@@ -163,7 +168,12 @@ def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> d
             jax.block_until_ready(function())
             if repetition:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: summarize(x) for name, x in seconds.items()}
+    return seconds
+
+
+def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
+    """The median, over rounds, of how many times as long the other takes."""
+    return statistics.median(y / x for x, y in zip(seconds, other, strict=True))
 
 
 def summarize(seconds: Sequence[float]) -> Timing:

@@ -3,12 +3,13 @@
     python -m benchmarks.serve [--config configs/tiny.py] [--slots 64] [--tokens 64] [--json]
 
 A closed loop over `grpocem_jax.serving.Engine`: requests of random prompts, none of which ends
-early, are submitted and completed.  What is compared runs in turn.
+early, are submitted and completed.  What is compared runs in turn, and ratios are medians over the
+rounds.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -148,41 +149,57 @@ def measure(
 
     rng = np.random.default_rng(0)
     lengths = mixed_lengths(8 * slots, length)
-    alone = min(8, slots)
+    alone = min(4, slots)
 
     def static() -> None:
         for start in range(0, len(lengths), slots):
             part = lengths[start : start + slots]
-            complete(own, loads(names[: len(part)], part))
+            complete(own, loads(cycle(len(part)), part))
 
-    def one_by_one() -> None:
+    def one_by_one(engine: Engine) -> None:
         for request in loads(["0"] * alone):
-            complete(single, [request])
+            complete(engine, [request])
 
-    work: dict[str, Callable[[], Any]] = {
-        "own": lambda: complete(own, loads(names[:slots])),
-        "shared": lambda: complete(shared, loads([None] * slots)),
-        "plain": lambda: complete(bare, loads([None] * slots)),
-        "resident_1": lambda: complete(own, loads(["0"] * slots)),
-        "resident_2000": lambda: complete(own, loads(rng.choice(names, slots).tolist())),
-        "one_by_one": one_by_one,
-        "continuous": lambda: complete(own, loads(cycle(len(lengths)), lengths)),
-        "static": static,
-    }
-    timings = common.alternate(work, repetitions)
-    tokens = dict.fromkeys(work, slots * length) | {
-        "one_by_one": alone * length,
-        "continuous": sum(lengths),
-        "static": sum(lengths),
-    }
-    rates = {name: tokens[name] / timing.median for name, timing in timings.items()}
+    # What differs by a few hundredths takes more rounds.
+    seconds = common.rounds(
+        {
+            "own": lambda: complete(own, loads(cycle(slots))),
+            "shared": lambda: complete(shared, loads([None] * slots)),
+            "plain": lambda: complete(bare, loads([None] * slots)),
+            "resident_1": lambda: complete(own, loads(["0"] * slots)),
+            "resident_2000": lambda: complete(own, loads(rng.choice(names, slots).tolist())),
+        },
+        4 * repetitions,
+    )
+    seconds |= common.rounds(
+        {
+            "at_once": lambda: complete(own, loads(cycle(slots))),
+            "one_by_one": lambda: one_by_one(own),
+            "one_slot": lambda: one_by_one(single),
+            "continuous": lambda: complete(own, loads(cycle(len(lengths)), lengths)),
+            "static": static,
+        },
+        repetitions,
+    )
+    # For each, requests and tokens of one run.
+    work = dict.fromkeys(seconds, (slots, slots * length))
+    work |= dict.fromkeys(("one_by_one", "one_slot"), (alone, alone * length))
+    work |= dict.fromkeys(("continuous", "static"), (len(lengths), sum(lengths)))
+    timings = {name: common.summarize(x) for name, x in seconds.items()}
+    rates = {name: work[name][1] / timing.median for name, timing in timings.items()}
+    per_token = {name: [x / work[name][1] for x in own] for name, own in seconds.items()}
+
+    def ratio(name: str, other: str) -> float:
+        return common.times_as_fast(per_token[name], per_token[other])
+
     ratios = {
-        "own_over_shared": rates["own"] / rates["shared"],
-        "own_over_plain": rates["own"] / rates["plain"],
-        "resident_2000_over_1": rates["resident_2000"] / rates["resident_1"],
-        "concurrent_speedup": rates["own"] / rates["one_by_one"],
-        "continuous_speedup": rates["continuous"] / rates["static"],
+        "own_over_shared": ratio("own", "shared"),
+        "own_over_plain": ratio("own", "plain"),
+        "resident_2000_over_1": ratio("resident_2000", "resident_1"),
+        "concurrent_speedup": ratio("at_once", "one_by_one"),
+        "continuous_speedup": ratio("continuous", "static"),
     }
+    over_one_slot = ratio("at_once", "one_slot")
     rows: list[tuple[str, ...]] = [("", "seconds", "spread", "tokens/s")]
     for name, label in (
         ("own", f"{slots} requests, {slots} adapters"),
@@ -190,7 +207,9 @@ def measure(
         ("plain", "without an adapter"),
         ("resident_1", f"one adapter of {RESIDENT:,} on the device"),
         ("resident_2000", f"adapters drawn from {RESIDENT:,}"),
+        ("at_once", f"{slots} requests at once"),
         ("one_by_one", f"{alone} requests one after another"),
+        ("one_slot", "the same by an engine of one slot"),
         ("continuous", f"{len(lengths)} requests of mixed lengths"),
         ("static", f"the same in batches of {slots}"),
     ):
@@ -205,10 +224,12 @@ def measure(
         common.table(rows),
         "",
         *(f"{name:<22}{value:.2f}" for name, value in ratios.items()),
+        f"{'against one slot':<22}{over_one_slot:.2f}",
         f"{'warm-up':<22}{warm_up_seconds:.1f} s",
     ]
     record = {
         **ratios,
+        "over_one_slot": over_one_slot,
         "tokens_per_s": rates,
         "warm_up_seconds": warm_up_seconds,
         "slots": slots,

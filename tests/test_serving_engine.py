@@ -307,6 +307,22 @@ def test_slots_are_taken_again_while_others_go_on(run):
     assert [(lengths[n], "length") for n, *_ in ended] == [x[1:] for x in ended]
 
 
+@pytest.mark.parametrize(("second", "expected"), [(2, [16, 2, 1]), (9, [16, 1, 1, 1])])
+def test_a_free_slot_waits_for_a_second_one_but_not_for_long(run, monkeypatch, second, expected):
+    """Of 16 slots two are filled at once; one ends after a token and one after 2 or 9."""
+    monkeypatch.setattr(engine, "HELD_STEPS", 3)
+    monkeypatch.setattr(engine, "MOST_STEPS", 1)
+    served, filled = make_engine(run, slots=16), []
+    place = served._groups[0].place
+    monkeypatch.setattr(
+        served._groups[0], "place", lambda x, y: (filled.append(len(y)), place(x, y))[1]
+    )
+    for length in (*[NEW] * 14, 1, second, 1, 1, 1):
+        served.submit(request(run, TEXTS[3], max_new_tokens=length, temperature=1.0, seed=0))
+    finish(served)
+    assert filled == expected
+
+
 def test_groups_without_requests_do_not_run(run, monkeypatch):
     served, ran = make_engine(run, slots=5, group=2), []
     assert served.slots == 6  # three groups of two

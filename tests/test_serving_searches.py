@@ -137,23 +137,25 @@ def test_jobs_come_and_go_and_each_finds_what_it_finds_alone(searches):
     assert {x.returned for x in alone} == {"mean", "start"}
 
 
-def test_another_mix_compiles_nothing(searches):
-    def mix(order):
-        for i in order:
-            examples = (NEGATIVE + POSITIVE)[: 2 + i]
-            searches.submit(examples, seed=i, generations=1 + i)
-            searches.step()
-        finish(searches)
+def programs():
+    names = ("_ask", "_score", "_tell", "_score_points", "_progress")
+    return [getattr(lanes, name)._cache_size() for name in names]
 
-    def programs():
-        names = ("_ask", "_score", "_tell", "_score_points", "_place", "_progress")
-        return [getattr(lanes, name)._cache_size() for name in names]
 
-    mix([0, 1, 2])
+def test_another_mix_compiles_nothing_after_warming_up(run):
+    searches = Searches(run, users=3)
+    searches.warm_up(NEGATIVE + POSITIVE)
     before = programs()
-    mix([3, 2, 0, 4, 1, 1])
+    jobs = []
+    for i in (3, 2, 0, 4, 1, 1):
+        jobs.append(searches.submit((NEGATIVE + POSITIVE)[: 4 + i], generations=1 + i))
+        searches.step()
+    with pytest.raises(InputError, match="warm up before"):
+        searches.warm_up(NEGATIVE)
+    finish(searches)
     assert programs() == before
-    assert sum(x._cache_size() for x in (lanes._judge, lanes._scaled)) < 8
+    assert_same(jobs[-1].result, jobs[-2].result)
+    assert_same(jobs[0].result, adapted(searches, (NEGATIVE + POSITIVE)[:7]), ADAM)
 
 
 def test_a_search_that_converges_leaves_the_others_running(run):
@@ -376,10 +378,11 @@ def test_a_job_for_experts_that_are_not_there_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("length", "expected"),
-    [(0, 0), (1, 4), (8, 8), (29, 32), (33, 40), (64, 64), (65, 80), (127, 128), (129, 160)],
+    [(0, 0), (1, 8), (8, 8), (9, 16), (33, 40), (64, 64), (65, 80), (127, 128), (129, 160)],
 )
 def test_lengths_are_padded_to_eighths(length, expected):
     assert rows.padded(length) == expected
+    assert rows.padded(length, parts=1) in (0, 8, 16, 64, 128, 256)
 
 
 def encoded(count, first, last=None):

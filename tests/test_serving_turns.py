@@ -1,9 +1,10 @@
 """Searches beside completions: who waits for whom, and for how long."""
 
-import math
+import dataclasses
 import threading
 import time
 
+import jax
 import pytest
 
 from grpocem_jax import adaptation, rollouts
@@ -17,35 +18,79 @@ from tests.runs import question_examples
 from tests.serving import thin_run
 
 
-def test_a_step_that_is_short_is_waited_for():
+@pytest.fixture
+def make():
+    """Makes work beside the test, which is closed at its end."""
+    made = []
+
+    def make(step, *, is_busy=lambda: True, patience_s=20.0, share=0.5):
+        made.append(Aside(step, is_busy, patience_s=patience_s, share=share))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_step_that_is_short_is_waited_for(make):
     left = [True, True, False]
-    aside = Aside(lambda: left.pop(0), patience_s=20)
-    assert [aside(idle=False) for _ in range(3)] == [True, True, False]
+    aside = make(lambda: left.pop(0))
+    assert [aside() for _ in range(3)] == [True, True, False]
     assert left == []
-    aside.close()
 
 
-def test_a_step_that_is_long_goes_on_beside_the_caller():
+def test_a_step_that_is_long_goes_on_beside_the_caller(make):
     ended, calls = threading.Event(), []
 
     def step():
         calls.append(threading.get_ident())
         return not ended.wait(20)
 
-    aside = Aside(step, patience_s=0.05)
+    aside = make(step, patience_s=0.05)
     began = time.monotonic()
-    assert all(aside(idle=False) for _ in range(1000))
+    assert all(aside() for _ in range(1000))
     assert time.monotonic() - began < 5
-    assert aside(idle=True)
     assert len(calls) == 1
     ended.set()
-    while aside(idle=True):
+    while aside():
         pass
     assert set(calls) != {threading.get_ident()}
-    aside.close()
 
 
-def test_a_step_that_fails_is_logged_and_the_next_one_goes_on(caplog):
+def test_a_caller_that_gets_something_to_do_does_not_wait_any_longer(make):
+    ended, busy = threading.Event(), threading.Event()
+    aside = make(lambda: not ended.wait(20), is_busy=busy.is_set)
+    threading.Timer(0.1, busy.set).start()
+    began = time.monotonic()
+    assert aside()
+    assert 0.05 < time.monotonic() - began < 5
+    ended.set()
+
+
+def test_a_step_beside_a_busy_caller_is_followed_by_a_pause_by_the_share(make):
+    """A step of 0.3 s beside it, a share of a quarter: 0.9 s without one, unless it is idle."""
+    calls, busy = [], [True]
+
+    def step():
+        calls.append(time.monotonic())
+        time.sleep(0.3 if len(calls) == 1 else 0)
+        return True
+
+    aside = make(step, is_busy=lambda: busy[0], patience_s=0.001, share=0.25)
+    while len(calls) < 2:
+        aside()
+        time.sleep(0.01)
+    assert 1.1 < calls[1] - calls[0] < 4
+    calls.clear()
+    while not calls:
+        aside()
+    while len(calls) < 2:
+        busy[0] = False
+        aside()
+    assert calls[1] - calls[0] < 1
+
+
+def test_a_step_that_fails_is_logged_and_the_next_one_goes_on(caplog, make):
     steps = iter([ZeroDivisionError("a bug"), None])
 
     def step():
@@ -54,15 +99,14 @@ def test_a_step_that_fails_is_logged_and_the_next_one_goes_on(caplog):
             raise error
         return False
 
-    aside = Aside(step, patience_s=20)
-    assert aside(idle=False)
+    aside = make(step)
+    assert aside()
     assert "a bug" in caplog.text
-    assert not aside(idle=False)
-    aside.close()
+    assert not aside()
 
 
-def test_what_never_began_is_closed():
-    Aside(lambda: False, patience_s=1).close()
+def test_what_never_began_is_closed(make):
+    make(lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -154,23 +198,24 @@ def test_closing_cancels_what_waits_and_what_runs(rewarded, items):
     assert not rewarded.step()
 
 
-def test_a_search_by_reward_is_that_of_adapt_on_the_same_prompts(items):
-    import dataclasses
+@pytest.mark.parametrize(("method", "space"), [("cem", "full"), ("experts", "experts")])
+def test_a_search_by_reward_is_adapt_with_its_own_settings(monkeypatch, items, method, space):
+    asked = []
 
-    import jax
-    import numpy as np
+    def adapt(run, items, *, key, settings, on_chunk):
+        asked.append((items, jax.random.key_data(key).tolist(), settings))
+        return Adaptation(run.offsets, 0.0, 1.0, None)
 
+    monkeypatch.setattr(adaptation, "adapt", adapt)
     run = thin_run()
-    rewarded = Rewarded(run, run.config.search)
-    job = submit(rewarded, items, 2)
+    rewarded = Rewarded(run, dataclasses.replace(run.config.search, fitness="likelihood"))
+    job = rewarded.submit(items, method=method, seed=5, generations=7)
     while rewarded.step():
         pass
     rewarded.close()
-    settings = dataclasses.replace(
-        run.config.search, method="cem", fitness="reward", task="qa", generations=2
-    )
-    alone = adaptation.adapt(run, items, key=jax.random.key(1), settings=settings)
-    assert job.state == "done", job.error
-    assert math.isclose(job.result.fitness_after, alone.fitness_after)
-    for name, value in alone.offsets.items():
-        np.testing.assert_array_equal(job.result.offsets[name], value)
+    ((given, key, settings),) = asked
+    assert given is items
+    assert key == jax.random.key_data(jax.random.key(5)).tolist()
+    own = {"method": "cem", "space": space, "fitness": "reward", "task": "qa", "generations": 7}
+    assert settings == dataclasses.replace(run.config.search, **own)
+    assert job.result.fitness_after == 1

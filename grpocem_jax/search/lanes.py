@@ -162,6 +162,20 @@ class Lanes:
         for lane in list(self._rows):
             self.clear(lane)
 
+    def warm_up(self, like: Sequence[Row]) -> None:
+        """Compiles the programs for texts like these, in lanes without a search.
+
+        Args:
+          like: a text of every length that there will be, see `rows.page_lengths`.
+        """
+        for row in {rows.page_lengths(row): row for row in like}.values():
+            # One at a time: a page is shared by lengths that fit into it.
+            self._pages, self._rows = [page for page, _ in self._lay_out([(self.lanes, row)])], {}
+            self.advance()
+            self.scores(self.points("mean"), [(self.lanes, row)])
+        self._pages = []
+        self.progress()
+
     def progress(self) -> Progress:
         """Where the searches are; waits for them."""
         return Progress(*jax.device_get(_progress(self.search, method=self.method)))
@@ -190,7 +204,7 @@ class Lanes:
           for each text the log-likelihoods of the tokens that count, float32.
         """
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(asked)
-        pages = self._lay_out(asked)
+        pages = self._lay_out(asked, parts=1)  # rarely: few programs are worth more than speed
         values = [_score_points(self.score, self.space, points, page) for page, _ in pages]
         for (_, places), logps in zip(pages, jax.device_get(values), strict=True):
             for place, i in enumerate(places):
@@ -242,8 +256,10 @@ class Lanes:
             found = _put(found, point, lane)
         return found
 
-    def _lay_out(self, own: Sequence[tuple[int, Row]]) -> list[tuple[Page, list[int]]]:
-        found = rows.lay_out(own, lanes=self.lanes, tokens=self.tokens)
+    def _lay_out(
+        self, own: Sequence[tuple[int, Row]], *, parts: int = rows.PARTS
+    ) -> list[tuple[Page, list[int]]]:
+        found = rows.lay_out(own, lanes=self.lanes, tokens=self.tokens, parts=parts)
         if self.mesh is None:
             return [(jax.device_put(page), places) for page, places in found]
         return [(devices.divide(self.mesh, page), places) for page, places in found]

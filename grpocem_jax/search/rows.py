@@ -15,6 +15,10 @@ import numpy as np
 
 from grpocem_jax.search.fitness import Rows
 
+PARTS = 8
+"""Lengths of pages between one power of two and the next are by so many parts of it apart, but by 8
+at least: more waste less, and are more programs to compile."""
+
 
 class Row(NamedTuple):
     """A text, cut before the first token that counts.
@@ -63,9 +67,12 @@ def cut(tokens: np.ndarray, counts: np.ndarray) -> Row | None:
     return Row(tokens[:start], tokens[start:end], counts[start + 1 : end])
 
 
-def padded(length: int) -> int:
-    """The length that ``length`` tokens are padded to: 0, 4, ..., 32, 40, ..., 64, 80, ..."""
-    step = max(4, (1 << (length - 1).bit_length()) // 8) if length else 4
+def padded(length: int, *, parts: int = PARTS) -> int:
+    """The length that ``length`` tokens are padded to: 0, 8, ..., 64, 80, ..., 128, 160, ...
+
+    Multiples of 8, and of the ``parts``-th of the next power of two; of 1 part, these themselves.
+    """
+    step = max(8, (1 << (length - 1).bit_length()) // parts) if length else 8
     return -(-length // step) * step
 
 
@@ -74,14 +81,14 @@ def _tail(length: int) -> int:
     return 4 ** -(-(length - 1).bit_length() // 2)
 
 
-def page_lengths(row: Row) -> tuple[int, int]:
-    """``C`` and ``S`` of the pages of such a row."""
+def page_lengths(row: Row, *, parts: int = PARTS) -> tuple[int, int]:
+    """``C`` and ``S`` of the pages of such a row, see `padded`."""
     context, tail = len(row.context), len(row.scored)
-    return padded(context), _tail(tail) if context else padded(tail)
+    return padded(context, parts=parts), _tail(tail) if context else padded(tail, parts=parts)
 
 
 def lay_out(
-    rows: Sequence[tuple[int, Row]], *, lanes: int, tokens: int
+    rows: Sequence[tuple[int, Row]], *, lanes: int, tokens: int, parts: int = PARTS
 ) -> list[tuple[Page, list[int]]]:
     """Lays rows out in pages.
 
@@ -92,11 +99,12 @@ def lay_out(
       rows: the lane and the row of each.
       lanes: how many lanes there are.
       tokens: about so many in a page.
+      parts: as in `padded`.
 
     Returns:
       pages of arrays on the host, and which of ``rows`` each holds.
     """
-    shapes = [page_lengths(row) for _, row in rows]
+    shapes = [page_lengths(row, parts=parts) for _, row in rows]
     left = sorted(range(len(rows)), key=lambda i: shapes[i][::-1], reverse=True)
     found = []
     while left:

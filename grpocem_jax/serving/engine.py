@@ -39,6 +39,9 @@ __all__ = ["COLDEST", "Engine", "Piece", "Request", "Stats", "Ticket"]
 LATENCY_S = 0.05
 """About how long a step may take, after which its tokens are handed out."""
 
+HELD_STEPS = 8
+"""Tokens of others for which prompts wait until as many slots are free as are filled at once."""
+
 SHORTEST = 64
 """The least length of the slots: below it, attention takes little of a step's time."""
 
@@ -171,6 +174,7 @@ class Engine:
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._closed = False
         self._step_s = LATENCY_S  # of a group, for one token of each slot
+        self._held = 0
         self._requests = self._finished = self._tokens = self._prompt_tokens = 0
 
     # What any thread may call.
@@ -266,12 +270,14 @@ class Engine:
         started = time.perf_counter()
         if self._under_way():
             raise RuntimeError("warm_up: requests are under way; call it before the first step")
-        table = None if self._resident is None else self._resident.table
-        prompts = [self._settings.prefill(table, (), (), self._shape(x)) for x in self.buckets]
-        for group in self._groups[:1]:
-            group.warm_up(prompts)
-        if self._resident is not None:
-            self._resident.warm_up()
+        # Twice: on several devices what a program has returned may lie otherwise than new arrays.
+        for _ in range(2):
+            if self._resident is not None:
+                self._resident.warm_up()
+            table = None if self._resident is None else self._resident.table
+            prompts = [self._settings.prefill(table, (), (), self._shape(x)) for x in self.buckets]
+            for group in self._groups:
+                group.warm_up(prompts)
         return time.perf_counter() - started
 
     def step(self) -> bool:
@@ -343,9 +349,12 @@ class Engine:
     def _admit(self) -> bool:
         """Puts requests that wait into free slots; returns whether there were any."""
         self._drop_cancelled()
-        some = False
+        some, busy = False, bool(self._under_way())
+        if busy and self._missing() > 0 and self._held < HELD_STEPS:
+            return False
+        self._held = 0
         # Completions under way are held up by a few prompts at most.
-        for _ in range(2 if self._under_way() else self.slots):
+        for _ in range(2 if busy else self.slots):
             # One that is running already has room for more at no cost.
             groups = sorted((group for group in self._groups if group.free), key=_is_idle)
             batch = self._next_batch(len(groups[0].free)) if groups else []
@@ -354,6 +363,18 @@ class Engine:
             some = True
             self._place(groups[0], batch)
         return some
+
+    def _missing(self) -> int:
+        """How many more slots must be free for as many prompts as are processed at once.
+
+        But an eighth of all is enough, as what is free is idle. Negative where more are free.
+        """
+        with self._wake:
+            waiting = len(self._waiting)
+            most = self._shape(self._waiting[0]._size)[0] if waiting else 0
+        return min(most, waiting, max(1, self.slots // 8)) - sum(
+            len(group.free) for group in self._groups
+        )
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -435,18 +456,21 @@ class Engine:
                 if ticket is not None and ticket.cancelled:
                     self._free(group, slot, "cancelled")
         active = [group for group in self._groups if group.active]
-        waiting = bool(self._waiting)
+        waiting, missing = bool(self._waiting), self._missing()
         steps = max(1, min(int(LATENCY_S / self._step_s / max(1, len(active))), MOST_STEPS))
-        if waiting and any(group.free for group in self._groups):
+        if waiting and missing <= 0:
             steps = 1
+        elif waiting:
+            steps = max(1, min(steps, HELD_STEPS - self._held))
         for group in active:
             started = time.perf_counter()
-            tokens = group.decode(steps, until_free=waiting)
+            tokens = group.decode(steps, until=missing if waiting and missing > 0 else self.slots)
             seconds = (time.perf_counter() - started) / max(1, len(tokens[0]))
             self._step_s += 0.2 * (seconds - self._step_s)
             for slot, own in enumerate(tokens):
                 if group.tickets[slot] is not None:
                     self._hand_out(group, slot, own)
+        self._held += steps
 
     def _hand_out(self, group: Group, slot: int, tokens: Sequence[int]) -> None:
         """Writes the new tokens of a slot, and frees it where its completion has ended."""

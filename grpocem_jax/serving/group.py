@@ -156,8 +156,8 @@ class Group:
             number=np.int32(number),
         )
 
-    def decode(self, steps: int, *, until_free: bool) -> list[list[int]]:
-        """The next tokens of each slot, ``steps`` of them at most, see `slots.decode`."""
+    def decode(self, steps: int, *, until: int) -> list[list[int]]:
+        """The next tokens of each slot, ``steps`` of them at most; fewer once ``until`` end."""
         settings = self._settings
         self._slots, tokens = device.decode(
             settings.policy.params,
@@ -166,7 +166,7 @@ class Group:
             settings.policy.end_ids,
             np.array([ticket is not None for ticket in self.tickets]),
             np.int32(steps),
-            np.bool_(until_free),
+            np.int32(until),
             model=settings.policy.model,
             most=MOST_STEPS,
             top_k=settings.top_k,
@@ -197,6 +197,6 @@ class Group:
                 if some.cache.keys[0].shape[2] <= length:
                     self._slots = device.place(self._slots, some, self._admitted(0))
             self.wipe(0)
-            self.decode(0, until_free=False)
+            self.decode(0, until=1)
         self.resize(lengths[0])
         jax.block_until_ready(self._slots)

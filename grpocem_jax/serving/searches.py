@@ -305,6 +305,26 @@ class Searches:
             self._queue = deque([*waiting, job])
         return job
 
+    def warm_up(self, examples: Sequence[str | Text], *, method: str = "gradient") -> None:
+        """Compiles what jobs with examples of these lengths need, whatever their number.
+
+        Args:
+          examples: texts of the lengths to come: of their prompts, and of what counts.
+          method: as in `submit`.
+
+        Raises:
+          InputError: as `submit`; a job runs.
+        """
+        settings = self.settings_of(method)
+        encoded = [texts.encode(self.run.policy, text, settings) for text in examples]
+        parts = [encoded, *((texts.deal(encoded) or ()) if settings.gate else ())]
+        cut = [rows.cut(*text) for part in parts for text in part]
+        lanes = self._lanes_of(method)
+        with self._stepping:
+            if any(each.lanes is lanes for each in self._running):
+                raise InputError(f"method={method!r}: jobs run; warm up before they do.")
+            lanes.warm_up([row for row in cut if row is not None])
+
     @property
     def waiting(self) -> int:
         """Jobs that wait."""

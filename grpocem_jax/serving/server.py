@@ -35,7 +35,7 @@ log = logging.getLogger("grpocem_jax.serving")
 GRACE_S = 5
 """Seconds that requests under way have when the server ends."""
 
-PATIENCE_S = 0.5
+PATIENCE_S = 0.2
 """The longest that completions wait for a step of the searches, such as a compilation."""
 
 
@@ -115,7 +115,9 @@ class Server:
                 max_generations=most.max_generations,
             )
             self.rewarded = Rewarded(run, settings)
-            self._aside = Aside(self._search, patience_s=PATIENCE_S)
+            self._aside = Aside(
+                self._search, self._is_busy, patience_s=PATIENCE_S, share=options.share
+            )
             self.keeper = Keeper(self.catalogue)
             parts = Parts(
                 catalogue=self.catalogue,
@@ -213,10 +215,8 @@ class Server:
             raise ApiError(503, "the server is ending; try again.", retry_after=5)
 
     def _work(self) -> None:
-        def search() -> bool:
-            return self._aside(idle=not self._is_busy())
-
-        self._guard(lambda: self.engine.run(self._stop, between=search, share=self.options.share))
+        share = self.options.share
+        self._guard(lambda: self.engine.run(self._stop, between=self._aside, share=share))
 
     def _search(self) -> bool:
         """A step of the searches."""

@@ -240,7 +240,7 @@ def decode(
     end_ids: jax.Array,
     keep: jax.Array,
     steps: jax.Array,
-    until_free: jax.Array,
+    until: jax.Array,
     *,
     model: Model,
     most: int,
@@ -257,7 +257,7 @@ def decode(
       end_ids: int32 ``[E]``, tokens that end a completion.
       keep: bool ``[B]``; slots where it is False are active no longer.
       steps: int32 ``[]``, tokens for each slot, at most ``most``; fewer once no slot is active.
-      until_free: bool ``[]``, whether to return as soon as a completion ends.
+      until: int32 ``[]``; returns once so many completions have ended.
       model: the model.
       most: the largest number of steps, a static value.
       top_k: as in `sampling.draw`.
@@ -298,13 +298,13 @@ def decode(
         return token, jnp.isfinite(largest[:, 0])
 
     def unfinished(state: tuple[jax.Array, Slots, jax.Array, jax.Array]) -> jax.Array:
-        number, slots, _, freed = state
-        return (number < steps) & jnp.any(slots.active) & ~(until_free & freed)
+        number, slots, _, ended = state
+        return (number < steps) & jnp.any(slots.active) & (ended < until)
 
     def extend(
         state: tuple[jax.Array, Slots, jax.Array, jax.Array],
     ) -> tuple[jax.Array, Slots, jax.Array, jax.Array]:
-        number, slots, tokens, _ = state
+        number, slots, tokens, ended = state
         token, finite = choose(slots)
         active = slots.active
         shown = jnp.where(active, jnp.where(finite, token, NOT_FINITE), NOTHING)
@@ -326,10 +326,11 @@ def decode(
             active=goes_on,
             seen=seen,
         )
-        return number + 1, slots, tokens, jnp.any(active & ~goes_on)
+        ended = ended + jnp.sum(active & ~goes_on, dtype=jnp.int32)
+        return number + 1, slots, tokens, ended
 
     slots = slots._replace(active=slots.active & keep)
     tokens = jnp.full((most, len(slots.active)), NOTHING, jnp.int32)
-    state = (jnp.int32(0), slots, tokens, jnp.bool_(False))
+    state = (jnp.int32(0), slots, tokens, jnp.int32(0))
     _, slots, tokens, _ = jax.lax.while_loop(unfinished, extend, state)
     return slots, tokens
