@@ -7,6 +7,7 @@ import json
 import pytest
 
 from grpocem_jax.runs import checkpoints
+from grpocem_jax.serving.engine import Piece
 from grpocem_jax.serving.searches import Progress
 from grpocem_jax.serving.tenants import PUBLIC
 from tests.browser import CONTRAST
@@ -150,6 +151,14 @@ def test_base_and_adapter_answer_side_by_side(served, loud, opened, expect):
     field(shown, "Prompt").press("Control+Enter")
     expect(shown.locator("#compare-status")).to_contain_text("Both answer the same.")
     assert shown.locator("mark").count() == 0
+    field(shown, "The prompt is a message in a chat").check()
+    field(shown, "Second model").select_option("")
+    shown.get_by_role("button", name="Answer").click()
+    expect(shown.locator("#compare-status")).to_contain_text("Answered.")
+    chat = {"model": model, "messages": [{"role": "user", "content": PROMPT}], **GREEDY}
+    found = served("POST", "/v1/chat/completions", json=chat).json()["choices"][0]["message"]
+    assert shown.locator("#answer-0").text_content().strip() == found["content"].strip()
+    assert shown.locator("#answer-1").text_content() == ""
 
 
 def test_pasted_examples_become_an_adapter(served, opened, expect):
@@ -362,6 +371,38 @@ def test_a_search_is_watched_generation_by_generation(tmp_path, opened, expect):
         expect(later.locator("#watch-error")).to_contain_text("there is no such adapter")
         assert all("404" in x for x in later.problems)
         later.problems.clear()
+
+
+def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(tmp_path, opened, expect):
+    with holding(tmp_path) as held:
+        shown = opened(server=held)
+        field(shown, "Prompt").fill(PROMPT)
+        shown.get_by_role("button", name="Answer").click()
+        (ticket,) = held.server.engine.wait_for(1)
+        ticket.emit(Piece(" cold", 1, None))
+        expect(shown.locator("#answer-0")).to_have_text("cold")
+        ticket.emit(Piece(" and wet", 3, None))
+        expect(shown.locator("#answer-0")).to_have_text("cold and wet")
+        shown.get_by_role("button", name="Stop").click()
+        expect(shown.locator("#compare-status")).to_have_text("Stopped.")
+        expect(shown.get_by_role("button", name="Answer")).to_be_enabled()
+        assert ticket.cancelled.wait(10)
+        expect(shown.locator("#answer-0")).to_have_text("cold and wet")
+
+
+def test_a_search_is_watched_again_after_the_connection_was_cut_off(tmp_path, opened, expect):
+    with holding(tmp_path) as held:
+        shown = opened(server=held)
+        field(shown, "Examples").fill("\n\n".join(EXAMPLES))
+        with answering(shown, "**/events", content_type="text/event-stream", body=": \n\n"):
+            shown.get_by_role("button", name="Search").click()
+            expect(shown.locator("#watch-error")).to_contain_text("trying again")
+        (job,) = held.server.searches.jobs
+        job.state, job.error = "failed", "the adapter has no memory; give fewer examples"
+        held.server.keeper.look()
+        expect(shown.locator("#verdict")).to_contain_text("The search failed. The adapter has no")
+        expect(shown.locator("#watch-error")).to_be_hidden()
+        expect(shown.locator("#list li")).to_contain_text("failed")
 
 
 def test_what_came_of_a_search_is_said_in_words(opened):

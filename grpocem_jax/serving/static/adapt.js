@@ -2,7 +2,7 @@
 
 import { ApiError, call, events } from "./api.js";
 import { describeChart, drawChart, fillTable } from "./chart.js";
-import { byId, fail, make, options, say, show } from "./dom.js";
+import { byId, fail, make, options, say, sentence, show } from "./dom.js";
 import {
   METHODS, SAMPLE_EXAMPLES, SAMPLE_PROMPT, countExamples, facts, progress, promptOf, readExamples, titleOf, verdict,
 } from "./words.js";
@@ -155,7 +155,7 @@ function display(adapter) {
   if (judged) {
     byId("verdict").className = judged.good ? "good" : "bad";
     say("verdict-title", judged.title);
-    say("verdict-text", judged.text);
+    say("verdict-text", judged.text && sentence(judged.text));
   }
 
   const figure = byId("chart-figure");

@@ -19,7 +19,8 @@ export function fail(id, error) {
   place.textContent = error ? sentence(error.message ?? String(error)) : "";
 }
 
-function sentence(text) {
+// An error of the interface as a sentence.
+export function sentence(text) {
   const whole = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?…]$/.test(whole) ? whole : `${whole}.`;
 }
