@@ -23,7 +23,7 @@ LONGEST = {
     f"test_{name}"
     for name in (
         *("examples", "benchmarks", "resume", "search_methods", "training"),
-        *("sampling", "inference", "memory", "devices", "serving_engine"),
+        *("sampling", "inference", "memory", "devices", "serving_engine", "serving_command"),
     )
 }
 

@@ -81,7 +81,7 @@ def test_prompts_are_adapted_to_by_their_reward(served):
 
 
 def test_completions_go_on_while_a_search_by_reward_runs(served):
-    asked = {"prompts": ROWS, "reward": "sentiment", "generations": 100}
+    asked = {"prompts": ROWS, "reward": "sentiment", "generations": 200}
     id = served("POST", "/v1/adapters", json=asked).json()["id"]
     completion = {"model": served.server.catalogue.base, "prompt": PROMPT, "max_tokens": 2}
     for _ in range(5):

@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from grpocem_jax.serving import archive, asked
+from grpocem_jax.serving.answers import KEEP_ALIVE_S
 from grpocem_jax.serving.catalogue import Catalogue
 from grpocem_jax.serving.errors import ApiError, brief
 from grpocem_jax.serving.http import Call, Events, Json
@@ -20,9 +21,6 @@ from grpocem_jax.serving.searches import QueueFullError
 from grpocem_jax.serving.store import FullError, Record
 from grpocem_jax.serving.tenants import PUBLIC, Tenant
 from grpocem_jax.utils.errors import InputError
-
-KEEP_ALIVE_S = 15.0
-"""Between comments of a stream on which nothing happens."""
 
 MOST_LISTED = 1000
 

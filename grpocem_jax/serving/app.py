@@ -15,8 +15,9 @@ from starlette.routing import Route
 
 from grpocem_jax.serving import completions, page
 from grpocem_jax.serving.adapters import Adapters
+from grpocem_jax.serving.answers import Answers, Writer
 from grpocem_jax.serving.catalogue import Catalogue
-from grpocem_jax.serving.completions import Answers, Asked, Writer
+from grpocem_jax.serving.completions import Asked
 from grpocem_jax.serving.engine import Request as EngineRequest
 from grpocem_jax.serving.errors import ApiError
 from grpocem_jax.serving.http import Call, Events, Gate, Json, error_response, while_connected
@@ -223,7 +224,10 @@ class _Completions:
         self, requests: list[EngineRequest], answers: Answers, writer: Writer, made: "_Made"
     ) -> Mapping[str, Any]:
         texts, reasons = [""] * len(requests), [""] * len(requests)
-        async for number, piece in self._pieces(answers):
+        async for found in self._pieces(answers):
+            if found is None:
+                continue
+            number, piece = found
             texts[number] += piece.text
             reasons[number] = piece.finish or ""
             made.add(number, piece)
@@ -233,7 +237,11 @@ class _Completions:
         self, asked: Asked, answers: Answers, writer: Writer, made: "_Made"
     ) -> AsyncIterator[Mapping[str, Any] | None]:
         begun = set()
-        async for number, piece in self._pieces(answers):
+        async for found in self._pieces(answers):
+            if found is None:
+                yield None
+                continue
+            number, piece = found
             made.add(number, piece)
             if number not in begun and asked.chat:
                 yield writer.chunk(number, "", None, first=True)
@@ -245,7 +253,7 @@ class _Completions:
         if asked.include_usage:
             yield writer.last(sum(made.tokens))
 
-    def _pieces(self, answers: Answers) -> AsyncIterator[tuple[int, Any]]:
+    def _pieces(self, answers: Answers) -> AsyncIterator[tuple[int, Any] | None]:
         return answers.pieces(seconds=self._parts.timeout_s, check=self._parts.check)
 
 

@@ -19,12 +19,12 @@ import re
 import secrets
 import shutil
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpocem_jax.serving.database import Connection
 from grpocem_jax.serving.options import Limits
 from grpocem_jax.serving.tenants import PUBLIC
 from grpocem_jax.utils.errors import InputError
@@ -121,53 +121,6 @@ def _record(row: Sequence[Any]) -> Record:
     return Record(**values)
 
 
-class _Connection:
-    """A connection to the index, of one thread at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._index: sqlite3.Connection | None = None
-
-    def open(self, path: Path) -> None:
-        """Opens the file, which is made where it is not there."""
-        self._index = sqlite3.connect(
-            path, timeout=20, isolation_level=None, check_same_thread=False
-        )
-        self._index.execute("PRAGMA journal_mode = WAL")
-        self._index.execute("PRAGMA synchronous = FULL")
-
-    def close(self) -> None:
-        """Closes it, if it is open."""
-        with self._lock:
-            if self._index is not None:
-                self._index.close()
-
-    def select(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
-        """The rows that a statement finds."""
-        with self._lock:
-            return self._opened.execute(statement, values).fetchall()
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """A transaction, on disk when the block ends."""
-        with self._lock:
-            index = self._opened
-            index.execute("BEGIN IMMEDIATE")
-            try:
-                yield index
-                index.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    index.execute("ROLLBACK")
-                raise
-
-    @property
-    def _opened(self) -> sqlite3.Connection:
-        if self._index is None:
-            raise sqlite3.ProgrammingError("the index is not open")
-        return self._index
-
-
 class Store:
     """An open store; safe to use from several threads and processes.
 
@@ -193,7 +146,7 @@ class Store:
                 f"{where}: cannot be written ({reason}); give another folder."
             ) from None
         # Reads do not wait for a write to be on disk.
-        self._reading, self._writing = _Connection(), _Connection()
+        self._reading, self._writing = Connection(), Connection()
         try:
             for connection in (self._writing, self._reading):
                 connection.open(self.folder / "index.sqlite")
