@@ -17,7 +17,7 @@ from tests import runs
 from tests.parity import weights
 from tests.tiny import Tiny, make_tiny
 
-pytest_plugins = ("tests.command_line", "tests.serving")
+pytest_plugins = ("tests.browser", "tests.command_line", "tests.serving")
 
 LONGEST = {
     f"test_{name}"

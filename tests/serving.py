@@ -171,6 +171,7 @@ class HeldJob:
     def __init__(self, examples: Any, generations: int, options: dict[str, Any]):
         self.examples, self.options = examples, options
         self.state, self.generation, self.generations = "queued", 0, generations
+        self.curve: tuple[Any, ...] = ()
         self.result: Any = None
         self.error: Any = None
 

@@ -6,7 +6,6 @@ import json
 import math
 import operator
 import re
-import shutil
 import subprocess
 import sys
 import types
@@ -22,6 +21,7 @@ from grpocem_jax.report import page as page_module
 from grpocem_jax.search import loop
 from grpocem_jax.training import evaluation
 from grpocem_jax.utils.errors import InputError
+from tests.browser import CONTRAST
 from tests.pages import (
     CURVES,
     HOSTILE,
@@ -578,46 +578,6 @@ def test_records_pair_each_prompt_with_its_own_texts_and_rewards():
 
 # In a browser
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium to show the page in")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield launched
-        launched.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a page of a width in a colour scheme."""
-    opened = []
-
-    def open_page(path, width=1280, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        opened.append(context)
-        shown = context.new_page()
-        shown.problems, shown.requests = [], []
-        shown.on("console", lambda message: shown.problems.append(message.text))
-        shown.on("pageerror", lambda error: shown.problems.append(str(error)))
-        shown.on("request", lambda request: shown.requests.append(request.url))
-        shown.goto(path.as_uri())
-        return shown
-
-    yield open_page
-    for context in opened:
-        context.close()
-
 
 def test_the_browser_asks_for_nothing_else_and_reports_no_error(hostile, visit):
     shown = visit(hostile)
@@ -681,15 +641,6 @@ def test_no_width_needs_scrolling_sideways(hostile, visit, width):
     assert shown.evaluate("document.documentElement.scrollWidth") == width
 
 
-CONTRAST = """([ink, ground]) => {
-    const light = colour => {
-        const [r, g, b] = colour.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255)
-            .map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
-    };
-    const [a, b] = [light(ink), light(ground)];
-    return Math.max(a, b) / Math.min(a, b);
-}"""
 STYLES = """() => {
     const of = (selector, name) => getComputedStyle(document.querySelector(selector))[name];
     return {

@@ -49,12 +49,13 @@ def endpoints(model, id):
         ("GET", f"/v1/adapters/{id}/events", {}),
         ("GET", f"/v1/adapters/{id}/download", {}),
         ("DELETE", f"/v1/adapters/{id}", {}),
+        ("GET", "/page/settings", {}),
         ("GET", "/metrics", {}),
     ]
 
 
 def test_all_routes_are_tried(served, adapters):
-    """A route that is added has to be added to `endpoints`; `/health` is for everyone."""
+    """A route that is added has to be added to `endpoints`; two are for everyone."""
     app = served.server._http.config.app
     there = {(x, route.path) for route in app.routes for x in route.methods - {"HEAD"}}
     tried = {
@@ -63,7 +64,7 @@ def test_all_routes_are_tried(served, adapters):
         for route in app.routes
         if method in route.methods and route.path_regex.fullmatch(path.partition("?")[0])
     }
-    assert there - tried == {("GET", "/health")}
+    assert there - tried == {("GET", "/health"), ("GET", "/")}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

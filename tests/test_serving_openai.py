@@ -138,6 +138,11 @@ def test_an_adapter_is_searched_for_watched_and_downloaded(served, client, tmp_p
     assert result["adapted"] == (result["returned"] != "start")
     assert math.isfinite(result["held_back_gain"])
     assert result["seconds"] > 0
+    curve = found["curve"]
+    assert [x["generation"] for x in curve] == [1, 2, 3]
+    assert all(math.isfinite(x["best"]) and math.isfinite(x["mean"]) for x in curve)
+    assert curve[0]["best"] < curve[2]["best"]
+    assert "curve" not in served("GET", "/v1/adapters").json()["data"][0]
     events = served("GET", f"/v1/adapters/{found['id']}/events").text
     assert events.endswith("data: [DONE]\n\n")
     assert '"status": "ready"' in events

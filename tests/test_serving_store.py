@@ -43,7 +43,11 @@ def names(records):
 def test_an_adapter_goes_from_queued_to_ready(store):
     record = store.add("alice", **ADD, name="mine", generations=9)
     assert (record.status, record.generation, record.ended) == ("queued", 0, None)
+    assert store.curve(record.id) == []
+    curve = [{"generation": 4, "best": -1.5, "mean": None}]
+    assert store.update({record.id: ("running", 4)}, {record.id: curve}) == set()
     assert store.update({record.id: ("running", 4)}) == set()
+    assert store.curve(record.id) == curve
     assert store.find(record.id).generation == 4
     assert store.keep(record, save, RESULT, 7)
     found = store.find(record.id)

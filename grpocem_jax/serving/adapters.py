@@ -151,7 +151,7 @@ class Adapters:
 
     async def show(self, call: Call) -> Response:
         """GET one: its state, and what came of its search."""
-        return Json(describe(await self._asked_for(call)))
+        return Json(await run_in_threadpool(self._in_full, await self._asked_for(call)))
 
     async def events(self, call: Call) -> Response:
         """GET its events: its state whenever it changes, until the search has ended."""
@@ -161,7 +161,7 @@ class Adapters:
     async def _changes(
         self, tenant: Tenant, record: Record
     ) -> AsyncIterator[Mapping[str, Any] | None]:
-        yield describe(record)
+        yield await run_in_threadpool(self._in_full, record)
         sent = time.monotonic()
         while record.ended is None:
             await asyncio.sleep(INTERVAL_S)
@@ -169,7 +169,7 @@ class Adapters:
             now = await run_in_threadpool(self._record, tenant, record.id, "id")
             if now != record:
                 record, sent = now, time.monotonic()
-                yield describe(record)
+                yield await run_in_threadpool(self._in_full, record)
             elif time.monotonic() - sent > KEEP_ALIVE_S:
                 sent = time.monotonic()
                 yield None
@@ -231,6 +231,10 @@ class Adapters:
             self._store.delete(tenant.name, record.id)
             raise
         return self._record(tenant, record.id, "id")
+
+    def _in_full(self, record: Record) -> dict[str, Any]:
+        """An adapter with the fitness of its search after each generation."""
+        return {**describe(record), "curve": self._store.curve(record.id)}
 
     async def _asked_for(self, call: Call) -> Record:
         return await run_in_threadpool(

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from grpocem_jax.serving import completions
+from grpocem_jax.serving import completions, page
 from grpocem_jax.serving.adapters import Adapters
 from grpocem_jax.serving.answers import Answers, Writer
 from grpocem_jax.serving.catalogue import Catalogue
@@ -100,6 +100,13 @@ def make_app(parts: Parts) -> Starlette:
     for method, path, handler in table:
         endpoint = gate.endpoint(f"{method} {path}", handler)
         routes.append(Route(path, endpoint, methods=[method]))
+    routes += page.routes(
+        gate,
+        parts.keys,
+        parts.catalogue,
+        most_tokens=parts.most_tokens,
+        most_prompt=parts.most_prompt,
+    )
     endpoint = gate.endpoint("GET /metrics", show_metrics, operator=True)
     routes.append(Route("/metrics", endpoint, methods=["GET"]))
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})

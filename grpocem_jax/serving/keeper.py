@@ -1,6 +1,7 @@
 """Searches under way: how far they are goes to the store, and what they found is kept there."""
 
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -88,12 +89,15 @@ class Keeper:
                 self._jobs.pop(id, None)
                 self._written.pop(id, None)
         if changed:
-            for id in self._store.update(changed):
+            curves = {id: _curve(jobs[id][1]) for id in changed}
+            for id in self._store.update(changed, curves):
                 self.cancel(id)
             with self._lock:
                 self._written |= {id: x for id, x in changed.items() if id in self._jobs}
 
     def _end(self, record: Record, job: Any, state: str) -> None:
+        last = {record.id: ("running", int(job.generation))}
+        self._store.update(last, {record.id: _curve(job)})
         if state != "done":
             error = job.error
             text = "the search was cancelled"
@@ -111,3 +115,14 @@ class Keeper:
             return self._catalogue.save(folder, found.offsets, adapted_card(run, result))
 
         self._store.keep(record, save, result, int(job.generation))
+
+
+def _curve(job: Any) -> list[dict[str, Any]]:
+    """The fitness of a search after each generation; None for what is not finite."""
+    return [
+        {
+            name: value if math.isfinite(value) else None
+            for name, value in progress._asdict().items()
+        }
+        for progress in job.curve
+    ]

@@ -20,7 +20,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ CREATE TABLE adapters (
   ended REAL,
   result TEXT,
   error TEXT,
-  sha256 TEXT
+  sha256 TEXT,
+  curve TEXT
 )
 """
 _INDICES = (
@@ -273,15 +274,26 @@ class Store:
             values.append(base)
         return self._read(condition, values, f"ORDER BY number DESC LIMIT {int(limit)}")
 
+    def curve(self, id: str) -> Sequence[dict[str, Any]]:
+        """How the search of an adapter went, generation by generation; see `update`."""
+        rows = self._reading.select("SELECT curve FROM adapters WHERE id = ?", (id,))
+        return json.loads(rows[0][0]) if rows and rows[0][0] else []
+
     def counts(self) -> dict[str, int]:
         """How many adapters there are of each status."""
         return dict(self._reading.select("SELECT status, COUNT(*) FROM adapters GROUP BY status"))
 
-    def update(self, states: dict[str, tuple[str, int]]) -> set[str]:
+    def update(
+        self,
+        states: dict[str, tuple[str, int]],
+        curves: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+    ) -> set[str]:
         """Writes how far searches of this server have come.
 
         Args:
           states: the status, one of `UNFINISHED`, and the generations done, by id.
+          curves: the fitness after each generation, as JSON has it, by id; None where it is as it
+            was.
 
         Returns:
           the ids that are there no more: their searches are to be cancelled.
@@ -290,8 +302,9 @@ class Store:
         with self._writing.transaction() as index:
             for id, (status, generation) in states.items():
                 changed = index.execute(
-                    "UPDATE adapters SET status = ?, generation = ? WHERE id = ? AND ended IS NULL",
-                    (status, generation, id),
+                    "UPDATE adapters SET status = ?, generation = ?, curve = "
+                    "COALESCE(?, curve) WHERE id = ? AND ended IS NULL",
+                    (status, generation, None if curves is None else json.dumps(curves[id]), id),
                 )
                 if not changed.rowcount:
                     gone.add(id)
