@@ -23,7 +23,8 @@ LONGEST = {
     f"test_{name}"
     for name in (
         *("examples", "benchmarks", "resume", "search_methods", "training"),
-        *("sampling", "inference", "memory", "devices", "serving_engine", "serving_command"),
+        *("sampling", "inference", "memory", "devices", "distributed", "sweep", "variants"),
+        *("serving_engine", "serving_command", "serving_searches", "serving_page"),
     )
 }
 

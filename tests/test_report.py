@@ -536,7 +536,7 @@ def test_singular_values_are_those_of_the_kernels_of_svf_sites_only(tiny):
 
 def adapted(best, mean):
     empty = np.zeros(len(best))
-    history = loop.History(np.array(best), np.array(mean), empty, empty, empty)
+    history = loop.History(np.array(best), np.array(mean), empty, empty)
     search = types.SimpleNamespace(history=history)
     return adaptation.Adaptation({}, 0.0, 0.0, search)
 

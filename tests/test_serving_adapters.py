@@ -223,7 +223,7 @@ def other_arrays(files):
         (changed(rank_ratio=0.5), "rank_ratio"),
         (changed(type="lora"), "type"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_an_upload_that_is_no_adapter_of_this_model_is_refused(served, files, change, fragment):
     found = send(served, zipped(change(files)))

@@ -183,7 +183,7 @@ def test_an_adapter_is_searched_for_watched_and_downloaded(served, client, tmp_p
         ({"echo": True}, "BadRequestError", "echo"),
         ({"extra_body": {"colour": "red"}}, "BadRequestError", "colour"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_bad_input_is_an_error_of_the_client_that_names_the_field(
     client, model, changes, error, param
