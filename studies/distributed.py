@@ -165,7 +165,7 @@ def prompts(folder: Path) -> Path:
     """Four prompts of the task that is judged without a reference."""
     texts = ("Once upon a time", "The dog ran to the", "In the garden", "She said that")
     path = folder / "prompts.jsonl"
-    path.write_text("".join(f"{json.dumps({'prompt': text})}\n" for text in texts))
+    path.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
     return path
 
 
