@@ -165,7 +165,7 @@ def prompts(folder: Path) -> Path:
     """Four prompts of the task that is judged without a reference."""
     texts = ("Once upon a time", "The dog ran to the", "In the garden", "She said that")
     path = folder / "prompts.jsonl"
-    path.write_text("".join(f"{json.dumps({'prompt': text})}\n" for text in texts))
+    path.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
     return path
 
 
@@ -214,14 +214,14 @@ def faults(folder: Path, kills: int, seed: int) -> None:
 
     kill, stop = signal.SIGKILL, signal.SIGTERM
     named: list[tuple[str, Any]] = []
+    for number in range(kills):
+        index, moment = number % 2, after(rng.uniform(2, 0.9 * life))
+        name = f"SIGKILL of process {index} at a random moment"
+        named.append((name, signalled(kill, index, moment)))
     named.append(("SIGKILL of process 0 while it saves", signalled(kill, 0, writing)))
     named += [(f"SIGTERM of process {index}", signalled(stop, index, step)) for index in (0, 1)]
     named += [(f"reward that {how}s in process 1", failing(how, 1)) for how in ("raise", "hang")]
     named += [(f"reward that {how}s in process 0", failing(how, 0)) for how in ("raise", "hang")]
-    for number in range(kills):
-        index, moment = number % 2, after(rng.uniform(2, life))
-        name = f"SIGKILL of process {index} at a random moment"
-        named.append((name, signalled(kill, index, moment)))
     equal = 0
     for number, (name, end) in enumerate(named):
         workdir = folder / f"fault-{number}"
