@@ -188,6 +188,15 @@ def test_an_error_that_all_have_is_not_told_again():
     assert [str(each) for each in together(2, work)] == ["once", "process 0: once"]
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("outcome", [7, InputError("of another")])
 def test_a_signal_does_not_break_off_an_exchange(outcome):
     """It is raised when the exchange is done, unless that itself has an error."""
@@ -207,6 +216,7 @@ def test_a_signal_does_not_break_off_an_exchange(outcome):
     assert done
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_breaks_it_off():
     def work():
         for _ in range(2):
