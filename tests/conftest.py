@@ -31,8 +31,6 @@ LONGEST = {
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """Halves the time in which XLA compiles small programs for a CPU."""
 
-# Tracing makes many objects: to look for garbage every 700 of them is a sixth of the time.
-gc.set_threshold(100_000, 20, 20)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests of whole runs compile the same programs over and over, those of commands too.
 for name, value in {
