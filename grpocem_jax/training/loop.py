@@ -443,6 +443,8 @@ class Run:
         Raises:
           InputError: the processes have come to different adapters.
         """
+        if self.processes.count == 1:  # nobody to differ from, so the adapter stays on the device
+            return int(self.signals.received or 0), due
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(jax.device_get(state.offsets)):
             digest.update(leaf.tobytes())
