@@ -257,9 +257,36 @@ def test_several_texts_are_dealt_in_turn_and_the_last_of_an_odd_number_is_shared
         np.testing.assert_array_equal((last[0] | last[1])[: len(encoded[-1][1])], encoded[-1][1])
 
 
+@pytest.mark.parametrize(
+    ("texts", "states"),
+    [
+        ([Text(OTHER, " bad")] * 4, 1),
+        ([OTHER, OTHER, Text(OTHER, " bad"), Text(OTHER, " bad")], None),
+        ([OTHER], None),
+    ],
+)
+def test_no_more_states_predict_than_there_are_scored_tokens_in_a_text(run, texts, states):
+    settings = run.config.search
+    encoded = [adaptation.encode(run.policy, text, settings) for text in texts]
+    batch = adaptation.batch(encoded, settings)
+    assert (None if batch.places is None else batch.places.shape) == (
+        None if states is None else (len(texts), states)
+    )
+    parts = adaptation.halves(encoded, settings)
+    for part in (batch, *parts):
+        whole = part._replace(places=None)
+        score = adaptation.make_fitness(run.policy, settings, part)
+        key = jax.random.key(0)
+        found, expected = (jax.jit(score)(run.offsets, x, key) for x in (part, whole))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    if len(texts) == 1:
+        assert parts[0].places.shape == parts[1].places.shape == (1, 8)  # of 15
+
+
 def rows_of(batch):
     """Each text of a batch as something that compares."""
-    return [np.stack(row).tobytes() for row in zip(*map(np.array, batch), strict=True)]
+    arrays = [np.array(x) for x in batch if x is not None]
+    return [b"".join(x.tobytes() for x in row) for row in zip(*arrays, strict=True)]
 
 
 @pytest.mark.parametrize(

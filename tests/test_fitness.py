@@ -123,6 +123,38 @@ def test_scores_sum_to_the_mean_and_are_zero_elsewhere(tiny, likelihood):
     assert bool(jnp.all(logps[scored] < 0))
 
 
+@pytest.mark.parametrize("most", [5, 7, 11])
+def test_states_that_predict_nothing_are_not_needed(tiny, likelihood, most):
+    """Scores and their gradient are those of the whole computation."""
+    whole = texts(padded=14)
+    places = fitness.predicting(np.asarray(whole.scored), most)
+    batch = whole._replace(places=jnp.asarray(places))
+
+    @jax.jit
+    def measured(offsets, batch):
+        gradient = jax.grad(lambda x: likelihood(x, batch, KEY))(offsets)
+        return gradient, *likelihood.scores(offsets, batch, KEY)
+
+    gradient, logps, scored = measured(tiny.adapted(), batch)
+    expected, every, marks = measured(tiny.adapted(), whole)
+    assert logps.shape == scored.shape == (3 * most,)
+    assert scored.sum() == marks.sum() == 15
+    np.testing.assert_allclose(logps[scored], every[marks], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(logps[~scored], 0)
+    for name, value in gradient.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
+    assert max(np.abs(x).max() for x in gradient.values()) > 1e-2
+
+
+def test_predicting_states_are_in_order_and_come_before_what_is_scored():
+    scored = np.zeros((3, 6), bool)
+    scored[0, [0, 2, 5]] = scored[1, 3] = True
+    found = fitness.predicting(scored, 2)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, [[1, 4], [0, 2], [0, 1]])
+    np.testing.assert_array_equal(fitness.predicting(scored, 5), [range(5)] * 3)
+
+
 def space_of(tiny, name):
     start = tiny.adapted(seed=1, scale=0.1)
     experts = [tiny.adapted(seed=seed) for seed in (2, 3, 4)]

@@ -55,7 +55,7 @@ def test_the_backward_pass_keeps_the_large_products_and_no_attention_weights(tin
 
     @base.remat
     def run(params, x, allowed):
-        return block.apply({"params": params}, x, {}, allowed, None, None, None)[0]
+        return block.apply({"params": params}, x, {}, allowed, None, None, None, None)[0]
 
     _, backward = jax.vjp(lambda x: run(tiny.params["h_0"], x, allowed), x)
     weights = {x.shape for x in jax.tree.leaves(tiny.params["h_0"])}

@@ -204,7 +204,7 @@ def test_the_backward_pass_keeps_the_large_products_and_no_attention_weights(bia
 
     @base.remat
     def run(params, x):
-        return block.apply({"params": params}, x, {}, allowed, None, None, None, *angles)[0]
+        return block.apply({"params": params}, x, {}, allowed, None, None, None, None, *angles)[0]
 
     params = biased.params["layers_0"]
     _, backward = jax.vjp(lambda x: run(params, x), x)

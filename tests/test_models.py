@@ -158,6 +158,21 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny):
             model.forward(params, given, tokens, mask)
 
 
+@pytest.mark.parametrize("split", [0, PROMPT])
+def test_states_of_some_places_are_those_of_the_whole(tiny, split):
+    """By themselves and after a context, with padding, and for each row of a batch its own."""
+    tokens, mask = pad(TEXT[split:], 1, LENGTH - split + 2)
+    context = prefill(tiny, TEXT[:split])[1] if split else None
+    offsets = tiny.adapted()
+    expected = jax.jit(tiny.model.forward)(tiny.factored, offsets, tokens, mask, context)
+    places = jnp.array([[1, 2, LENGTH - split], [5, 3, 4]])
+    found = jax.jit(jax.vmap(tiny.model.forward, (None, None, None, None, None, 0)))(
+        tiny.factored, offsets, tokens, mask, context, places
+    )
+    close(found, expected[places])
+    assert np.abs(found[0] - found[1]).max() > 1e-2
+
+
 def test_vmaps_over_texts_and_candidates_equal_loops(tiny):
     texts = [pad(TEXT[:12], 7, LENGTH), pad(TEXT[5:], 0, LENGTH)]
     candidates = [tiny.adapted(seed) for seed in range(3)]

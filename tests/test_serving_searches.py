@@ -195,7 +195,7 @@ def test_what_is_too_short_to_search_by_comes_back_with_a_note(searches, monkeyp
 
 
 def test_a_likelihood_that_is_not_finite_fails_its_job_and_no_other(run, searches):
-    longest = 16
+    longest = 17
     params = dict(run.policy.params)
     params["wpe"] = params["wpe"].at[longest:].set(jnp.nan)
     policy = dataclasses.replace(run.policy, params=params)
@@ -392,21 +392,23 @@ def encoded(count, first, last=None):
 
 
 @pytest.mark.parametrize(
-    ("text", "context", "tokens"),
+    ("text", "tokens", "lengths"),
     [
-        (encoded(10, 9), 8, 2),
-        (encoded(10, 1), 0, 10),
-        (encoded(20, 10, 13), 9, 4),  # what comes after the last that counts is left out
-        (encoded(10, 4), 0, 10),  # too short a context
+        (encoded(10, 9), 10, (16, 1)),
+        (encoded(10, 1), 10, (16, 16)),
+        (encoded(10, 0), 10, (16, 16)),  # the first never counts
+        (encoded(20, 10, 13), 13, (16, 4)),
+        (encoded(40, 20), 40, (40, 40)),  # no more than there are
+        (encoded(97, 80), 97, (96, 64)),
     ],
 )
-def test_a_text_is_cut_before_the_first_token_that_counts(text, context, tokens):
+def test_a_text_is_cut_after_the_last_token_that_counts(text, tokens, lengths):
     row = rows.cut(*text)
-    assert (len(row.context), len(row.tokens)) == (context, tokens)
-    whole = np.concatenate([row.context, row.tokens])
-    np.testing.assert_array_equal(whole, text[0][: len(whole)])
-    np.testing.assert_array_equal(row.scored, text[1][context + 1 : context + tokens])
+    np.testing.assert_array_equal(row.tokens, text[0][:tokens])
+    np.testing.assert_array_equal(row.scored[1:], text[1][1:tokens])
+    assert not row.scored[0]
     assert row.scored.sum() == text[1][1:].sum()
+    assert rows.page_lengths(row) == lengths
 
 
 def test_a_text_without_a_token_that_counts_is_no_row():
@@ -429,10 +431,12 @@ def test_every_row_is_in_one_page_and_pages_are_filled():
         assert set(page.lane[len(held) :]) <= {40}
         for place, i in enumerate(held):
             row = drawn[i][1]
-            read = [page.rows.context[place][page.rows.before[place]]]
-            read.append(page.rows.tokens[place][: len(row.tokens)])
-            np.testing.assert_array_equal(np.concatenate(read), [*row.context, *row.tokens])
-            np.testing.assert_array_equal(page.rows.scored[place].sum(), row.scored.sum())
+            texts = page.texts
+            np.testing.assert_array_equal(texts.tokens[place][texts.mask[place]], row.tokens)
+            np.testing.assert_array_equal(texts.scored[place][texts.mask[place]], row.scored)
+            if texts.places is not None:
+                wanted = set(np.flatnonzero(row.scored) - 1)
+                assert wanted <= set(texts.places[place])
     assert rows.lay_out([], lanes=3, tokens=10) == []
 
 

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax import rollouts
-from grpocem_jax.adaptation.texts import Text, bucket, encode, to_arrays, tokenize, within_context
+from grpocem_jax.adaptation.texts import (
+    Text,
+    bucket,
+    encode,
+    most_scored,
+    to_arrays,
+    tokenize,
+    within_context,
+)
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search import fitness
@@ -101,7 +109,8 @@ def log_likelihoods(
     encoded = [encode(run.policy, text, settings) for text in texts]
     settings = within_context(settings, run.policy)
     length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
-    arrays = [to_arrays([(tokens, scored)], length) for tokens, scored in encoded]
+    most = most_scored(encoded)
+    arrays = [to_arrays([text], length, most) for text in encoded]
     score = fitness.Likelihood(run.policy.params, run.policy.model)
     values = []
     for start in range(0, len(texts), 16):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,7 +91,7 @@ def encode(policy: Policy, text: str | Messages | Text, settings: SearchConfig) 
 def batch(encoded: Sequence[Encoded], settings: SearchConfig) -> fitness.Texts:
     """Encoded texts as arrays, padded to the bucket of the longest."""
     length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
-    return to_arrays(encoded, length)
+    return to_arrays(encoded, length, most_scored(encoded))
 
 
 def halves(
@@ -101,7 +102,8 @@ def halves(
     if parts is None:
         return None
     length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
-    first, second = (to_arrays(part, length) for part in parts)
+    most = max(map(most_scored, parts))
+    first, second = (to_arrays(part, length, most) for part in parts)
     return first, second
 
 
@@ -131,6 +133,11 @@ def count_scored(encoded: Sequence[Encoded]) -> int:
     return sum(int(counts[1:].sum()) for _, counts in encoded)
 
 
+def most_scored(encoded: Sequence[Encoded]) -> int:
+    """The most tokens that are scored of one of some encoded texts."""
+    return max(count_scored([text]) for text in encoded)
+
+
 def within_context(settings: SearchConfig, policy: Policy) -> SearchConfig:
     """The settings with the model's context in place of the buckets beyond it."""
     limit = policy.model.context_length
@@ -144,8 +151,12 @@ def bucket(length: int, settings: SearchConfig) -> int:
     return rollouts.bucket_length(length, settings.buckets)
 
 
-def to_arrays(encoded: Sequence[Encoded], length: int) -> fitness.Texts:
-    """Encoded texts as arrays of ``length`` tokens."""
+def to_arrays(encoded: Sequence[Encoded], length: int, most: int) -> fitness.Texts:
+    """Encoded texts as arrays of ``length`` tokens, of which no text has more than ``most`` scored.
+
+    States that predict are as many as that, or somewhat more: ``length - 1``, or what is left of
+    it by halving, so that the programs for texts of one length are few.
+    """
     tokens = np.zeros((len(encoded), length), np.int32)
     mask = np.zeros((len(encoded), length), bool)
     scored = np.zeros((len(encoded), length), bool)
@@ -153,4 +164,8 @@ def to_arrays(encoded: Sequence[Encoded], length: int) -> fitness.Texts:
         tokens[row, : len(own)] = own
         mask[row, : len(own)] = True
         scored[row, : len(own)] = counts
-    return fitness.Texts(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(scored))
+    states = length - 1
+    while (states + 1) // 2 >= most and states > 1:
+        states = (states + 1) // 2
+    places = fitness.predicting(scored, states) if states < length - 1 else None
+    return jax.tree.map(jnp.asarray, fitness.Texts(tokens, mask, scored, places))

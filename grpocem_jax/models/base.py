@@ -65,9 +65,11 @@ class Model:
         beyond has no meaning.
       sites: names of the linear maps that an adapter may take over, each with its path in the
         parameters, e.g. ``"h.0.attn.c_proj" -> ("h_0", "attn_c_proj", "kernel")``.
-      forward: ``(params, offsets, tokens [T], mask [T], context=None) -> hidden [T, D]``, tokens
-        int32 and mask bool. Padding may stand anywhere: masked tokens are attended to by none and
-        take no position. With a `Context` the tokens follow it.
+      forward: ``(params, offsets, tokens [T], mask [T], context=None, places=None) -> hidden [T,
+        D]``, tokens int32 and mask bool. Padding may stand anywhere: masked tokens are attended to
+        by none and take no position. With a `Context` the tokens follow it. With ``places``, int32
+        ``[M]`` from 0 to ``T - 1``, only the states of these tokens are made, ``[M, D]``: of the
+        others the last layer makes keys and values alone.
       prefill: ``(params, offsets, tokens [S], mask [S]) -> (hidden [D], Context)`` with the hidden
         state of the last token that is no padding.
       init_cache: ``(params, length) -> KeyValues`` of zeros for ``length`` tokens after a context.

@@ -70,14 +70,16 @@ def run_layers(
     context: Context | None,
     cache: KeyValues | None,
     index: jax.Array | None,
+    places: jax.Array | None,
     *shared: jax.Array,
 ) -> tuple[jax.Array, KeyValues]:
     """Runs all layers, giving each its part of adapter, context and cache.
 
     Args:
-      run: ``(layer, x, adapter, allowed, past, own, index, *shared) -> (x, keys, values)``. Of that
-        layer: ``offsets`` holds its arrays by the path inside it; ``past`` is a segment of
-        `grpocem_jax.models.base.attend`, or None; ``own`` the keys and values to write to, or None.
+      run: ``(layer, x, adapter, allowed, past, own, index, places, *shared) -> (x, keys, values)``.
+        Of that layer: ``offsets`` holds its arrays by the path inside it; ``past`` is a segment of
+        `grpocem_jax.models.base.attend`, or None; ``own`` the keys and values to write to, or None;
+        ``places`` the tokens whose output is wanted, see `narrow`.
       num_layers: how many.
       prefix: of the sites' names before the number of the layer, ``h``.
       x: float32 ``[T, D]``.
@@ -86,10 +88,11 @@ def run_layers(
       context: what is before the tokens, or None.
       cache: `KeyValues` of length ``N`` to write the tokens' own into, or None (``N = T``).
       index: int32 ``[]``, where in ``cache`` to write.
+      places: int32 ``[M]``, the tokens whose output is wanted; None for all.
       *shared: further arguments, the same for all layers.
 
     Returns:
-      float32 ``[T, D]`` and the own `KeyValues`, length ``N``.
+      float32 ``[T, D]``, or ``[M, D]``, and the own `KeyValues`, length ``N``.
     """
     keys, values = [], []
     for layer in range(num_layers):
@@ -101,10 +104,35 @@ def run_layers(
             own = (cache.keys[layer], cache.values[layer])
         start = f"{prefix}.{layer}."
         mine = {k.removeprefix(start): v for k, v in offsets.items() if k.startswith(start)}
-        x, k, v = run(layer, x, mine, allowed, past, own, index, *shared)
+        # Every layer but the last is asked for all: the next makes keys and values of them.
+        wanted = places if layer == num_layers - 1 else None
+        x, k, v = run(layer, x, mine, allowed, past, own, index, wanted, *shared)
         keys.append(k)
         values.append(v)
     return x, KeyValues(tuple(keys), tuple(values))
+
+
+def narrow(
+    places: jax.Array | None,
+    x: jax.Array,
+    query: jax.Array,
+    segments: list[tuple[jax.Array, jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array, jax.Array]]]:
+    """What a block goes on with once it has keys and values of all tokens.
+
+    Args:
+      places: int32 ``[M]``, the tokens whose output is wanted; None for all.
+      x: the block's input ``[T, D]``.
+      query: ``[H, T, d]``.
+      segments: see `grpocem_jax.models.base.attend`.
+
+    Returns:
+      the same with ``M`` in place of ``T``.
+    """
+    if places is None:
+        return x, query, segments
+    own = [(keys, values, allowed[places]) for keys, values, allowed in segments]
+    return x[places], query[:, places], own
 
 
 def extend(
@@ -135,7 +163,7 @@ def init_params(key: jax.Array, network: nn.Module) -> Params:
     tokens, allowed = jnp.zeros((1,), jnp.int32), jnp.ones((1, 1), bool)
 
     def init(key: jax.Array) -> Params:
-        return network.init(key, tokens, tokens, allowed, {}, None, None, None)["params"]
+        return network.init(key, tokens, tokens, allowed, {}, None, None, None, None)["params"]
 
     return jax.jit(init)(key)
 
@@ -169,7 +197,17 @@ def make_model(
     """
     network = functools.cache(network)
 
-    def run(params, offsets, tokens, positions, allowed, context=None, cache=None, index=None):
+    def run(
+        params,
+        offsets,
+        tokens,
+        positions,
+        allowed,
+        context=None,
+        cache=None,
+        index=None,
+        places=None,
+    ):
         unknown = sorted(set(offsets) - set(sites))
         if unknown:
             raise InputError(
@@ -177,19 +215,20 @@ def make_model(
                 f"Model.sites, such as {next(iter(sites))!r}."
             )
         return network(head(params).dtype).apply(
-            {"params": params}, tokens, positions, allowed, offsets, context, cache, index
+            {"params": params}, tokens, positions, allowed, offsets, context, cache, index, places
         )
 
     def after(context: Context | None) -> jax.Array | int:
         return 0 if context is None else jnp.sum(context.mask, dtype=jnp.int32)
 
-    def full(params, offsets, tokens, mask, context):
+    def full(params, offsets, tokens, mask, context, places=None):
         positions = jnp.maximum(jnp.cumsum(mask) - 1, 0) + after(context)
         causal = jnp.tril(jnp.ones((len(tokens), len(tokens)), bool))
-        return run(params, offsets, tokens, positions, causal & mask[None], context)
+        allowed = causal & mask[None]
+        return run(params, offsets, tokens, positions, allowed, context, places=places)
 
-    def forward(params, offsets, tokens, mask, context=None):
-        return full(params, offsets, tokens, mask, context)[0]
+    def forward(params, offsets, tokens, mask, context=None, places=None):
+        return full(params, offsets, tokens, mask, context, places)[0]
 
     def prefill(params, offsets, tokens, mask):
         hidden, key_values = full(params, offsets, tokens, mask, None)

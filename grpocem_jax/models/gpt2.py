@@ -51,8 +51,8 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, offsets, allowed, past, cache, index):
-        """Returns the block's output ``[T, D]`` and its keys and values.
+    def __call__(self, x, offsets, allowed, past, cache, index, places):
+        """Returns the block's output ``[T, D]``, or ``[M, D]``, and its keys and values.
 
         The arguments are those that `decoder.run_layers` gives to a layer.
         """
@@ -73,8 +73,10 @@ class Block(nn.Module):
         )
         keys, values = decoder.extend(cache, key, value, index)
         segments = [] if past is None else [past]
-        mixed = jnp.swapaxes(attend(query, [*segments, (keys, values, allowed)]), 0, 1)
-        x = keep(x + linear(width, "attn.c_proj")(mixed.reshape(length, width), offsets))
+        segments.append((keys, values, allowed))
+        x, query, segments = decoder.narrow(places, x, query, segments)
+        mixed = jnp.swapaxes(attend(query, segments), 0, 1)
+        x = keep(x + linear(width, "attn.c_proj")(mixed.reshape(x.shape), offsets))
 
         wide = keep(linear(4 * width, "mlp.c_fc")(norm("ln_2")(x), offsets))
         x = x + linear(width, "mlp.c_proj")(nn.gelu(wide, approximate=True), offsets)
@@ -96,8 +98,8 @@ class GPT2(nn.Module):
     run_block: Callable[..., Any] | None = None
 
     @nn.compact
-    def __call__(self, tokens, positions, allowed, offsets, context, cache, index):
-        """Hidden states float32 ``[T, D]`` and the own keys and values.
+    def __call__(self, tokens, positions, allowed, offsets, context, cache, index, places):
+        """Hidden states float32 ``[T, D]``, or ``[M, D]``, and the own keys and values.
 
         ``tokens`` and ``positions`` are int32 ``[T]``; the other arguments and the results are
         those of `decoder.run_layers`.
@@ -115,7 +117,7 @@ class GPT2(nn.Module):
             return Block(config, self.site_fn, wte.dtype, name=f"h_{layer}")(*arguments)
 
         x, own = decoder.run_layers(
-            run, config.num_layers, "h", x, allowed, offsets, context, cache, index
+            run, config.num_layers, "h", x, allowed, offsets, context, cache, index, places
         )
         norm = nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name="ln_f")
         return norm(x), own

@@ -144,8 +144,8 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, offsets, allowed, past, cache, index, cos, sin):
-        """Returns the block's output ``[T, D]`` and its keys and values.
+    def __call__(self, x, offsets, allowed, past, cache, index, places, cos, sin):
+        """Returns the block's output ``[T, D]``, or ``[M, D]``, and its keys and values.
 
         The arguments are those that `decoder.run_layers` gives to a layer, and `rotary_angles`.
         """
@@ -172,7 +172,9 @@ class Block(nn.Module):
         query, key = (rotate(part, cos, sin).astype(self.dtype) for part in (query, key))
         keys, values = decoder.extend(cache, key, value.astype(self.dtype), index)
         segments = [] if past is None else [past]
-        mixed = jnp.swapaxes(attend(query, [*segments, (keys, values, allowed)]), 0, 1)
+        segments.append((keys, values, allowed))
+        x, query, segments = decoder.narrow(places, x, query, segments)
+        mixed = jnp.swapaxes(attend(query, segments), 0, 1)
         x = keep(x + linear("self_attn.o_proj", mixed.reshape(len(x), -1)))
 
         normed = norm("post_attention_layernorm", x)
@@ -195,8 +197,8 @@ class Llama(nn.Module):
     run_block: Callable[..., Any] | None = None
 
     @nn.compact
-    def __call__(self, tokens, positions, allowed, offsets, context, cache, index):
-        """Hidden states float32 ``[T, D]`` and the own keys and values.
+    def __call__(self, tokens, positions, allowed, offsets, context, cache, index, places):
+        """Hidden states float32 ``[T, D]``, or ``[M, D]``, and the own keys and values.
 
         ``tokens`` and ``positions`` are int32 ``[T]``; the other arguments and the results are
         those of `decoder.run_layers`.
@@ -215,8 +217,9 @@ class Llama(nn.Module):
             return Block(config, self.site_fn, embedding.dtype, name=name)(*arguments)
 
         angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        arguments = (context, cache, index, places, *angles)
         x, own = decoder.run_layers(
-            run, config.num_layers, "layers", x, allowed, offsets, context, cache, index, *angles
+            run, config.num_layers, "layers", x, allowed, offsets, *arguments
         )
         return nn.RMSNorm(config.rms_norm_epsilon, name="norm")(x), own
 

@@ -6,11 +6,13 @@ the report's.  Rewards of completions are no functions of arrays, they judge tex
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpocem_jax.models.base import AdapterParams, Model, Params
 from grpocem_jax.models.likelihood import token_logps
@@ -24,30 +26,29 @@ class Texts(NamedTuple):
       mask: bool ``[K, T]``, False on padding.
       scored: bool ``[K, T]``, tokens whose log-likelihood counts; the first token of a text has
         none, as nothing comes before it.
+      places: int32 ``[K, M]`` from 0 to ``T - 2``, different ones in a text: the tokens before
+        those that are scored, and others where they are fewer than ``M``, see `predicting`. None
+        for all. A likelihood takes no more states of a text than these.
     """
 
-    tokens: jax.Array
-    mask: jax.Array
-    scored: jax.Array
-
-
-class Rows(NamedTuple):
-    """Texts that are cut before the first token that counts.
-
-    Attributes:
-      context: int32 ``[K, C]``, what comes before but its last token, padded on the left; ``C`` may
-        be 0.
-      before: bool ``[K, C]``, False on padding.
-      tokens: int32 ``[K, S + 1]``, its last token and the others, padded on the right.
-      mask: bool ``[K, S]``, False on padding, of all but the last.
-      scored: bool ``[K, S]``, which of all but the first count.
-    """
-
-    context: Any
-    before: Any
     tokens: Any
     mask: Any
     scored: Any
+    places: Any = None
+
+
+def predicting(scored: np.ndarray, most: int) -> np.ndarray:
+    """The ``places`` of `Texts`, on the host.
+
+    Args:
+      scored: bool ``[K, T]``; the first token of a text does not count.
+      most: ``M``, at least as many as are scored of any text, and at most ``T - 1``.
+
+    Returns:
+      int32 ``[K, M]``, in order.
+    """
+    first = np.argsort(~scored[:, 1:], axis=1, kind="stable")[:, :most]
+    return np.sort(first, axis=1).astype(np.int32)
 
 
 def population_chunk(population_size: int, texts: Texts) -> int:
@@ -135,27 +136,29 @@ class Likelihood:
           key: not used.
 
         Returns:
-          float32 ``[K * (T - 1)]``, zero where not scored, and where they are, bool.
+          float32 ``[K * (T - 1)]`` or ``[K * M]``, zero where not scored, and where they are,
+          bool.
         """
         del key
 
-        def one(tokens, mask):
-            hidden = self.model.forward(self.params, offsets, tokens[:-1], mask[:-1])
-            return token_logps(self.model, self.params, hidden, tokens[1:], 1.0)[0]
+        logps, scored = jax.vmap(functools.partial(self.of_text, offsets))(batch)
+        return logps.ravel(), scored.ravel()
 
-        scored = batch.scored[:, 1:] & batch.mask[:, 1:]
-        logps = jax.vmap(one)(batch.tokens, batch.mask)
-        return jnp.where(scored, logps, 0.0).ravel(), scored.ravel()
+    def of_text(self, offsets: AdapterParams, text: Texts) -> tuple[jax.Array, jax.Array]:
+        """Log-likelihood of each token of one text, or of those of its ``places``.
 
-    def row(self, offsets: AdapterParams, row: Rows) -> jax.Array:
-        """Log-likelihood of the tokens of one row, see `Rows`, float32 ``[S]``; 0 if not scored.
+        Args:
+          offsets: offsets.
+          text: a text, without the leading axis.
 
-        What comes before is processed up to its keys and values, and the head sees no other states
-        than those that predict.
+        Returns:
+          float32 ``[T - 1]`` or ``[M]``, zero where not scored, and where they are, bool.
         """
-        context = None
-        if row.context.shape[-1]:
-            _, context = self.model.prefill(self.params, offsets, row.context, row.before)
-        hidden = self.model.forward(self.params, offsets, row.tokens[:-1], row.mask, context)
-        logps = token_logps(self.model, self.params, hidden, row.tokens[1:], 1.0)[0]
-        return jnp.where(row.scored, logps, 0.0)
+        tokens, scored = text.tokens[1:], text.scored[1:] & text.mask[1:]
+        hidden = self.model.forward(
+            self.params, offsets, text.tokens[:-1], text.mask[:-1], places=text.places
+        )
+        if text.places is not None:
+            tokens, scored = tokens[text.places], scored[text.places]
+        logps = token_logps(self.model, self.params, hidden, tokens, 1.0)[0]
+        return jnp.where(scored, logps, 0.0), scored

@@ -206,10 +206,9 @@ class Lanes:
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(asked)
         pages = self._lay_out(asked, parts=1)  # rarely: few programs are worth more than speed
         values = [_score_points(self.score, self.space, points, page) for page, _ in pages]
-        for (_, places), logps in zip(pages, jax.device_get(values), strict=True):
+        for (_, places), (logps, scored) in zip(pages, jax.device_get(values), strict=True):
             for place, i in enumerate(places):
-                scored = asked[i][1].scored
-                found[i] = logps[place, : len(scored)][scored]
+                found[i] = logps[place][scored[place]]
         return found
 
     def judge(
@@ -265,11 +264,9 @@ class Lanes:
         return [(devices.divide(self.mesh, page), places) for page, places in found]
 
     def _size(self, page: Page) -> int:
-        count, context = page.rows.context.shape
-        tokens = count * (context + page.rows.scored.shape[1])
         # A backward pass holds the activations of the forward pass.
         size = self.method.population_size
-        return 1 if "gradient" in needs(self.method) else fitness.chunk(size, tokens)
+        return 1 if "gradient" in needs(self.method) else fitness.population_chunk(size, page.texts)
 
 
 def _verdict(values: np.ndarray, z: float) -> gate.Verdict:
@@ -336,14 +333,14 @@ def _score(
     Those are ``size`` from ``first`` on, or as many as there are.
     """
 
-    def total(point: Point, row: fitness.Rows) -> jax.Array:
-        return jnp.sum(score.row(decode(space, point), row))
+    def total(point: Point, text: fitness.Texts) -> jax.Array:
+        return jnp.sum(score.of_text(decode(space, point), text)[0])
 
     def of_candidate(number: jax.Array) -> tuple[jax.Array, Point | None]:
         own = jax.tree.map(lambda x: x.at[page.lane, number].get(mode="clip"), candidates)
         if gradient:
-            return jax.vmap(jax.value_and_grad(total))(own, page.rows)
-        return jax.vmap(total)(own, page.rows), None
+            return jax.vmap(jax.value_and_grad(total))(own, page.texts)
+        return jax.vmap(total)(own, page.texts), None
 
     numbers = first + jnp.arange(size)
 
@@ -377,10 +374,16 @@ def _tell(
 
 
 @jax.jit
-def _score_points(score: fitness.Likelihood, space: Space, points: Point, page: Page) -> jax.Array:
-    """Log-likelihoods of a page's tokens at the points of its lanes, ``[R, S]``."""
+def _score_points(
+    score: fitness.Likelihood, space: Space, points: Point, page: Page
+) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihoods of a page's texts at the points of its lanes, and which count, ``[R, M]``."""
     own = jax.tree.map(lambda x: x.at[page.lane].get(mode="clip"), points)
-    return jax.vmap(lambda point, row: score.row(decode(space, point), row))(own, page.rows)
+
+    def one(point: Point, text: fitness.Texts) -> tuple[jax.Array, jax.Array]:
+        return score.of_text(decode(space, point), text)
+
+    return jax.vmap(one)(own, page.texts)
 
 
 @functools.partial(jax.jit, static_argnames="method")

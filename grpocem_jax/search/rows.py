@@ -2,10 +2,9 @@
 
 Searches that run side by side have texts of other numbers and lengths every time, and a program for
 each mix would be compiled again and again.  So a text is a row of its own, whichever search it
-belongs to, cut before the first token that counts: what comes before it is needed for its keys and
-values alone, and what comes after the last that counts not at all.  Rows of about the same lengths
-make a page; there is one program for each shape of a page (`page_lengths`), however many searches
-there are, and work for hardly more tokens than there are.
+belongs to, without what comes after the last token that counts.  Rows of about the same lengths,
+and with about as many tokens that count, make a page; there is one program for each shape of a page
+(`page_lengths`), however many searches there are, and work for hardly more tokens than there are.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpocem_jax.search.fitness import Rows
+from grpocem_jax.search.fitness import Texts, predicting
 
 PARTS = 8
 """Lengths of pages between one power of two and the next are by so many parts of it apart, but by 8
@@ -21,15 +20,13 @@ at least: more waste less, and are more programs to compile."""
 
 
 class Row(NamedTuple):
-    """A text, cut before the first token that counts.
+    """A text up to the last token that counts.
 
     Attributes:
-      context: what comes before but its last token, int32 ``[c]``.
-      tokens: its last token, and the others up to the last that counts, int32 ``[s + 1]``.
-      scored: which of them but the first count, bool ``[s]``.
+      tokens: int32 ``[n]``, ``n`` at least 2.
+      scored: which of them count, bool ``[n]``; not the first.
     """
 
-    context: np.ndarray
     tokens: np.ndarray
     scored: np.ndarray
 
@@ -39,11 +36,11 @@ class Page(NamedTuple):
 
     Attributes:
       lane: int32 ``[R]``, the search that each row belongs to; past the last where there is no row.
-      rows: see `Rows`, ``K = R``.
+      texts: see `Texts`, ``K = R``.
     """
 
     lane: Any
-    rows: Rows
+    texts: Texts
 
 
 def cut(tokens: np.ndarray, counts: np.ndarray) -> Row | None:
@@ -59,12 +56,8 @@ def cut(tokens: np.ndarray, counts: np.ndarray) -> Row | None:
     places = np.flatnonzero(counts[1:]) + 1
     if not len(places):
         return None
-    first, end = int(places[0]), int(places[-1]) + 1
-    start = first - 1
-    # A context that is shorter than what follows is not worth a program of its own.
-    if 2 * _tail(end - first) > padded(start):
-        start = 0
-    return Row(tokens[:start], tokens[start:end], counts[start + 1 : end])
+    end = int(places[-1]) + 1
+    return Row(tokens[:end], np.isin(np.arange(end), places))
 
 
 def padded(length: int, *, parts: int = PARTS) -> int:
@@ -76,15 +69,13 @@ def padded(length: int, *, parts: int = PARTS) -> int:
     return -(-length // step) * step
 
 
-def _tail(length: int) -> int:
-    """The length that what follows a context is padded to: 1, 4, 16, ..."""
-    return 4 ** -(-(length - 1).bit_length() // 2)
-
-
 def page_lengths(row: Row, *, parts: int = PARTS) -> tuple[int, int]:
-    """``C`` and ``S`` of the pages of such a row, see `padded`."""
-    context, tail = len(row.context), len(row.scored)
-    return padded(context, parts=parts), _tail(tail) if context else padded(tail, parts=parts)
+    """How many states the pages of such a row have, `padded`, and how many of them predict.
+
+    Those are 1, 4, 16, ..., or all.
+    """
+    states, scored = padded(len(row.tokens) - 1, parts=parts), int(row.scored.sum())
+    return states, min(states, 4 ** -(-(scored - 1).bit_length() // 2))
 
 
 def lay_out(
@@ -108,40 +99,28 @@ def lay_out(
     left = sorted(range(len(rows)), key=lambda i: shapes[i][::-1], reverse=True)
     found = []
     while left:
-        context, tail = shapes[left[0]]
-        size = max(1, tokens // (context + tail))
-        fitting = [i for i in left if shapes[i][0] <= context and shapes[i][1] <= tail][:size]
+        states, most = shapes[left[0]]
+        size = max(1, tokens // states)
+        fitting = [i for i in left if shapes[i][0] <= states and shapes[i][1] <= most][:size]
         chosen = set(fitting)
         left = [i for i in left if i not in chosen]
-        page = empty_page(context, tail, lanes=lanes, tokens=tokens)
-        for place, i in enumerate(fitting):
-            _write(page, place, *rows[i])
+        page = _page([rows[i] for i in fitting], size, states, most, empty=lanes)
         found.append((page, fitting))
     return found
 
 
-def empty_page(context: int, tail: int, *, lanes: int, tokens: int) -> Page:
-    """A page of one shape without a row in it."""
-    size = max(1, tokens // (context + tail))
-    return Page(
-        np.full(size, lanes, np.int32),
-        Rows(
-            np.zeros((size, context), np.int32),
-            np.zeros((size, context), bool),
-            np.zeros((size, tail + 1), np.int32),
-            np.zeros((size, tail), bool),
-            np.zeros((size, tail), bool),
-        ),
-    )
-
-
-def _write(page: Page, place: int, lane: int, row: Row) -> None:
-    """Writes a row into a page on the host."""
-    before, after = len(row.context), len(row.scored)
-    start = page.rows.context.shape[1] - before
-    page.lane[place] = lane
-    page.rows.context[place, start:] = row.context
-    page.rows.before[place, start:] = True
-    page.rows.tokens[place, : after + 1] = row.tokens
-    page.rows.mask[place, :after] = True
-    page.rows.scored[place, :after] = row.scored
+def _page(
+    rows: Sequence[tuple[int, Row]], size: int, states: int, most: int, *, empty: int
+) -> Page:
+    """A page of one shape on the host; ``empty`` is the lane of what has no row."""
+    lane = np.full(size, empty, np.int32)
+    tokens = np.zeros((size, states + 1), np.int32)
+    mask, scored = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+    for place, (own, row) in enumerate(rows):
+        length = len(row.tokens)
+        lane[place] = own
+        tokens[place, :length] = row.tokens
+        mask[place, :length] = True
+        scored[place, :length] = row.scored
+    places = predicting(scored, most) if most < states else None
+    return Page(lane, Texts(tokens, mask, scored, places))

@@ -29,6 +29,7 @@ def run(config: Any, params: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
         None,
         None,
         None,
+        None,
         capture_intermediates=lambda part, _: isinstance(part, module.Block),
     )
     parts = [state["intermediates"][f"{prefix}_{i}"] for i in range(config.num_layers)]
