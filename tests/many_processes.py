@@ -17,7 +17,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import SearchConfig
 from grpocem_jax.config.files import load_config
 from grpocem_jax.runs.trained import TrainedRun, load_run
-from grpocem_jax.search import loop as search
+from grpocem_jax.search import drivers
 from grpocem_jax.tasks import scoring
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import update
@@ -58,7 +58,7 @@ def settings(model: str) -> Any:
 def count() -> None:
     """Counts what this process does."""
     generate, call = rollouts.engine.generate, scoring.call
-    gradients, fitness = update._gradients, search._fitness
+    gradients, fitness = update._gradients, drivers._fitness
 
     def counted_generate(
         policy: Any, offsets: Any, prompts: Any, *args: Any, **options: Any
@@ -79,7 +79,7 @@ def count() -> None:
         return fitness(problem, points, *args, **options)
 
     rollouts.engine.generate, scoring.call = counted_generate, counted_call
-    update._gradients, search._fitness = counted_gradients, counted_fitness
+    update._gradients, drivers._fitness = counted_gradients, counted_fitness
 
 
 def found(offsets: Offsets) -> dict[str, Any]:

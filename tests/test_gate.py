@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.search import HostFitness, gate, loop
+from grpocem_jax.search import HostFitness, Problem, drivers, gate, loop
 from grpocem_jax.utils.errors import InputError
 from tests.searches import (
     KEY,
@@ -117,9 +117,9 @@ def test_what_is_judged_has_one_key_and_the_searches_others():
 
 @pytest.mark.parametrize(("chunk", "at_once"), [(4, 4), (2, 2), (1, 1)])
 def test_so_many_points_are_scored_at_a_time(chunk, at_once):
-    problem = loop.Problem(Quadratic(jnp.float32(1.0)), SPACE, AGREEING[0], KEY)
+    problem = Problem(Quadratic(jnp.float32(1.0)), SPACE, AGREEING[0], KEY)
     points = gate.scaled(SPACE.origin)
-    program = str(jax.make_jaxpr(lambda *x: loop._scores(*x, size=chunk))(problem, points))
+    program = str(jax.make_jaxpr(lambda *x: drivers._scores(*x, size=chunk))(problem, points))
     # Distances of points, targets and coordinates: [points, 3, 3].
     sizes = {int(n) for n in re.findall(r"f32\[(\d+),3,3\]", program)}
     assert max(sizes, default=1) == at_once
@@ -176,9 +176,9 @@ def test_a_setting_out_of_range_is_refused_by_name(field, value):
 
 def test_halves_of_one_shape_are_searched_by_one_program():
     crossed(AGREEING, noisy_quadratic, generations=3)
-    programs = loop._advance._cache_size()
+    programs = drivers._advance._cache_size()
     crossed(AGREEING[::-1], noisy_quadratic, generations=3)
-    assert loop._advance._cache_size() == programs
+    assert drivers._advance._cache_size() == programs
 
 
 def noisy_quadratic(offsets, batch, key):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpocem_jax.config import section
-from grpocem_jax.search import CEM, Evosax, GradientAscent, HostFitness, Problem, loop
+from grpocem_jax.search import CEM, Evosax, GradientAscent, HostFitness, Problem, kernel, loop
 from grpocem_jax.search.base import check_method, needs
 from grpocem_jax.search.spaces import full_space
 from grpocem_jax.utils.errors import InputError
@@ -190,7 +190,7 @@ def test_searches_of_several_problems_advance_in_one_program(make):
 
     def found(goal, key):
         problem = Problem.of(quadratic, full_space(START), goal, key)
-        return loop.advance(method, problem, loop.begin(method, problem, generations=6), 6)
+        return kernel.advance(method, problem, kernel.begin(method, problem, generations=6), 6)
 
     together = jax.jit(jax.vmap(found))(goals, keys)
     for row in range(5):

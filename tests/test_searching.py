@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax.search import CEM, GradientAscent, fitness, loop, spaces
+from grpocem_jax.search import CEM, GradientAscent, drivers, fitness, kernel, loop, spaces
 from grpocem_jax.utils.errors import InputError
 from tests.runs import OUT_OF_MEMORY
 from tests.searches import (
@@ -151,7 +151,7 @@ def test_a_budget_of_time_stops_the_search_after_the_first_generation_at_the_soo
 def test_chunks_grow_and_shrink_with_the_time_that_is_left(monkeypatch):
     # A second a generation. After the first, 8.5 - 1 s are left for 7, and then none.
     done = [0]
-    advance = loop._advance
+    advance = drivers._advance
 
     def slow(method, problem, search, limit, **options):
         search = advance(method, problem, search, limit, **options)
@@ -161,7 +161,7 @@ def test_chunks_grow_and_shrink_with_the_time_that_is_left(monkeypatch):
 
     limits = []
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(done[0])))
-    monkeypatch.setattr(loop, "_advance", slow)
+    monkeypatch.setattr(drivers, "_advance", slow)
     found = run(budget_s=8.5)
     # The call with limit 0 compiles; a half second left is one generation more.
     assert limits == [0, 1, 8, 9]
@@ -170,14 +170,14 @@ def test_chunks_grow_and_shrink_with_the_time_that_is_left(monkeypatch):
 
 def short_of_memory(monkeypatch, limit):
     """Lets no more than ``limit`` candidates be scored at a time."""
-    advance = loop._advance
+    advance = drivers._advance
 
     def attempt(*args, population_chunk, **options):
         if population_chunk > limit:
             raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
         return advance(*args, population_chunk=population_chunk, **options)
 
-    monkeypatch.setattr(loop, "_advance", attempt)
+    monkeypatch.setattr(drivers, "_advance", attempt)
 
 
 @pytest.mark.slow
@@ -251,18 +251,18 @@ def test_another_text_of_the_same_shape_compiles_nothing(tiny, likelihood):
 @pytest.mark.slow
 def test_nothing_moves_between_host_and_device_during_the_generations(tiny, likelihood):
     space = spaces.full_space(tiny.zero)
-    problem = loop.Problem(likelihood, space, text(1), KEY)
-    first = loop._begin(TEXT_METHOD, problem, generations=3)
+    problem = kernel.Problem(likelihood, space, text(1), KEY)
+    first = drivers._begin(TEXT_METHOD, problem, generations=3)
     limit = jnp.int32(3)
-    expected = jax.block_until_ready(loop._advance(TEXT_METHOD, problem, first, limit))
+    expected = jax.block_until_ready(drivers._advance(TEXT_METHOD, problem, first, limit))
     with jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match=r"(?i)disallowed host-to-device"):
-            loop._advance(TEXT_METHOD, problem, first, np.int32(3))  # the guard is awake
-        again = jax.block_until_ready(loop._advance(TEXT_METHOD, problem, first, limit))
+            drivers._advance(TEXT_METHOD, problem, first, np.int32(3))  # the guard is awake
+        again = jax.block_until_ready(drivers._advance(TEXT_METHOD, problem, first, limit))
     assert int(again.generation) == 3
     same(again.history, expected.history)
     # Nor is there any call to the host inside the program.
-    program = str(jax.make_jaxpr(lambda *x: loop.advance(TEXT_METHOD, *x))(problem, first, limit))
+    program = str(jax.make_jaxpr(lambda *x: kernel.advance(TEXT_METHOD, *x))(problem, first, limit))
     assert "while" in program
     assert "callback" not in program
     assert "infeed" not in program
@@ -387,11 +387,11 @@ def test_two_hundred_searches_in_one_call_are_two_hundred_single_ones(method):
         method = dataclasses.replace(method, threshold=0.3)
 
     def found(goal, start, key):
-        problem = loop.Problem.of(noisy, spaces.full_space({SITE: start}), goal, key)
-        search = loop.begin(method, problem, generations=generations)
+        problem = kernel.Problem.of(noisy, spaces.full_space({SITE: start}), goal, key)
+        search = kernel.begin(method, problem, generations=generations)
         # In two calls, as a server does that has others to serve in between.
-        search = loop.advance(method, problem, search, 3)
-        return loop.advance(method, problem, search, generations)
+        search = kernel.advance(method, problem, search, 3)
+        return kernel.advance(method, problem, search, generations)
 
     together = jax.jit(jax.vmap(found))(goals, starts, keys)
     alone = [jax.jit(found)(*each) for each in zip(goals, starts, keys, strict=True)]

@@ -18,7 +18,7 @@ from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
 from grpocem_jax.rollouts.policy import load_policy
-from grpocem_jax.search import CEM, GradientAscent, fitness, loop
+from grpocem_jax.search import CEM, GradientAscent, fitness, kernel, loop
 from grpocem_jax.search.spaces import full_space
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import screens
@@ -155,9 +155,9 @@ def work_of_a_generation() -> float:
 
     @functools.partial(jax.jit, static_argnames="mesh")
     def step(score, key, *, mesh):
-        problem = loop.Problem(score, space, batch, key)
-        first = loop.begin(method, problem, generations=1)
-        return loop.advance(method, problem, first, 1, mesh=mesh)
+        problem = kernel.Problem(score, space, batch, key)
+        first = kernel.begin(method, problem, generations=1)
+        return kernel.advance(method, problem, first, 1, mesh=mesh)
 
     counts = [
         work(

@@ -6,23 +6,21 @@ and their pure kernel `advance`) does everything else.
 
 from grpocem_jax.search.base import Point, SearchMethod, check_method
 from grpocem_jax.search.cem import CEM, CEMState
+from grpocem_jax.search.drivers import HostFitness
 from grpocem_jax.search.evosax import Evosax, EvosaxState
 from grpocem_jax.search.fitness import Likelihood, Texts
 from grpocem_jax.search.gate import Verdict, judge, scaled
 from grpocem_jax.search.gradient import GradientAscent, GradientState
-from grpocem_jax.search.loop import (
+from grpocem_jax.search.kernel import (
     FOLLOWED,
     Fitness,
     History,
-    HostFitness,
     Problem,
-    SearchResult,
     SearchState,
     advance,
     begin,
-    cross_fit,
-    maximize,
 )
+from grpocem_jax.search.loop import SearchResult, cross_fit, maximize
 from grpocem_jax.search.spaces import Space, decode, expert_space, full_space, principal_space
 
 __all__ = [

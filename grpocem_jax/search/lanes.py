@@ -3,7 +3,7 @@
 `loop.maximize` runs one search of one problem in one program.  Here the searches of many users,
 each with texts, a key and a length of its own, come and go between generations.  A generation asks
 in all lanes at once, scores the texts of all of them page by page (`rows`), and tells in all lanes
-at once.  In each lane it is that of `loop.advance`: its fitness is the sum over its own texts by
+at once.  In each lane it is that of `kernel.advance`: its fitness is the sum over its own texts by
 the number of their tokens that count, whatever other texts are in the page.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpocem_jax.search import fitness, gate, loop, rows
+from grpocem_jax.search import fitness, gate, kernel, rows
 from grpocem_jax.search.base import Point, SearchMethod, needs
 from grpocem_jax.search.rows import Page, Row
 from grpocem_jax.search.spaces import Space, decode
@@ -74,8 +74,8 @@ class Lanes:
         self.space = devices.replicate(mesh, space)
         self.lanes, self.generations = lanes, generations
         self.tokens = tokens or (512 if jax.default_backend() == "cpu" else 4096)
-        problem = loop.Problem(None, self.space, None, jax.random.key(0))
-        self._fresh = loop.begin(method, problem, generations=generations)
+        problem = kernel.Problem(None, self.space, None, jax.random.key(0))
+        self._fresh = kernel.begin(method, problem, generations=generations)
         search = jax.tree.map(lambda x: jnp.stack([x] * lanes), self._fresh)
         keys = jnp.stack([problem.key] * lanes)
         self.search, self._keys = devices.replicate(mesh, (search, keys))
@@ -180,14 +180,14 @@ class Lanes:
         """Where the searches are; waits for them."""
         return Progress(*jax.device_get(_progress(self.search, method=self.method)))
 
-    def history(self, lane: int) -> loop.History:
+    def history(self, lane: int) -> kernel.History:
         """The generations that a lane has had, on the host."""
         history, done = jax.device_get(take((self.search.history, self.search.generation), lane))
         return jax.tree.map(lambda x: x[:done], history)
 
     def points(self, returned: str) -> Point:
-        """Where the searches are, by one of `loop.FOLLOWED`: a leading axis ``L``."""
-        return loop.followed(self.search, returned)
+        """Where the searches are, by one of `kernel.FOLLOWED`: a leading axis ``L``."""
+        return kernel.followed(self.search, returned)
 
     def origins(self) -> Point:
         """The origin in every lane."""
@@ -280,8 +280,12 @@ def _verdict(values: np.ndarray, z: float) -> gate.Verdict:
 
 @jax.jit
 def _place(
-    search: loop.SearchState, keys: jax.Array, fresh: loop.SearchState, key: jax.Array, lane: int
-) -> tuple[loop.SearchState, jax.Array]:
+    search: kernel.SearchState,
+    keys: jax.Array,
+    fresh: kernel.SearchState,
+    key: jax.Array,
+    lane: int,
+) -> tuple[kernel.SearchState, jax.Array]:
     return _put(search, fresh, lane), keys.at[lane].set(key)
 
 
@@ -298,12 +302,12 @@ def _put(tree: Any, one: Any, lane: int) -> Any:
 
 @functools.partial(jax.jit, static_argnames="method")
 def _ask(
-    keys: jax.Array, search: loop.SearchState, *, method: SearchMethod
+    keys: jax.Array, search: kernel.SearchState, *, method: SearchMethod
 ) -> tuple[jax.Array, Point, _Sums]:
     """Keys and candidates of a generation in each lane, and the sums before the first page."""
 
-    def one(key: jax.Array, search: loop.SearchState) -> tuple[jax.Array, Point]:
-        ask_key, _ = loop.generation_keys(key, search.generation)
+    def one(key: jax.Array, search: kernel.SearchState) -> tuple[jax.Array, Point]:
+        ask_key, _ = kernel.generation_keys(key, search.generation)
         return ask_key, method.ask(ask_key, search.state)
 
     asked, candidates = jax.vmap(one)(keys, search)
@@ -353,7 +357,7 @@ def _score(
 
 @functools.partial(jax.jit, static_argnames="method")
 def _tell(
-    search: loop.SearchState,
+    search: kernel.SearchState,
     keys: jax.Array,
     candidates: Point,
     sums: _Sums,
@@ -361,12 +365,12 @@ def _tell(
     counts: jax.Array,
     *,
     method: SearchMethod,
-) -> loop.SearchState:
+) -> kernel.SearchState:
     """The searches after a generation; as they were where none was left."""
 
     def one(search, key, candidates, sums, limit, count):
         mean = jax.tree.map(lambda x: x / count, sums)
-        after = loop.told(method, search, key, candidates, mean.values, mean.gradients)
+        after = kernel.told(method, search, key, candidates, mean.values, mean.gradients)
         goes_on = (search.generation < limit) & ~method.converged(search.state)
         return jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), after, search)
 
@@ -387,8 +391,8 @@ def _score_points(
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _progress(search: loop.SearchState, *, method: SearchMethod) -> tuple[jax.Array, ...]:
-    def one(search: loop.SearchState) -> tuple[jax.Array, ...]:
+def _progress(search: kernel.SearchState, *, method: SearchMethod) -> tuple[jax.Array, ...]:
+    def one(search: kernel.SearchState) -> tuple[jax.Array, ...]:
         last = jnp.maximum(search.generation - 1, 0)
         ended = method.converged(search.state)
         return search.generation, ended, search.best_fitness, search.history.mean[last]
