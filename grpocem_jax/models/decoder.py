@@ -196,6 +196,8 @@ def make_model(
       window: the sliding window of its attention.
     """
     network = functools.cache(network)
+    # One program where they are called by themselves; inside another program, a part of it.
+    inlined = functools.partial(jax.jit, inline=True)
 
     def run(
         params,
@@ -227,9 +229,11 @@ def make_model(
         allowed = causal & mask[None]
         return run(params, offsets, tokens, positions, allowed, context, places=places)
 
+    @inlined
     def forward(params, offsets, tokens, mask, context=None, places=None):
         return full(params, offsets, tokens, mask, context, places)[0]
 
+    @inlined
     def prefill(params, offsets, tokens, mask):
         hidden, key_values = full(params, offsets, tokens, mask, None)
         last = jnp.max(jnp.where(mask, jnp.arange(len(tokens)), 0))
@@ -239,12 +243,14 @@ def make_model(
         zeros = (jnp.zeros((cache_heads, length, head_dim), head(params).dtype),) * num_layers
         return KeyValues(zeros, zeros)
 
+    @inlined
     def decode_step(params, offsets, context, cache, token, index):
         allowed = (jnp.arange(cache.keys[0].shape[1]) <= index)[None]
         positions = (after(context) + index)[None]
         hidden, cache = run(params, offsets, token[None], positions, allowed, context, cache, index)
         return hidden[0], cache
 
+    @functools.partial(inlined, static_argnames="count")
     def logits(
         params: Params,
         hidden: jax.Array,
