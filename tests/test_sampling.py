@@ -28,7 +28,7 @@ def offsets(tiny):
     return tiny.adapted()
 
 
-def draw(tiny, offsets, prompts, keys=None, end_ids=NO_END, temperature=0.9, **options):
+def sample(tiny, offsets, prompts, keys=None, end_ids=NO_END, temperature=0.9, **options):
     tokens, mask = prompts
     keys = jax.random.split(jax.random.key(5), len(tokens)) if keys is None else keys
     options = {"num_samples": GROUP, "max_new_tokens": LENGTH, **options}
@@ -43,6 +43,11 @@ def draw(tiny, offsets, prompts, keys=None, end_ids=NO_END, temperature=0.9, **o
         model=tiny.model,
         **options,
     )
+
+
+def draw(*args, **options):
+    """`sample`, on the host, where looking at a single token compiles nothing."""
+    return jax.device_get(sample(*args, **options))
 
 
 def some_end(tiny, offsets, prompts):
@@ -182,6 +187,7 @@ def sorted_nucleus(probs, top_p):
     return keep
 
 
+@jax.jit
 def nucleus(probs, top_p):
     return jax.vmap(lambda token: sampling.in_nucleus(probs, token, top_p))(jnp.arange(len(probs)))
 
@@ -217,7 +223,9 @@ def test_the_inverse_cdf_is_that_of_the_running_sum(size):
     total = int(weights.sum())
     # Halfway between the steps of the sum, so that rounding decides nothing.
     uniforms = (np.arange(total) + 0.5) / total
-    found = jax.vmap(sampling.inverse_cdf, in_axes=(None, 0))(weights, jnp.float32(uniforms))
+    found = jax.jit(jax.vmap(sampling.inverse_cdf, in_axes=(None, 0)))(
+        weights, jnp.float32(uniforms)
+    )
     np.testing.assert_array_equal(found, np.repeat(np.arange(size), weights.astype(int)))
 
 
@@ -227,7 +235,7 @@ def test_the_inverse_cdf_never_finds_a_weight_of_zero(uniform):
     rows = np.random.default_rng(0).gamma(0.05, size=(200, 1003)).astype(np.float32)
     rows[:, ::3] = 0.0
     rows[:, -70:] = 0.0  # a last block of nothing, and the end of the one before
-    found = jax.vmap(sampling.inverse_cdf, in_axes=(0, None))(rows, jnp.float32(uniform))
+    found = jax.jit(jax.vmap(sampling.inverse_cdf, in_axes=(0, None)))(rows, jnp.float32(uniform))
     assert np.all(rows[np.arange(200), np.asarray(found)] > 0)
 
 
@@ -327,7 +335,7 @@ def test_draws_follow_what_top_k_then_top_p_then_min_p_leave(top_k, top_p, min_p
 def test_tokens_that_tie_with_the_last_of_top_k_are_kept():
     logits = jnp.log(jnp.array([4.0, 2.0, 2.0, 1.0]))
     keys = jax.random.split(jax.random.key(0), 500)
-    drawn = jax.vmap(lambda key: sampling.draw(key, logits, 1.0, top_k=2))(keys)
+    drawn = jax.jit(jax.vmap(lambda key: sampling.draw(key, logits, 1.0, top_k=2)))(keys)
     assert set(np.asarray(drawn).tolist()) == {0, 1, 2}
 
 
@@ -426,7 +434,7 @@ def test_a_setting_out_of_range_is_refused_by_name(tiny, prompts, offsets, name,
     assert str(refused.value).startswith(f"{name}={value}: must be ")
     if name != "temperature":
         with pytest.raises(InputError, match=f"^{name}={value}: must be "):
-            jax.jit(lambda x: draw(tiny, x, prompts, **{name: value}))(offsets)
+            jax.jit(lambda x: sample(tiny, x, prompts, **{name: value}))(offsets)
 
 
 @pytest.mark.slow
@@ -435,5 +443,5 @@ def test_an_array_of_temperature_0_is_refused_and_a_traced_temperature_is_not_lo
 ):
     with pytest.raises(InputError, match=r"^temperature=0\.0: must be above 0"):
         draw(tiny, offsets, prompts, temperature=jnp.float32(0.0))
-    traced = jax.jit(lambda x: draw(tiny, offsets, prompts, temperature=x).tokens)(0.9)
+    traced = jax.jit(lambda x: sample(tiny, offsets, prompts, temperature=x).tokens)(0.9)
     np.testing.assert_array_equal(traced, draw(tiny, offsets, prompts).tokens)

@@ -36,6 +36,7 @@ class Verdict(NamedTuple):
     gain: jax.Array
 
 
+@jax.jit
 def scaled(point: Point) -> Point:
     """The start and the point at each of `SCALES` of the way from it: a leading axis of 4."""
     scales = jnp.array((0.0, *SCALES))
@@ -44,6 +45,7 @@ def scaled(point: Point) -> Point:
     )
 
 
+@jax.jit
 def judge(values: jax.Array, present: jax.Array, z: jax.Array | float) -> Verdict:
     """How far to go.
 

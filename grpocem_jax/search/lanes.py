@@ -275,7 +275,7 @@ def _verdict(values: np.ndarray, z: float) -> gate.Verdict:
     size = 1 << max(4, (count - 1).bit_length())
     padding = ((0, 0), (0, size - count))
     present = np.pad(np.ones_like(values, bool), padding)
-    return _judge(np.pad(values, padding), present, z)
+    return gate.judge(np.pad(values, padding), present, z)
 
 
 @jax.jit
@@ -401,4 +401,3 @@ def _progress(search: kernel.SearchState, *, method: SearchMethod) -> tuple[jax.
 
 
 _scaled = jax.jit(jax.vmap(gate.scaled))
-_judge = jax.jit(gate.judge)
