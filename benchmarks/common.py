@@ -45,6 +45,13 @@ class Timing(NamedTuple):
     repetitions: int
 
 
+class Spent(NamedTuple):
+    """Seconds of the clock, and of all processors together."""
+
+    wall: float
+    processor: float
+
+
 class Product(NamedTuple):
     """``repeats`` matrix products of ``[rows, inner]`` by ``[inner, columns]``."""
 
@@ -161,14 +168,23 @@ def rounds(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict
 
     Each runs once before, untimed. JAX arrays that one returns are waited for.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    spent = clocked_rounds(functions, repetitions)
+    return {name: [x.wall for x in own] for name, own in spent.items()}
+
+
+def clocked_rounds(
+    functions: Mapping[str, Callable[[], Any]], repetitions: int
+) -> dict[str, list[Spent]]:
+    """As `rounds`, by two clocks."""
+    spent: dict[str, list[Spent]] = {name: [] for name in functions}
     for repetition in range(repetitions + 1):
         for name, function in functions.items():
-            started = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             jax.block_until_ready(function())
             if repetition:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+                now = time.perf_counter() - wall, time.process_time() - processor
+                spent[name].append(Spent(*now))
+    return spent
 
 
 def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
@@ -355,10 +371,15 @@ def import_peers(module: str = "peers") -> ModuleType:
     Raises:
       InputError: they are not installed.
     """
+    found, missing = find_peers(module)
+    if found is None:
+        raise InputError(f"--peers: {missing}, or leave --peers out.")
+    return found
+
+
+def find_peers(module: str) -> tuple[ModuleType | None, str]:
+    """A module of the peers, or None and what to install for it."""
     try:
-        return importlib.import_module(f"benchmarks.{module}")
+        return importlib.import_module(f"benchmarks.{module}"), ""
     except ImportError as error:
-        raise InputError(
-            f"--peers: {error.name} is not installed; run `pip install -e '.[peers]'`, or leave "
-            "--peers out."
-        ) from None
+        return None, f"{error.name} is not installed; run `pip install -e '.[peers]'`"

@@ -1,242 +1,269 @@
 """What serving many adapters at once costs, and what batching gains.
 
     python -m benchmarks.serve [--config configs/tiny.py] [--slots 64] [--tokens 64] [--json]
+    python -m benchmarks.serve --parts peft --config.model.source=random:gpt2
 
-A closed loop over `grpocem_jax.serving.Engine`: requests of random prompts, none of which ends
-early, are submitted and completed.  What is compared runs in turn, and ratios are medians over the
-rounds.
+Of random prompts, none of whose completions ends early, in four parts: ``engine``, a closed loop
+over `grpocem_jax.serving.Engine`; ``peft``, the same work by PEFT where it is installed; ``adapt``,
+the searches of many users, see `benchmarks.many_searches`; and ``http``, closed and open loops
+against the server itself, see `benchmarks.load`.  What is compared runs in turn, and ratios are
+medians over the rounds.  What cannot be measured is null, and the screen says why.
 """
 
-import dataclasses
+import functools
+import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import common
+from benchmarks import common, load, many_searches
 from benchmarks.decode import check_length
-from grpocem_jax.adapters import Offsets
+from benchmarks.serve_engine import RESIDENT, Bench, Load, Part, make_policy, measure_engine
 from grpocem_jax.config import commands
-from grpocem_jax.models import base
-from grpocem_jax.models import tokenizer as tokenizers
 from grpocem_jax.rollouts.policy import Policy
-from grpocem_jax.serving import Engine, Request
+from grpocem_jax.runs.trained import TrainedRun
+from grpocem_jax.serving import Request
+from grpocem_jax.serving.text import Writer, vocabulary
+from grpocem_jax.utils.errors import InputError
 
-RESIDENT = 2000
-"""Adapters on the device at once."""
+ROOT = Path(__file__).resolve().parent.parent
 
+PARTS = ("engine", "peft", "adapt", "http")
 
-def stand_in_tokenizer(size: int) -> Any:
-    """A tokenizer of ``size`` words, for a shape that has none of its own."""
-    import tokenizers as backend
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{number}": number for number in range(size)}
-    model = backend.models.WordLevel(words, unk_token="w0")
-    return PreTrainedTokenizerFast(tokenizer_object=backend.Tokenizer(model))
-
-
-def make_policy(subject: common.Subject) -> Policy:
-    """The subject's model, adapter and tokenizer; no token ends a completion."""
-    tokenizer = subject.pretrained.tokenizer or stand_in_tokenizer(
-        subject.attached.model.vocab_size
-    )
-    return Policy(
-        **subject.attached._asdict(),
-        tokenizer=tokenizer,
-        continuing=tokenizers.continuing(tokenizer),
-        start_ids=(),
-        end_ids=jnp.array([-1], jnp.int32),
-        pretrained=subject.pretrained,
-    )
+RATIOS = (
+    *("own_over_shared", "own_over_plain", "resident_2000_over_1"),
+    *("concurrent_speedup", "continuous_speedup", "peft_speedup", "adapt_speedup"),
+)
+"""The first keys of the record, null where a part was left out or could not be measured."""
 
 
-def without_adapter(subject: common.Subject, policy: Policy) -> Policy:
-    """The model as it is, with its kernels in place of factors."""
-    params = base.cast_params(subject.pretrained.params, jnp.dtype(subject.config.model.dtype))
-    model = subject.pretrained.build(None)
-    return dataclasses.replace(policy, model=model, params=params, zero={}, sites={})
+def measure_peft(bench: Bench) -> Part:
+    """The same prompts by PEFT, a LoRA of rank 1 for each row at the sites of the adapter."""
+    peers, missing = common.find_peers("peers_peft")
+    if peers is None:
+        return Part([f"peft_speedup is null: {missing}."], {}, {})
+    policy, slots, length = bench.policy, bench.slots, bench.length
+    prompts = common.random_tokens(bench.subject, slots, bench.prompt_length)
+    sites = list(bench.subject.attached.sites)
+    model = peers.with_adapters(common.peer_model(bench.subject), sites, count=slots)
+    names = [str(number) for number in range(slots)]
+    mixed, one = (peers.generate(model, prompts, x, length) for x in (names, ["0"] * slots))
+    threads = peers.choose_threads(peers.generate(model, prompts, names, min(length, 4)))
+    engine = bench.engine(policy, policy.zero, rows=slots, load=bench.adapter)
+    engine.warm_up()
 
-
-def adapter(zero: Offsets, number: int) -> Offsets:
-    """Random offsets, others for each number."""
-    rng = np.random.default_rng(number)
-    return jax.tree.map(lambda x: rng.normal(0.0, 0.1, x.shape).astype(np.float32), zero)
-
-
-def complete(engine: Engine, requests: Sequence[Request]) -> int:
-    """Completes requests, all submitted at once; returns the tokens of their completions."""
-    before = engine.stats.tokens
-    for request in requests:
-        engine.submit(request)
-    while engine.step():
-        pass
-    return engine.stats.tokens - before
-
-
-class Load:
-    """Requests of random prompts, each other than the last, of one length unless said otherwise."""
-
-    def __init__(self, subject: common.Subject, prompt_length: int, length: int):
-        """Prompts of ``prompt_length`` tokens, completions of ``length``."""
-        self._subject, self._prompt_length, self._length = subject, prompt_length, length
-        self._seed = 0
-
-    def __call__(
-        self, names: Sequence[str | None], lengths: Sequence[int] | None = None
-    ) -> list[Request]:
-        """A request for each name of an adapter."""
-        self._seed += 1
-        prompts = common.random_tokens(
-            self._subject, len(names), self._prompt_length, seed=self._seed
-        )
-        lengths = lengths or [self._length] * len(names)
-        return [
-            Request(tokens=prompt, adapter=name, max_new_tokens=length)
-            for prompt, name, length in zip(prompts, names, lengths, strict=True)
+    def own(names: Sequence[str | None]) -> list[str]:
+        tickets = [
+            engine.submit(Request(tokens=tokens, adapter=name, max_new_tokens=length))
+            for tokens, name in zip(prompts, names, strict=True)
         ]
+        while engine.step():
+            pass
+        return ["".join(piece.text for piece in ticket.pieces()) for ticket in tickets]
 
-
-def mixed_lengths(count: int, most: int) -> list[int]:
-    """Lengths of completions from 1 to ``most``, the short ones more often.
-
-    The quantiles of an exponential distribution with a mean of a third of ``most``, cut off there,
-    in an order drawn once.
-    """
-    shares = (np.arange(count) + 0.5) / count
-    lengths = np.ceil(-most / 3 * np.log1p(-shares)).clip(1, most).astype(int)
-    return np.random.default_rng(0).permutation(lengths).tolist()
-
-
-def measure(
-    settings: Any, *, slots: int, prompt_length: int, length: int, repetitions: int
-) -> tuple[str, dict[str, Any]]:
-    """Runs the benchmark; returns the text to show and the JSON record."""
-    subject = common.load(settings)
-    check_length(subject, prompt_length, length)
-    policy = make_policy(subject)
-    plain = without_adapter(subject, policy)
-    loads = Load(subject, prompt_length, length)
-
-    def engine(policy: Policy, start: Offsets, **changes: Any) -> Engine:
-        options = {"slots": slots, "max_queue": 16 * slots, **changes}
-        return Engine(policy, start, buckets=(prompt_length,), max_new_tokens=length, **options)
-
-    def load(name: str) -> Offsets:
-        return adapter(policy.zero, int(name))
-
-    own = engine(policy, policy.zero, rows=RESIDENT, load=load)
-    shared = engine(policy, load("0"))
-    bare = engine(plain, {})
-    single = engine(policy, policy.zero, slots=1, rows=1, load=load)
-    warm_up_seconds = own.warm_up()
-    for other in (shared, bare, single):
-        other.warm_up()
-    # All adapters are put on the device before anything is timed.
-    names = [str(number) for number in range(RESIDENT)]
-    brief = max(2, length // 16)
-    for start in range(0, RESIDENT, slots):
-        some = names[start : start + slots]
-        complete(own, loads(some, [min(brief, length)] * len(some)))
-    assert own.stats.resident == RESIDENT
-
-    def cycle(count: int) -> list[str]:
-        return [names[number % RESIDENT] for number in range(count)]
-
-    rng = np.random.default_rng(0)
-    lengths = mixed_lengths(8 * slots, length)
-    alone = min(4, slots)
-
-    def static() -> None:
-        for start in range(0, len(lengths), slots):
-            part = lengths[start : start + slots]
-            complete(own, loads(cycle(len(part)), part))
-
-    def one_by_one(engine: Engine) -> None:
-        for request in loads(["0"] * alone):
-            complete(engine, [request])
-
-    # What differs by a few hundredths takes more rounds.
-    seconds = common.rounds(
-        {
-            "own": lambda: complete(own, loads(cycle(slots))),
-            "shared": lambda: complete(shared, loads([None] * slots)),
-            "plain": lambda: complete(bare, loads([None] * slots)),
-            "resident_1": lambda: complete(own, loads(["0"] * slots)),
-            "resident_2000": lambda: complete(own, loads(rng.choice(names, slots).tolist())),
-        },
-        4 * repetitions,
-    )
-    seconds |= common.rounds(
-        {
-            "at_once": lambda: complete(own, loads(cycle(slots))),
-            "one_by_one": lambda: one_by_one(own),
-            "one_slot": lambda: one_by_one(single),
-            "continuous": lambda: complete(own, loads(cycle(len(lengths)), lengths)),
-            "static": static,
-        },
-        repetitions,
-    )
-    # For each, requests and tokens of one run.
-    work = dict.fromkeys(seconds, (slots, slots * length))
-    work |= dict.fromkeys(("one_by_one", "one_slot"), (alone, alone * length))
-    work |= dict.fromkeys(("continuous", "static"), (len(lengths), sum(lengths)))
-    timings = {name: common.summarize(x) for name, x in seconds.items()}
-    rates = {name: work[name][1] / timing.median for name, timing in timings.items()}
-    per_token = {name: [x / work[name][1] for x in own] for name, own in seconds.items()}
-
-    def ratio(name: str, other: str) -> float:
-        return common.times_as_fast(per_token[name], per_token[other])
-
+    # While no adapter has an effect, both complete the prompts alike.
+    written = [_written(policy, tokens) for tokens in mixed()]
+    same = sum(x == y for x, y in zip(written, own([None] * slots), strict=True))
+    peers.draw(model)
+    work = {"own": lambda: own(names), "peft_mixed": mixed, "peft_one": one}
+    spent = common.clocked_rounds(work, bench.repetitions)
+    timings = {name: common.summarize([x.wall for x in own]) for name, own in spent.items()}
     ratios = {
-        "own_over_shared": ratio("own", "shared"),
-        "own_over_plain": ratio("own", "plain"),
-        "resident_2000_over_1": ratio("resident_2000", "resident_1"),
-        "concurrent_speedup": ratio("at_once", "one_by_one"),
-        "continuous_speedup": ratio("continuous", "static"),
+        name: common.times_as_fast(
+            [getattr(x, clock) for x in spent["own"]], [getattr(x, clock) for x in spent[other]]
+        )
+        for name, other, clock in (
+            ("peft_speedup", "peft_mixed", "wall"),
+            ("peft_speedup_cpu", "peft_mixed", "processor"),
+            ("peft_one_speedup", "peft_one", "wall"),
+        )
     }
-    over_one_slot = ratio("at_once", "one_slot")
     rows: list[tuple[str, ...]] = [("", "seconds", "spread", "tokens/s")]
     for name, label in (
         ("own", f"{slots} requests, {slots} adapters"),
-        ("shared", "one adapter for all"),
-        ("plain", "without an adapter"),
-        ("resident_1", f"one adapter of {RESIDENT:,} on the device"),
-        ("resident_2000", f"adapters drawn from {RESIDENT:,}"),
-        ("at_once", f"{slots} requests at once"),
-        ("one_by_one", f"{alone} requests one after another"),
-        ("one_slot", "the same by an engine of one slot"),
-        ("continuous", f"{len(lengths)} requests of mixed lengths"),
-        ("static", f"the same in batches of {slots}"),
+        ("peft_mixed", f"PEFT, {slots} LoRAs of rank 1 in a batch"),
+        ("peft_one", "PEFT, one of them for all"),
     ):
-        rows.append((label, *common.timing_cells(timings[name]), f"{rates[name]:.0f}"))
-    size = sum(x.nbytes for x in jax.tree.leaves(jax.device_get(policy.zero)))
+        rate = f"{slots * length / timings[name].median:.0f}"
+        rows.append((label, *common.timing_cells(timings[name]), rate))
+    lines = [
+        common.table(rows),
+        f"by processor time {ratios['peft_speedup_cpu']:.2f} times; PyTorch runs fastest with "
+        f"{threads} thread{'s' * (threads > 1)}; without effect of the adapters {same} of {slots} "
+        "completions are the same",
+    ]
+    return Part(
+        lines,
+        {"peft_speedup": ratios.pop("peft_speedup")},
+        {
+            **ratios,
+            "peft_threads": threads,
+            "peft_same_completions": same,
+            "peft_seconds": {name: timing._asdict() for name, timing in timings.items()},
+        },
+    )
+
+
+def _written(policy: Policy, tokens: np.ndarray) -> str:
+    """The text of a completion."""
+    writer = Writer(vocabulary(policy), ())
+    for token in tokens.tolist():
+        writer.add(token)
+    return writer.take(last=True)
+
+
+def measure_adapt(bench: Bench, users: int, examples: int) -> Part:
+    """Many users who adapt at once, by the gradient."""
+    if bench.subject.pretrained.tokenizer is None:
+        text = "adapt_speedup is null: a shape has no tokenizer to read the examples with."
+        return Part([text], {}, {})
+    text, record = many_searches.measure(
+        bench.settings,
+        users=users,
+        examples=examples,
+        task="sentiment",
+        method="gradient",
+        repetitions=max(1, bench.repetitions // 2),
+    )
+    return Part([text], {"adapt_speedup": record["adapt_speedup"]}, {"adapt": record})
+
+
+def measure_http(bench: Bench, seconds: float) -> Part:
+    """The server itself, asked by a process of its own in closed loops and an open one."""
+    try:
+        from grpocem_jax.serving.options import Limits, Options
+        from grpocem_jax.serving.server import Server
+    except ImportError as error:
+        text = f"{error.name} is not installed; run `pip install -e '.[serve]'`"
+        return Part([f"no figures over HTTP: {text}."], {}, {})
+    many = Limits(requests_per_minute=10**9, tokens_per_minute=10**12, max_open=10**6)
+    slots, room = bench.slots, bench.prompt_length + bench.length
+    run = TrainedRun(bench.subject.config, bench.policy, bench.policy.zero)
+    with tempfile.TemporaryDirectory(prefix="grpocem-bench-") as folder:
+        options = Options(
+            port=0,
+            store=folder,
+            slots=slots,
+            rows=slots,
+            queue=4 * load.MOST_CLIENTS,
+            max_prompt=max(2, bench.prompt_length),
+            max_new_tokens=bench.length,
+        )
+        with Server(run, options, many) as server:
+            for number in range(slots):
+                record = server.store.add(
+                    "public", base=server.catalogue.fits, limits=many, asked={"method": "upload"}
+                )
+                save = functools.partial(
+                    server.catalogue.save, offsets=bench.adapter(str(number)), card=""
+                )
+                server.store.keep(record, save, {}, 0)
+
+            def ask(*flags: str) -> dict[str, Any]:
+                return _ask_server(server.url, bench, seconds, *flags)
+
+            found = {f"clients_{n}": ask(f"--clients={n}") for n in sorted({1, 8, slots})}
+            best = max(x["requests_per_s"] for x in found.values())
+            found["open"] = ask(f"--rate={max(0.1, best / 2):.1f}")
+    rows: list[tuple[str, ...]] = [load.HEAD]
+    for name, own in found.items():
+        rate, count = own.get("rate"), own.get("clients")
+        label = f"open loop, {rate:g} requests/s" if name == "open" else f"{count} clients"
+        rows.append(load.row(label, own))
+    heading = f"over HTTP, {slots + 1} models in turn, room for {room} tokens"
+    return Part([heading, common.table(rows)], {}, {"http": found})
+
+
+def _ask_server(url: str, bench: Bench, seconds: float, *flags: str) -> dict[str, Any]:
+    """A run of `benchmarks.load`; its record."""
+    sizes = (f"--prompt_tokens={bench.prompt_length}", f"--tokens={bench.length}")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.load", f"--url={url}", "--json"),
+            *(f"--seconds={seconds}", *sizes, *flags),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"benchmarks.load: {done.stderr.strip().rpartition(chr(10))[2]}")
+    record = json.loads(done.stdout.splitlines()[-1])
+    del record["environment"]
+    return record
+
+
+def measure(
+    settings: Any,
+    *,
+    slots: int,
+    prompt_length: int,
+    length: int,
+    repetitions: int,
+    parts: Sequence[str] = PARTS,
+    users: int = 32,
+    examples: int = 8,
+    seconds: float = 10.0,
+) -> tuple[str, dict[str, Any]]:
+    """Runs the benchmark; returns the text to show and the JSON record.
+
+    Raises:
+      InputError: more tokens than the model has positions, or a part that is none.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"--parts={part!r}: must be among {', '.join(PARTS)}.")
+    subject = common.load(settings)
+    check_length(subject, prompt_length, length)
+    bench = Bench(
+        settings,
+        subject,
+        make_policy(subject),
+        Load(subject, prompt_length, length),
+        slots=slots,
+        prompt_length=prompt_length,
+        length=length,
+        repetitions=repetitions,
+    )
+    measures = {
+        "engine": lambda: measure_engine(bench),
+        "peft": lambda: measure_peft(bench),
+        "adapt": lambda: measure_adapt(bench, users, examples),
+        "http": lambda: measure_http(bench, seconds),
+    }
+    size = sum(x.nbytes for x in jax.tree.leaves(jax.device_get(bench.policy.zero)))
     lines = [
         common.headline(
             f"Serving, prompts of {prompt_length} tokens, completions of {length}", subject
         ),
-        f"engine    {slots} slots, {RESIDENT:,} adapters of {math.ceil(size / 1024):,} KB",
-        "",
-        common.table(rows),
-        "",
-        *(f"{name:<22}{value:.2f}" for name, value in ratios.items()),
-        f"{'against one slot':<22}{over_one_slot:.2f}",
-        f"{'warm-up':<22}{warm_up_seconds:.1f} s",
+        f"engine    {slots} slots, adapters of {math.ceil(size / 1024):,} KB",
     ]
-    record = {
-        **ratios,
-        "over_one_slot": over_one_slot,
-        "tokens_per_s": rates,
-        "warm_up_seconds": warm_up_seconds,
+    record: dict[str, Any] = dict.fromkeys(RATIOS)
+    for part in PARTS:
+        if part in parts:
+            found = measures[part]()
+            lines += ["", *found.lines]
+            record |= {**found.ratios, **found.record}
+    lines.append("")
+    for name in RATIOS:
+        value = record[name]
+        lines.append(f"{name:<22}{'null' if value is None else format(value, '.2f')}")
+    record |= {
         "slots": slots,
         "prompt_tokens": prompt_length,
         "tokens": length,
         "adapter_bytes": size,
-        "seconds": {name: timing._asdict() for name, timing in timings.items()},
         "model": subject.source,
     }
     return "\n".join(lines), record
@@ -252,6 +279,10 @@ def main(argv: list[str]) -> None:
         prompt_length=values.prompt_tokens,
         length=values.tokens,
         repetitions=values.repetitions,
+        parts=values.parts,
+        users=values.users,
+        examples=values.examples,
+        seconds=values.seconds,
     )
     common.show(text, record, values.json)
 
@@ -262,4 +293,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("slots", 64, "Requests that are completed at once.", 1, RESIDENT)
     flags.DEFINE_integer("tokens", 64, "Tokens of each completion.", 1)
     flags.DEFINE_integer("prompt_tokens", 23, "Tokens of each prompt.", 1)
+    flags.DEFINE_list("parts", ",".join(PARTS), f"What is measured, of {', '.join(PARTS)}.")
+    flags.DEFINE_integer("users", 32, "Users who adapt at once.", 1)
+    flags.DEFINE_integer("examples", 8, "Examples of each of them.", 1)
+    flags.DEFINE_float("seconds", 10.0, "Of each loop over HTTP.", 0.1, load.MOST_SECONDS)
     commands.run(main)

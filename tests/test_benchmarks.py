@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common, decode, gpu, memory, ppo, scaling, serve
+from benchmarks import common, decode, gpu, many_searches, memory, ppo, scaling, serve, serve_engine
 from benchmarks import grpo as grpo_benchmark
 from grpocem_jax import grpo
 from grpocem_jax.config import load_config
 from grpocem_jax.grpo import step as grpo_step
+from grpocem_jax.utils.errors import InputError
 from tests.runs import ROOT, thin_model
 
 SMALL = (
@@ -117,14 +118,16 @@ def test_memory_reports_what_it_promises(thin):
 
 
 def test_serve_reports_what_it_promises(thin, monkeypatch):
-    monkeypatch.setattr(serve, "RESIDENT", 6)
+    monkeypatch.setattr(serve_engine, "RESIDENT", 6)
     settings = load_config("tiny")
     settings.model.source = thin.partition("=")[2]
-    text, record = serve.measure(settings, slots=4, prompt_length=5, length=8, repetitions=1)
+    text, record = serve.measure(
+        settings, slots=4, prompt_length=5, length=8, repetitions=1, parts=("engine", "adapt")
+    )
     seconds = {name: x["median"] for name, x in record["seconds"].items()}
-    assert list(record)[:5] == [
+    assert list(record)[:7] == [
         *("own_over_shared", "own_over_plain", "resident_2000_over_1"),
-        *("concurrent_speedup", "continuous_speedup"),
+        *("concurrent_speedup", "continuous_speedup", "peft_speedup", "adapt_speedup"),
     ]
     assert record["tokens_per_s"]["own"] == pytest.approx(4 * 8 / seconds["own"])
     assert record["seconds"]["own"]["repetitions"] == 4
@@ -137,10 +140,54 @@ def test_serve_reports_what_it_promises(thin, monkeypatch):
     ):
         assert record[name] == pytest.approx(seconds[slow] / seconds[fast])
     assert "4 requests, 4 adapters" in text
+    # The shape has no tokenizer, and PEFT was left out.
+    assert record["adapt_speedup"] is None
+    assert "adapt_speedup is null: a shape has no tokenizer" in text
+    assert record["peft_speedup"] is None
+
+
+def test_serve_takes_what_many_searches_measures_and_asks_over_http(monkeypatch):
+    asked = []
+
+    def measure(settings, **options):
+        asked.append(options)
+        return "the searches", {"adapt_speedup": 2.5}
+
+    monkeypatch.setattr(many_searches, "measure", measure)
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed; it is of the extra serve")
+    settings = load_config("tiny")
+    settings.model.source = thin_model()
+    sizes = {"slots": 2, "prompt_length": 5, "length": 4, "repetitions": 4}
+    text, record = serve.measure(
+        settings, **sizes, parts=("http", "adapt"), users=3, examples=5, seconds=0.5
+    )
+    assert record["adapt_speedup"] == record["adapt"]["adapt_speedup"] == 2.5
+    expected = {"users": 3, "examples": 5, "task": "sentiment", "method": "gradient"}
+    assert asked == [{**expected, "repetitions": 2}]
+    assert "the searches" in text
+    assert list(record["http"]) == ["clients_1", "clients_2", "clients_8", "open"]
+    for name, found in record["http"].items():
+        assert found["failed"] == {}, name
+        assert found["models"] == 3  # the base and an adapter for each slot
+        assert found["tokens_per_s"] == pytest.approx(4 * found["requests_per_s"])
+        latency = found["latency_s"]
+        assert 0 < found["first_token_s"]["p50"] <= latency["p50"] <= latency["p99"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="PEFT is installed here")
+def test_serve_without_peft_says_how_to_get_it(thin):
+    settings = load_config("tiny")
+    settings.model.source = thin.partition("=")[2]
+    sizes = {"slots": 2, "prompt_length": 5, "length": 4, "repetitions": 1}
+    text, record = serve.measure(settings, **sizes, parts=("peft",))
+    assert record["peft_speedup"] is None
+    assert "run `pip install -e '.[peers]'`" in text
+    with pytest.raises(InputError, match="--parts='all': must be among engine"):
+        serve.measure(settings, **sizes, parts=("all",))
 
 
 def test_mixed_lengths_are_exponential_and_cut_off():
-    lengths = serve.mixed_lengths(1000, 90)
+    lengths = serve_engine.mixed_lengths(1000, 90)
     assert (min(lengths), max(lengths)) == (1, 90)
     # P(X > 90) = exp(-3) of the lengths are cut off; half of them are up to 30 log 2 = 20.8.
     assert lengths.count(90) == pytest.approx(1000 * math.exp(-3), abs=2)

@@ -41,7 +41,10 @@ ALLOWED = {
     # Comparisons with PyTorch, in processes of their own; never in the product.
     ("benchmarks/common.py", "import_module"),
     ("benchmarks/peers.py", "torch"),
+    ("benchmarks/peers_peft.py", "torch"),
     ("benchmarks/peers_trl.py", "torch"),
+    # The clients of the benchmark over HTTP, in a process of their own.
+    ("benchmarks/serve.py", "subprocess"),
     ("studies/distributed.py", "subprocess"),
     ("studies/kills.py", "subprocess"),
     ("studies/serving.py", "subprocess"),
