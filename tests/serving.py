@@ -232,6 +232,7 @@ def holding(
         timeout_s=timeout_s,
         body_timeout_s=body_timeout_s,
         check=lambda: None,
+        compiled=lambda: (0, 0.0),
     )
     config = uvicorn.Config(make_app(parts), port=0, http="h11", lifespan="off", log_level="error")
     server = uvicorn.Server(config)

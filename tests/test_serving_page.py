@@ -8,7 +8,7 @@ import pytest
 
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.serving.engine import Piece
-from grpocem_jax.serving.searches import Progress
+from grpocem_jax.serving.jobs import Progress
 from grpocem_jax.serving.tenants import PUBLIC
 from tests.browser import CONTRAST
 from tests.runs import random_offsets

@@ -12,7 +12,8 @@ from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Text
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.search import CEM, GradientAscent, lanes, rows
-from grpocem_jax.serving.searches import QueueFullError, Searches
+from grpocem_jax.serving.jobs import QueueFullError
+from grpocem_jax.serving.searches import Searches
 from grpocem_jax.utils.errors import InputError
 from tests.runs import OTHER, PROMPT, get_config, no_search, random_offsets, thin_model
 
@@ -142,16 +143,16 @@ def programs():
     return [getattr(lanes, name)._cache_size() for name in names]
 
 
-def test_another_mix_compiles_nothing_after_warming_up(run):
+def test_another_mix_of_the_same_lengths_compiles_nothing(run):
     searches = Searches(run, users=3)
-    searches.warm_up(NEGATIVE + POSITIVE)
+    for text in NEGATIVE + POSITIVE:
+        searches.submit([text] * 4, generations=1)
+    finish(searches)
     before = programs()
     jobs = []
     for i in (3, 2, 0, 4, 1, 1):
         jobs.append(searches.submit((NEGATIVE + POSITIVE)[: 4 + i], generations=1 + i))
         searches.step()
-    with pytest.raises(InputError, match="warm up before"):
-        searches.warm_up(NEGATIVE)
     finish(searches)
     assert programs() == before
     assert_same(jobs[-1].result, jobs[-2].result)

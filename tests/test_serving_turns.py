@@ -11,8 +11,8 @@ from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Adaptation
 from grpocem_jax.search.loop import History
 from grpocem_jax.serving.aside import Aside
+from grpocem_jax.serving.jobs import QueueFullError
 from grpocem_jax.serving.rewarded import Rewarded
-from grpocem_jax.serving.searches import QueueFullError
 from grpocem_jax.utils.errors import InputError
 from tests.runs import question_examples
 from tests.serving import thin_run

@@ -162,20 +162,6 @@ class Lanes:
         for lane in list(self._rows):
             self.clear(lane)
 
-    def warm_up(self, like: Sequence[Row]) -> None:
-        """Compiles the programs for texts like these, in lanes without a search.
-
-        Args:
-          like: a text of every length that there will be, see `rows.page_lengths`.
-        """
-        for row in {rows.page_lengths(row): row for row in like}.values():
-            # One at a time: a page is shared by lengths that fit into it.
-            self._pages, self._rows = [page for page, _ in self._lay_out([(self.lanes, row)])], {}
-            self.advance()
-            self.scores(self.points("mean"), [(self.lanes, row)])
-        self._pages = []
-        self.progress()
-
     def progress(self) -> Progress:
         """Where the searches are; waits for them."""
         return Progress(*jax.device_get(_progress(self.search, method=self.method)))

@@ -16,8 +16,8 @@ from grpocem_jax.serving.answers import KEEP_ALIVE_S
 from grpocem_jax.serving.catalogue import Catalogue
 from grpocem_jax.serving.errors import ApiError, brief
 from grpocem_jax.serving.http import Call, Events, Json
+from grpocem_jax.serving.jobs import QueueFullError
 from grpocem_jax.serving.keeper import INTERVAL_S, Keeper
-from grpocem_jax.serving.searches import QueueFullError
 from grpocem_jax.serving.store import FullError, Record
 from grpocem_jax.serving.tenants import PUBLIC, Tenant
 from grpocem_jax.utils.errors import InputError

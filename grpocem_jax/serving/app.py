@@ -44,6 +44,7 @@ class Parts:
       timeout_s: seconds that a completion may take.
       body_timeout_s: seconds in which a request's body has to be there.
       check: raises `ApiError` where the server can answer no more.
+      compiled: programs compiled since the server listens, and in how many seconds.
     """
 
     catalogue: Catalogue
@@ -58,12 +59,13 @@ class Parts:
     timeout_s: float
     body_timeout_s: float
     check: Callable[[], None]
+    compiled: Callable[[], tuple[int, float]]
 
 
 def make_app(parts: Parts) -> Starlette:
     """The ASGI application."""
     models = _Models(parts.catalogue)
-    metrics = Metrics(lambda: _gauges(parts))
+    metrics = Metrics(lambda: _gauges(parts), parts.compiled)
     adapters = Adapters(parts.catalogue, parts.searches, parts.rewarded, parts.keeper, parts.check)
     complete = _Completions(parts, metrics)
     gate = Gate(parts.keys, parts.body_timeout_s, metrics.observe)

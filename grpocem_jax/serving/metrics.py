@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -17,9 +17,15 @@ class Metrics:
     Args:
       gauges: gives numbers of now by name, each with a label's value and a number: the label is
         ``state``.
+      compiled: how many programs have been compiled since the server listens, and in how many
+        seconds.
     """
 
-    def __init__(self, gauges: Callable[[], Mapping[str, Mapping[str, float]]]):
+    def __init__(
+        self,
+        gauges: Callable[[], Mapping[str, Mapping[str, float]]],
+        compiled: Callable[[], tuple[int, float]],
+    ):
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "grpocem_requests",
@@ -41,6 +47,7 @@ class Metrics:
             registry=self._registry,
         )
         self._registry.register(_Gauges(gauges))
+        self._registry.register(_Compiled(compiled))
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """Counts a request."""
@@ -69,6 +76,26 @@ class _Gauges(Collector):
             for state, value in values.items():
                 family.add_metric([state], value)
             yield family
+
+    def describe(self):
+        return []
+
+
+class _Compiled(Collector):
+    def __init__(self, compiled: Callable[[], tuple[int, float]]):
+        self._compiled = compiled
+
+    def collect(self):
+        programs, seconds = self._compiled()
+        yield CounterMetricFamily(
+            "grpocem_compilations",
+            "Programs compiled, or read from disk, since the server listens: for searches by texts "
+            "of a new length, never for completions.",
+            programs,
+        )
+        yield CounterMetricFamily(
+            "grpocem_compilation_seconds", "Seconds that took beside other work.", seconds
+        )
 
     def describe(self):
         return []

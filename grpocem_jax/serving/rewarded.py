@@ -4,7 +4,6 @@ A reward judges decoded completions in Python, so such a search is not advanced 
 of others.  It runs in a thread of its own that goes on only while `Rewarded.step` waits for it.
 """
 
-import collections
 import dataclasses
 import logging
 import queue
@@ -17,7 +16,7 @@ from grpocem_jax import adaptation, rollouts
 from grpocem_jax.config import SearchConfig
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search.loop import History
-from grpocem_jax.serving.searches import METHODS, Job, Progress, QueueFullError
+from grpocem_jax.serving.jobs import METHODS, Job, Progress, Waiting
 from grpocem_jax.utils.errors import InputError
 
 log = logging.getLogger("grpocem_jax.serving")
@@ -39,9 +38,8 @@ class Rewarded:
     """
 
     def __init__(self, run: TrainedRun, settings: SearchConfig, *, max_queue: int = 256):
-        self._run, self._settings, self._max_queue = run, settings, max_queue
-        self._waiting: collections.deque[tuple[Job, Sequence[rollouts.Item]]] = collections.deque()
-        self._lock = threading.Lock()
+        self._run, self._settings = run, settings
+        self._waiting = Waiting(max_queue)
         self._go = threading.Semaphore(0)
         self._goes_on: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -61,15 +59,7 @@ class Rewarded:
         Raises:
           QueueFullError: too many jobs wait.
         """
-        job = Job(method, generations, seed, ())
-        with self._lock:
-            waiting = [each for each in self._waiting if not each[0].ended]
-            if len(waiting) >= self._max_queue:
-                raise QueueFullError(
-                    f"{len(waiting)} jobs wait, which is as many as may; try later."
-                )
-            self._waiting = collections.deque([*waiting, (job, items)])
-        return job
+        return self._waiting.add(Job(method, generations, seed, items))
 
     def step(self) -> bool:
         """Lets the search that runs go on by a generation, or the next one begin.
@@ -86,25 +76,19 @@ class Rewarded:
 
     def close(self) -> None:
         """Cancels all jobs; called once `step` is called no more."""
-        with self._lock:
-            for job, _ in self._waiting:
-                job.cancel()
+        self._waiting.cancel()
         if self._job is not None:
             self._job.cancel()
         while self._thread is not None:
             self.step()
 
     def _begin(self) -> bool:
-        with self._lock:
-            while self._waiting and self._thread is None:
-                job, items = self._waiting.popleft()
-                job._start()
-                if not job.ended:
-                    self._job = job
-                    self._thread = threading.Thread(
-                        target=self._search, args=(job, items), name="reward", daemon=True
-                    )
-                    self._thread.start()
+        if begun := self._waiting.begin():
+            self._job = begun[0]
+            self._thread = threading.Thread(
+                target=self._search, args=begun, name="reward", daemon=True
+            )
+            self._thread.start()
         return self._thread is not None
 
     def _end(self) -> None:
@@ -116,7 +100,7 @@ class Rewarded:
         """The thread of a search."""
 
         def turn_is_over(done: int, history: History) -> None:
-            job._advance(Progress(done, float(history.best[-1]), float(history.mean[-1])))
+            job.note(Progress(done, float(history.best[-1]), float(history.mean[-1])))
             self._goes_on.put(True)
             self._go.acquire()
             if job.ended:
@@ -138,13 +122,13 @@ class Rewarded:
                 settings=settings,
                 on_chunk=turn_is_over,
             )
-            job._end("done", found)
+            job.end("done", found)
         except _Ended:
             pass
         except InputError as error:
-            job._end("failed", error=str(error))
+            job.end("failed", error=str(error))
         except Exception as error:  # such as a bug in a reward function
             log.exception("a search by reward failed")
-            job._end("failed", error=f"the search failed ({type(error).__name__}).")
+            job.end("failed", error=f"the search failed ({type(error).__name__}).")
         finally:
             self._goes_on.put(False)

@@ -12,10 +12,8 @@ A job's result is that of `grpocem_jax.adaptation.adapt` with the same examples,
 
 import dataclasses
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,154 +23,15 @@ from grpocem_jax.adaptation.texts import Encoded, Text
 from grpocem_jax.adaptation.workflow import Adaptation
 from grpocem_jax.config import SearchConfig, make_method
 from grpocem_jax.runs.trained import TrainedRun
-from grpocem_jax.search import Likelihood, Point, SearchResult, decode, gate, loop, rows
+from grpocem_jax.search import Likelihood
 from grpocem_jax.search.lanes import Lanes
+from grpocem_jax.serving.jobs import METHODS, Job, Progress, Waiting
+from grpocem_jax.serving.judging import Judge, Running
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 
-METHODS: Mapping[str, dict[str, Any]] = {
-    "gradient": {"method": "gradient", "space": "full"},
-    "cem": {"method": "cem", "space": "full"},
-    "experts": {"method": "cem", "space": "experts"},
-}
-"""What a job may ask for, as settings of the search."""
-
 LARGEST_SEED = 2**31 - 1
-
-
-class QueueFullError(InputError):
-    """There are as many waiting jobs as may wait; later there will be room again."""
-
-
-class Progress(NamedTuple):
-    """Where a job is after some generation.
-
-    Attributes:
-      generation: generations run, by the longer of two searches.
-      best: largest fitness so far, nats per token.
-      mean: mean fitness of the candidates of the last generation.
-    """
-
-    generation: int
-    best: float
-    mean: float
-
-
-class Job:
-    """An adaptation that was asked for; any thread may read it, and cancel it.
-
-    Attributes:
-      method: one of `METHODS`.
-      generations: at most so many.
-      seed: of its PRNG key.
-    """
-
-    def __init__(
-        self, method: str, generations: int, seed: int, parts: Sequence[Sequence[Encoded]]
-    ):
-        self.method, self.generations, self.seed = method, generations, seed
-        self._parts = parts
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._state = "queued"
-        self._curve: list[Progress] = []
-        self._result: Adaptation | None = None
-        self._error: str | None = None
-
-    @property
-    def state(self) -> str:
-        """One of "queued", "running", "done", "failed" and "cancelled"."""
-        return self._state
-
-    @property
-    def result(self) -> Adaptation | None:
-        """What was found; None before the job is done."""
-        return self._result
-
-    @property
-    def error(self) -> str | None:
-        """Why the job failed, in one sentence; None where it did not."""
-        return self._error
-
-    @property
-    def curve(self) -> tuple[Progress, ...]:
-        """Where the job was after each generation."""
-        with self._lock:
-            return tuple(self._curve)
-
-    @property
-    def progress(self) -> Progress | None:
-        """Where the job is; None before the first generation."""
-        with self._lock:
-            return self._curve[-1] if self._curve else None
-
-    @property
-    def generation(self) -> int:
-        """Generations run."""
-        progress = self.progress
-        return progress.generation if progress else 0
-
-    @property
-    def ended(self) -> bool:
-        """Whether the job is done, failed or cancelled."""
-        return self._ended.is_set()
-
-    def cancel(self) -> bool:
-        """Ends the job, and frees its place before the next generation.
-
-        Returns:
-          whether it had not ended before.
-        """
-        return self._end("cancelled")
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the job has ended, or ``timeout`` seconds; whether it has."""
-        return self._ended.wait(timeout)
-
-    def _start(self) -> Sequence[Sequence[Encoded]]:
-        """Its texts, in parts that are searched by themselves; none where it has ended."""
-        with self._lock:
-            if not self._ended.is_set():
-                self._state = "running"
-            return self._parts
-
-    def _advance(self, progress: Progress) -> None:
-        with self._lock:
-            if not self._curve or progress.generation > self._curve[-1].generation:
-                self._curve.append(progress)
-
-    def _end(self, state: str, result: Adaptation | None = None, error: str | None = None) -> bool:
-        with self._lock:
-            if self._ended.is_set():
-                return False
-            # The state last: who sees it sees the rest too.
-            self._result, self._error = result, error
-            self._state = state
-            self._ended.set()
-            self._parts = ()
-            return True
-
-
-class _Running:
-    """A job in its lanes, one for each part of its texts."""
-
-    def __init__(
-        self, job: Job, lanes: Lanes, places: Sequence[int], parts: Sequence[Sequence[Encoded]]
-    ):
-        self.job, self.lanes, self.places = job, lanes, places
-        cut = [[rows.cut(*text) for text in part] for part in parts]
-        self.rows = [[row for row in part if row is not None] for part in cut]
-        self.start_scores: list[np.ndarray] = []
-        self.left = set(places)
-        self.began = time.perf_counter()
-        self.compiled = 0.0
-
-    @property
-    def asked(self) -> list[tuple[int, rows.Row]]:
-        """Its texts, each with the lane that searches by it."""
-        pairs = zip(self.places, self.rows, strict=True)
-        return [(place, row) for place, own in pairs for row in own]
 
 
 class Searches:
@@ -226,10 +85,11 @@ class Searches:
         self.max_queue, self.max_examples = max_queue, max_examples
         self.max_generations = max(max_generations, settings.generations)
         self._score = Likelihood(run.policy.params, run.policy.model)
+        self._judge = Judge(run, settings)
         self._each = 2 if settings.gate else 1
         self._lanes: dict[str, Lanes] = {}
-        self._queue: deque[Job] = deque()
-        self._running: list[_Running] = []
+        self._waiting = Waiting(max_queue)
+        self._running: list[Running] = []
         self._round: list[Lanes] = []
         self._lock = threading.Lock()
         self._stepping = threading.Lock()
@@ -292,44 +152,15 @@ class Searches:
             nothing = Adaptation(
                 self.run.offsets, float("nan"), float("nan"), None, workflow.ONE_TOKEN
             )
-            job._end("done", nothing)
+            job.end("done", nothing)
             return job
         self._lanes_of(method)
-        with self._lock:
-            waiting = [job for job in self._queue if not job.ended]
-            if len(waiting) >= self.max_queue:
-                raise QueueFullError(
-                    f"{len(waiting)} jobs wait, which is as many as may (max_queue); try again "
-                    "later."
-                )
-            self._queue = deque([*waiting, job])
-        return job
-
-    def warm_up(self, examples: Sequence[str | Text], *, method: str = "gradient") -> None:
-        """Compiles what jobs with examples of these lengths need, whatever their number.
-
-        Args:
-          examples: texts of the lengths to come: of their prompts, and of what counts.
-          method: as in `submit`.
-
-        Raises:
-          InputError: as `submit`; a job runs.
-        """
-        settings = self.settings_of(method)
-        encoded = [texts.encode(self.run.policy, text, settings) for text in examples]
-        parts = [encoded, *((texts.deal(encoded) or ()) if settings.gate else ())]
-        cut = [rows.cut(*text) for part in parts for text in part]
-        lanes = self._lanes_of(method)
-        with self._stepping:
-            if any(each.lanes is lanes for each in self._running):
-                raise InputError(f"method={method!r}: jobs run; warm up before they do.")
-            lanes.warm_up([row for row in cut if row is not None])
+        return self._waiting.add(job)
 
     @property
     def waiting(self) -> int:
         """Jobs that wait."""
-        with self._lock:
-            return sum(not job.ended for job in self._queue)
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -407,19 +238,18 @@ class Searches:
         with self._lock:
             self._running = [each for each in self._running if each not in ended]
 
-    def _admit(self) -> list[_Running]:
+    def _admit(self) -> list[Running]:
         """Gives free places to jobs that wait."""
         fresh = []
         with self._lock:
-            while self._queue and len(self._running) < self.users:
-                job = self._queue.popleft()
+            while len(self._running) < self.users and (begun := self._waiting.begin()):
+                job, parts = begun
                 lanes = self._lanes[job.method]
                 taken = {x for each in self._running if each.lanes is lanes for x in each.places}
                 free = (place for place in range(lanes.lanes) if place not in taken)
-                if parts := job._start():
-                    each = _Running(job, lanes, [next(free) for _ in parts], parts)
-                    self._running.append(each)
-                    fresh.append(each)
+                each = Running(job, lanes, [next(free) for _ in parts], parts)
+                self._running.append(each)
+                fresh.append(each)
         return fresh
 
     def _guarded(self, lanes: Lanes, work: Callable[[Lanes, Any], int], argument: Any) -> int:
@@ -431,7 +261,7 @@ class Searches:
         except Exception as error:
             for each in self._running:
                 if each.lanes is lanes:
-                    each.job._end("failed", error=str(error) or type(error).__name__)
+                    each.job.end("failed", error=str(error) or type(error).__name__)
             lanes.reset()
             self._round = [x for x in self._round if x is not lanes]
             if not isinstance(error, InputError):
@@ -452,7 +282,7 @@ class Searches:
         self._round.remove(lanes)
         return used
 
-    def _begin(self, lanes: Lanes, fresh: list[_Running]) -> int:
+    def _begin(self, lanes: Lanes, fresh: list[Running]) -> int:
         """Scores the start by the texts of new jobs, and lets their searches begin."""
         if not fresh:
             return 0
@@ -461,14 +291,14 @@ class Searches:
         for each in fresh:
             each.start_scores = [np.concatenate([next(scores) for _ in part]) for part in each.rows]
             try:
-                before = self._checked(each.start_scores, "to start from")
+                before = self._judge.checked(each.start_scores, "to start from")
             except InputError as error:
-                each.job._end("failed", error=str(error))
+                each.job.end("failed", error=str(error))
                 continue
             if len(each.places) < self._each:
                 run = self.run
                 note = workflow.TOO_FEW_TOKENS
-                each.job._end("done", Adaptation(run.offsets, before, before, None, note))
+                each.job.end("done", Adaptation(run.offsets, before, before, None, note))
                 continue
             key = jax.random.key(each.job.seed)
             keys = jax.random.split(key, 3)[:2] if self.settings.gate else [key]
@@ -476,7 +306,7 @@ class Searches:
                 lanes.place(place, part, own, each.job.generations)
         return len(fresh)
 
-    def _follow(self, lanes: Lanes, own: list[_Running]) -> None:
+    def _follow(self, lanes: Lanes, own: list[Running]) -> None:
         """Tells jobs where they are, and ends those whose searches are through."""
         seen = lanes.progress()
         through = []
@@ -484,7 +314,7 @@ class Searches:
             places = list(each.places)
             generation = int(seen.generation[places].max())
             best, mean = (float(x[places].mean()) for x in (seen.best, seen.mean))
-            each.job._advance(Progress(generation, best, mean))
+            each.job.note(Progress(generation, best, mean))
             for place in sorted(each.left):
                 if seen.ended[place] or seen.generation[place] >= each.job.generations:
                     each.left.discard(place)
@@ -493,94 +323,4 @@ class Searches:
                 through.append(each)
         if through:
             ended = {x: bool(seen.ended[list(x.places)].all()) for x in through}
-            self._conclude(lanes, through, ended)
-
-    def _conclude(
-        self, lanes: Lanes, through: list[_Running], converged: dict[_Running, bool]
-    ) -> None:
-        """Judges what was found, and ends the jobs."""
-        settings = self.settings
-        points = lanes.points(settings.returned)
-        found = self._judged(lanes, through, points)
-        passed = [each for each in through if found[each].passed]
-        after = {each: np.concatenate(each.start_scores) for each in through}
-        if passed:
-            at = lanes.spread({each.places[0]: found[each].point for each in passed})
-            asked = [(each.places[0], row) for each in passed for _, row in each.asked]
-            scores = iter(lanes.scores(at, asked))
-            for each in passed:
-                after[each] = np.concatenate([next(scores) for _ in each.asked])
-        for each in through:
-            try:
-                value = self._checked([after[each]], "found")
-            except InputError as error:
-                each.job._end("failed", error=str(error))
-                continue
-            before = self._checked(each.start_scores, "to start from")
-            result = self._result(lanes, each, found[each], converged[each])
-            each.job._end("done", Adaptation(result.offsets, before, value, result))
-
-    def _judged(
-        self, lanes: Lanes, through: list[_Running], points: Point
-    ) -> dict["_Running", "_Found"]:
-        """Where each job ends: as `loop.cross_fit` and `loop.maximize` have it."""
-        means = {
-            each: loop.mean_point([jax.tree.map(lambda x, i=i: x[i], points) for i in each.places])
-            for each in through
-        }
-        if not self.settings.gate:
-            return {each: _Found(means[each], means[each], True, float("nan")) for each in through}
-        own: dict[int, Sequence[rows.Row]] = {}
-        before: dict[int, np.ndarray] = {}
-        for each in through:
-            own.update(zip(each.places, each.rows, strict=True))
-            before.update(zip(each.places, each.start_scores, strict=True))
-        pairs = [(each.places[0], each.places[1]) for each in through]
-        verdicts = lanes.judge(pairs, points, own, before, self.settings.gate_z)
-        found = {}
-        for each, verdict in zip(through, verdicts, strict=True):
-            point, passed = gate.follow(verdict, means[each], lanes.space.origin)
-            found[each] = _Found(point, means[each], passed, float(verdict.gain))
-        return found
-
-    def _result(
-        self, lanes: Lanes, each: _Running, found: "_Found", converged: bool
-    ) -> SearchResult:
-        histories = [lanes.history(place) for place in each.places]
-        done = [len(history.best) for history in histories]
-        seconds = time.perf_counter() - each.began
-        return SearchResult(
-            offsets=decode(lanes.space, found.point),
-            final=decode(lanes.space, found.mean),
-            returned=self.settings.returned if found.passed else "start",
-            held_back_gain=found.gain,
-            generations=max(done),
-            candidates=sum(done) * lanes.method.population_size,
-            converged=converged,
-            history=loop.mean_history([_extend(x, max(done)) for x in histories]),
-            seconds=max(0.0, seconds - each.compiled),
-            compile_seconds=min(seconds, each.compiled),
-            population_chunk=lanes.at_once,
-        )
-
-    def _checked(self, scores: Sequence[np.ndarray], which: str) -> float:
-        """Mean of log-likelihoods, refused as `adapt` does where it is not finite."""
-        value = float(np.concatenate(scores).mean(dtype=np.float64))
-        fix = workflow.likelihood_fix(self.run.policy)
-        if which == "found":
-            fix = workflow.ungated(fix, self.settings)
-        return workflow.check_finite(value, "likelihood", which, fix)
-
-
-class _Found(NamedTuple):
-    """Where a job ends: the point, that of the searches, whether it passed, and its gain."""
-
-    point: Point
-    mean: Point
-    passed: bool
-    gain: float
-
-
-def _extend(history: loop.History, length: int) -> loop.History:
-    """A history with NaN up to a length."""
-    return loop.History(*(np.pad(x, (0, length - len(x)), constant_values=np.nan) for x in history))
+            self._judge.conclude(lanes, through, ended)

@@ -27,6 +27,7 @@ from grpocem_jax.serving.rewarded import Rewarded
 from grpocem_jax.serving.searches import Searches
 from grpocem_jax.serving.store import Store
 from grpocem_jax.serving.tenants import Keys
+from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand
 
@@ -132,6 +133,7 @@ class Server:
                 timeout_s=options.timeout_s,
                 body_timeout_s=options.body_timeout_s,
                 check=self._check,
+                compiled=lambda: _compiled(self._clock),
             )
         except BaseException:
             self._socket.close()
@@ -152,6 +154,7 @@ class Server:
         )
         self._stop, self._ended = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
+        self._clock: CompileClock | None = None
         self._threads = [
             threading.Thread(target=self._work, name="engine", daemon=True),
             threading.Thread(target=self._listen, name="http", daemon=True),
@@ -166,6 +169,7 @@ class Server:
     def __enter__(self) -> "Server":
         try:
             self.engine.warm_up()
+            self._clock = CompileClock.start()
             self.keeper.start()
             for thread in self._threads:
                 thread.start()
@@ -179,6 +183,8 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._http.should_exit = True
+        if self._clock is not None:
+            self._clock.stop()
         engine, http = self._threads
         if http.ident is not None:
             http.join()
@@ -239,6 +245,10 @@ class Server:
             self._failure = error
         finally:
             self._ended.set()
+
+
+def _compiled(clock: CompileClock | None) -> tuple[int, float]:
+    return (0, 0.0) if clock is None else (clock.programs, clock.seconds)
 
 
 def _make_engine(run: TrainedRun, options: Options, catalogue: Catalogue) -> Engine:

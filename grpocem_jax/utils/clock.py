@@ -4,17 +4,22 @@ import jax
 
 
 class CompileClock:
-    """Seconds that JAX spent lowering and compiling since `start`; tracing is not in it."""
+    """What JAX compiled since `start`.
+
+    Attributes:
+      seconds: of lowering and compiling; tracing is not in it.
+      programs: how many were compiled, or read from disk where they had been compiled before.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.programs = 0
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event in (
-            "/jax/core/compile/jaxpr_to_mlir_module_duration",
-            "/jax/core/compile/backend_compile_duration",
-        ):
+        compiled = event == "/jax/core/compile/backend_compile_duration"
+        if compiled or event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
             self.seconds += duration_secs
+        self.programs += compiled
 
     @classmethod
     def start(cls) -> "CompileClock":
