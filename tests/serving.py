@@ -100,15 +100,18 @@ def http_client() -> Any:
 
 
 @contextlib.contextmanager
-def serving(folder: Any, limits: Limits | None = None, **options: Any) -> Any:
-    """A server of `thin_run`."""
+def serving(
+    folder: Any, limits: Limits | None = None, *, run: TrainedRun | None = None, **options: Any
+) -> Any:
+    """A server of a run, by default `thin_run`."""
     for name in ("starlette", "uvicorn", "prometheus_client"):
         pytest.importorskip(name, reason=f"{name} is not installed; it is of the extra serve")
     from grpocem_jax.serving.server import Server
 
     keys = make_keys(folder)
     given = {**SMALL, "keys": str(folder / "keys.json"), "store": str(folder / "store"), **options}
-    with Server(thin_run(), Options(**given), limits) as server, http_client() as http:
+    run = run or thin_run()
+    with Server(run, Options(**given), limits) as server, http_client() as http:
         yield Served(server, keys, http)
 
 

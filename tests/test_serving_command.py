@@ -125,6 +125,7 @@ def test_a_key_is_made_and_shown_once(call, tmp_path):
         (["--config=tiny", "--port=70000"], ["port=70000"]),
         (["--config=tiny", "--slots=0"], ["slots=0"]),
         (["--config=tiny", "--max_jobs=-1"], ["max_jobs=-1"]),
+        (["--config=tiny", "--store=s3://me/served"], ["--store='s3://me/served'", "a folder"]),
         (["--config=tiny", "--host=0.0.0.0"], ["--host='0.0.0.0'", "--keys"]),
         (["--config=tiny", "--host=nowhere.invalid"], ["--host='nowhere.invalid'", "no address"]),
         (["--config=tiny", "--host=192.0.2.1", "--keys=keys.json"], ["192.0.2.1", "cannot be"]),

@@ -246,6 +246,14 @@ def encode(policy: Policy, asked: Asked, *, room: int) -> list[list[int]]:
       ApiError: a prompt that cannot be used.
     """
     name = "messages" if asked.chat else "prompt"
+    if asked.chat and policy.prompt_format.render is None:
+        raise ApiError(
+            400,
+            f"messages: the tokenizer of {policy.pretrained.source} has no chat template; ask POST "
+            "/v1/completions with a prompt, or serve a model that was trained to chat.",
+            param="messages",
+            code="no_chat_template",
+        )
     encoded = []
     for prompt in asked.prompts:
         if isinstance(prompt, list) and not asked.chat:

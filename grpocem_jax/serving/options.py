@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.settings import above, at_least, check, count, setting, within
 
 
@@ -47,6 +48,12 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
+        if "://" in self.store:
+            raise InputError(
+                f"--store={self.store!r}: is an address, and the index of the adapters needs a "
+                "disk with locks; give a folder, one for each machine (docs/serving.md, Beyond one "
+                "machine)."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
