@@ -70,8 +70,9 @@ class Model:
         by none and take no position. With a `Context` the tokens follow it. With ``places``, int32
         ``[M]`` from 0 to ``T - 1``, only the states of these tokens are made, ``[M, D]``: of the
         others the last layer makes keys and values alone.
-      prefill: ``(params, offsets, tokens [S], mask [S]) -> (hidden [D], Context)`` with the hidden
-        state of the last token that is no padding.
+      prefill: ``(params, offsets, tokens [S], mask [S], context=None) -> (hidden [D], Context)``
+        with the hidden state of the last token that is no padding, and the tokens' own keys and
+        values.
       init_cache: ``(params, length) -> KeyValues`` of zeros for ``length`` tokens after a context.
       decode_step: ``(params, offsets, context, cache, token [], index []) -> (hidden [D], cache)``
         for the token that is number ``index`` (from 0) after the context. Without a context (None)

@@ -234,8 +234,8 @@ def make_model(
         return full(params, offsets, tokens, mask, context, places)[0]
 
     @inlined
-    def prefill(params, offsets, tokens, mask):
-        hidden, key_values = full(params, offsets, tokens, mask, None)
+    def prefill(params, offsets, tokens, mask, context=None):
+        hidden, key_values = full(params, offsets, tokens, mask, context)
         last = jnp.max(jnp.where(mask, jnp.arange(len(tokens)), 0))
         return hidden[last], Context(key_values, mask)
 

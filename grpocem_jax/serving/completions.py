@@ -249,8 +249,8 @@ def encode(policy: Policy, asked: Asked, *, room: int) -> list[list[int]]:
     if asked.chat and policy.prompt_format.render is None:
         raise ApiError(
             400,
-            f"messages: the tokenizer of {policy.pretrained.source} has no chat template; ask POST "
-            "/v1/completions with a prompt, or serve a model that was trained to chat.",
+            "messages: the model's tokenizer has no chat template; ask POST /v1/completions with a "
+            "prompt, or serve a model that was trained to chat.",
             param="messages",
             code="no_chat_template",
         )

@@ -28,6 +28,7 @@ from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.rollouts.prompts import bucket_length
 from grpocem_jax.serving import slots as device
 from grpocem_jax.serving.group import MOST_STEPS, Group, Settings
+from grpocem_jax.serving.prompts import Prompt, Prompts
 from grpocem_jax.serving.requests import COLDEST, Piece, Request, Ticket, check_request
 from grpocem_jax.serving.resident import Resident
 from grpocem_jax.serving.text import Writer, vocabulary
@@ -53,7 +54,8 @@ class Stats(NamedTuple):
       requests: that were submitted.
       finished: of them, that have ended in any way.
       tokens: of completions.
-      prompt_tokens: that were processed; of equal prompts in a batch, those of one.
+      prompt_tokens: that were processed; what several prompts begin with counts once while it
+        stays on the device, and so do equal prompts of a batch.
       active: requests in slots now.
       queued: requests that wait now.
       resident: adapters on the device now, beside the one of the start.
@@ -90,6 +92,7 @@ class Engine:
         max_queue: int = 256,
         group: int | None = None,
         prefill_tokens: int | None = None,
+        prefix_tokens: int = 4096,
         top_k: int = 0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
@@ -114,6 +117,9 @@ class Engine:
             are one, but on a CPU 32, with which products are about as fast as with more.
           prefill_tokens: about how many tokens of prompts are processed at once; by default 128 on
             a CPU and 2,048 elsewhere.
+          prefix_tokens: how many tokens of beginnings of prompts stay on the device, so that those
+            with the same beginning and adapter do not process it again; 0 for none. What is shared
+            is a bucket's tokens, or several buckets'.
           top_k: of all requests, as in `models.sampling.sample`.
           min_p: the same.
           repetition_penalty: the same.
@@ -144,6 +150,10 @@ class Engine:
                 f"max_new_tokens={max_new_tokens}: leaves no room for a prompt in a context of "
                 f"{model.context}; lower it."
             )
+        if type(prefix_tokens) is not int or prefix_tokens < 0:
+            raise InputError(
+                f"prefix_tokens={prefix_tokens!r}: must be a whole number, or 0 for none."
+            )
         groups = math.ceil(slots / group)
         group = math.ceil(slots / groups)
         self.policy = policy
@@ -153,7 +163,6 @@ class Engine:
         self.max_queue = max_queue
         self.buckets = tuple(sorted({min(x, model.context_length) for x in buckets}))
         self.length = min(self.buckets[-1] + max_new_tokens, model.context_length)
-        self._prefill_tokens = prefill_tokens
         self._vocabulary = vocabulary(policy)
         self._end_ids = frozenset(np.asarray(policy.end_ids).tolist())
         start = devices.replicate(policy.mesh, jax.tree.map(jnp.asarray, start_offsets))
@@ -169,13 +178,20 @@ class Engine:
             repetition_penalty=repetition_penalty,
         )
         self._groups = [Group(self._settings) for _ in range(groups)]
+        self._prompts = Prompts(
+            self._settings,
+            self.buckets,
+            at_once=prefill_tokens,
+            most=group if load is None else min(group, rows),
+            kept=prefix_tokens,
+        )
 
         self._wake = threading.Condition()
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._closed = False
         self._step_s = LATENCY_S  # of a group, for one token of each slot
         self._held = 0
-        self._requests = self._finished = self._tokens = self._prompt_tokens = 0
+        self._requests = self._finished = self._tokens = 0
 
     # What any thread may call.
 
@@ -187,7 +203,7 @@ class Engine:
                 requests=self._requests,
                 finished=self._finished,
                 tokens=self._tokens,
-                prompt_tokens=self._prompt_tokens,
+                prompt_tokens=self._prompts.tokens,
                 active=len(self._under_way()),
                 queued=len(self._waiting),
                 resident=0 if self._resident is None else len(self._resident),
@@ -275,7 +291,7 @@ class Engine:
             if self._resident is not None:
                 self._resident.warm_up()
             table = None if self._resident is None else self._resident.table
-            prompts = [self._settings.prefill(table, (), (), self._shape(x)) for x in self.buckets]
+            prompts = self._prompts.warm_up(table)
             for group in self._groups:
                 group.warm_up(prompts)
         return time.perf_counter() - started
@@ -371,7 +387,7 @@ class Engine:
         """
         with self._wake:
             waiting = len(self._waiting)
-            most = self._shape(self._waiting[0]._size)[0] if waiting else 0
+            most = self._prompts.at_once(self._waiting[0]._size) if waiting else 0
         return min(most, waiting, max(1, self.slots // 8)) - sum(
             len(group.free) for group in self._groups
         )
@@ -385,12 +401,6 @@ class Engine:
         for ticket in dropped:
             ticket._finish("cancelled")
 
-    def _shape(self, size: int) -> tuple[int, int]:
-        """How many prompts of a bucket are processed at once, and their length."""
-        limit = self._settings.slots if self._resident is None else self.rows
-        most = min(self._prefill_tokens // size, limit, self._settings.slots)
-        return max(1, most), size
-
     def _next_batch(self, count: int) -> list[Ticket]:
         """The request that waits longest and others of its bucket, at most ``count``."""
         batch: list[Ticket] = []
@@ -402,7 +412,8 @@ class Engine:
                 if len(batch) == count:
                     break
                 ticket = self._waiting.popleft()
-                most, size = self._shape(batch[0]._size if batch else ticket._size)
+                size = batch[0]._size if batch else ticket._size
+                most = self._prompts.at_once(size)
                 fits = ticket._prompt in prompts or len(prompts) < most
                 if ticket._size == size and fits:
                     batch.append(ticket)
@@ -417,30 +428,28 @@ class Engine:
         table = None
         sources: dict[Ticket, int] = {}
         number: dict[object, int] = {}
-        prompts: list[np.ndarray] = []
-        rows: list[int] = []
+        prompts: list[Prompt] = []
         for ticket in batch:
             if ticket._prompt not in number:
                 row = 0
                 if self._resident is not None and ticket._adapter is not None:
                     try:
-                        row = self._resident.row(ticket._adapter, ticket._offsets, rows)
+                        taken = [prompt.row for prompt in prompts]
+                        row = self._resident.row(ticket._adapter, ticket._offsets, taken)
                     except Exception as error:  # it is gone, or whatever loading raises
                         with self._wake:
                             self._finished += 1
                         ticket._finish("error", _message(error))
                         continue
                 number[ticket._prompt] = len(prompts)
-                prompts.append(ticket.request.tokens)
-                rows.append(row)
-                self._prompt_tokens += len(ticket.request.tokens)
+                prompts.append(Prompt(ticket._adapter, row, ticket.request.tokens))
             sources[ticket], ticket._offsets = number[ticket._prompt], None
         if not sources:
             return
         if self._resident is not None:
             table = self._resident.table
         try:
-            made = self._settings.prefill(table, prompts, rows, self._shape(batch[0]._size))
+            made = self._prompts.process(table, batch[0]._size, prompts)
             group.place(made, sources)
         except Exception as error:
             lost = [ticket for ticket in sources if ticket not in group.tickets]
@@ -511,6 +520,7 @@ class Engine:
                 if ticket is not None:
                     self._free(group, slot, "error", message)
             group.clear()
+        self._prompts.clear()
         if self._resident is not None:
             self._resident.clear()
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -44,35 +43,6 @@ class Settings:
     def penalized(self) -> bool:
         """Whether repetition is penalised."""
         return self.repetition_penalty != 1.0
-
-    def prefill(
-        self, table: Offsets | None, prompts: Sequence[np.ndarray], rows: Sequence[int], shape: Any
-    ) -> device.Prefilled:
-        """Processes prompts.
-
-        Args:
-          table: adapters, or None where all have the start's.
-          prompts: tokens of each, int32 ``[S]``.
-          rows: the adapter of each, a row of the table.
-          shape: ``(P, S)``, how many prompts of how many tokens the program takes.
-        """
-        tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        mask[:, 0] = True
-        own = np.zeros(shape[0], np.int32)
-        own[: len(rows)] = rows
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            mask[row, : len(prompt)] = True
-        return device.prefill(
-            self.policy.params,
-            self.start,
-            table,
-            tokens,
-            mask,
-            own,
-            model=self.policy.model,
-            penalized=self.penalized,
-        )
 
 
 class Group:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.models import sampling
-from grpocem_jax.models.base import KeyValues, Model, Params
+from grpocem_jax.models.base import Context, KeyValues, Model, Params
 
 NOTHING, NOT_FINITE = -1, -2
 """What stands for a token where a slot has none, and where its logits are not finite."""
@@ -59,6 +59,18 @@ class Prefilled(NamedTuple):
     hidden: jax.Array
     offsets: Any
     held: jax.Array
+    seen: jax.Array
+
+
+class Head(NamedTuple):
+    """The beginning of prompts: processed tokens without padding.
+
+    Attributes:
+      cache: their keys and values, ``[heads, S, head_dim]`` a layer.
+      seen: bool ``[V]`` or ``[0]``, as in `Slots`.
+    """
+
+    cache: KeyValues
     seen: jax.Array
 
 
@@ -174,6 +186,7 @@ def prefill(
     params: Params,
     shared: Offsets,
     table: Offsets | None,
+    heads: Sequence[Head] | None,
     prompts: jax.Array,
     mask: jax.Array,
     rows: jax.Array,
@@ -187,25 +200,47 @@ def prefill(
       params: the model's parameters.
       shared: the adapter of all, where there is no table.
       table: adapters by row, or None.
-      prompts: int32 ``[P, S]``, padded on the right.
+      heads: what each prompt begins with, ``P`` of equal length; None for nothing.
+      prompts: int32 ``[P, S]``, what comes behind, padded on the right.
       mask: bool ``[P, S]``, at least one True in each row.
       rows: int32 ``[P]``, the adapter of each prompt, a row of the table.
       model: the model.
       penalized: as in `empty`.
+
+    Returns:
+      the prompts, heads and what comes behind together.
     """
     axis = None if table is None else 0
     own = None if table is None else jax.tree.map(lambda x: x[rows], table)
-    hidden, context = jax.vmap(model.prefill, (None, axis, 0, 0))(
-        params, shared if own is None else own, prompts, mask
+    before = context = None
+    if heads is not None:
+        before = jax.tree.map(lambda *x: jnp.stack(x), *heads)
+        context = Context(before.cache, jnp.ones((len(prompts), _length(before.cache)), bool))
+    hidden, behind = jax.vmap(model.prefill, (None, axis, 0, 0, 0))(
+        params, shared if own is None else own, prompts, mask, context
     )
+    cache, held = behind.key_values, jnp.sum(mask, -1, dtype=jnp.int32)
     seen = jnp.zeros((len(prompts), 0), bool)
     if penalized:
         # Padding goes to row V, which is cut off.
         known = jnp.where(mask, prompts, model.vocab_size)
         seen = jax.vmap(lambda row: jnp.zeros(model.vocab_size + 1, bool).at[row].set(True))(known)
         seen = seen[:, :-1]
-    held = jnp.sum(mask, -1, dtype=jnp.int32)
-    return Prefilled(context.key_values, hidden, own, held, seen)
+    if before is not None:
+        cache = jax.tree.map(lambda *x: jnp.concatenate(x, 2), before.cache, cache)
+        held, seen = held + _length(before.cache), seen | before.seen
+    return Prefilled(cache, hidden, own, held, seen)
+
+
+def _length(cache: KeyValues) -> int:
+    """Tokens of each prompt."""
+    return cache.keys[0].shape[2]
+
+
+@jax.jit
+def head(prompts: Prefilled, row: jax.Array) -> Head:
+    """One of the prompts, which fills its row, as the beginning of others."""
+    return jax.tree.map(lambda x: x[row], Head(prompts.cache, prompts.seen))
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
