@@ -215,6 +215,41 @@ def test_pasted_examples_become_an_adapter(served, opened, expect):
     assert newest["sha256"] == record["sha256"]
 
 
+def test_prompts_are_adapted_to_by_a_reward_and_a_single_prompt_by_itself(served, opened, expect):
+    shown = opened()
+    reward = field(shown, "What is to improve")
+    names = reward.locator("option").evaluate_all("all => all.map(x => x.value)")
+    assert names[0] == ""
+    assert {"sentiment", "qa"} <= set(names)
+    methods = shown.locator("#method option")
+    assert methods.first.get_attribute("value") == "gradient"
+    reward.select_option("sentiment")
+    expect(shown.locator("#reward-hint")).to_contain_text("JSON object a line, with text, label")
+    assert methods.first.get_attribute("value") == "cem"
+    words = ("cold", "good", "bad", "warm")
+    field(shown, "Examples").fill("The soup was cold.")
+    expect(shown.locator("#examples-found")).to_have_text("Each prompt has to be a JSON object.")
+    rows = [{"text": f"The soup was {x}.", "label": "negative"} for x in words]
+    field(shown, "Examples").fill("\n".join(json.dumps(row) for row in rows))
+    expect(shown.locator("#examples-found")).to_have_text("4 prompts.")
+    field(shown, "Generations at most").fill("2")
+    shown.get_by_role("button", name="Search").click()
+    expect(shown.locator("#verdict")).to_be_visible(timeout=120_000)
+    expect(shown.locator("#chart-title")).to_have_text("Mean reward of the prompts")
+    (record, *_) = served("GET", "/v1/adapters").json()["data"]
+    assert (record["asked"]["reward"], record["asked"]["method"]) == ("sentiment", "cem")
+    assert record["asked"]["examples"] == 4
+
+    reward.select_option("")
+    expect(shown.locator("#reward-hint")).to_be_hidden()
+    field(shown, "Method").select_option("gradient")
+    field(shown, "Examples").fill("The soup was cold and the room was warm.")
+    shown.get_by_role("button", name="Search").click()
+    expect(shown.locator("#facts")).to_contain_text("Log-likelihood per token", timeout=120_000)
+    (record, *_) = served("GET", "/v1/adapters").json()["data"]
+    assert (record["asked"]["reward"], record["asked"]["examples"]) == (None, 1)
+
+
 def tab_to(shown, locator):
     """Presses Tab until an element has the focus, which then can be seen."""
     for _ in range(40):

@@ -11,9 +11,7 @@ Requests join and leave between steps.  One thread calls `Engine.step`, or `Engi
 submit and cancel.
 """
 
-import collections
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +26,7 @@ from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.rollouts.prompts import bucket_length
 from grpocem_jax.serving import slots as device
 from grpocem_jax.serving.group import MOST_STEPS, Group, Settings
+from grpocem_jax.serving.line import Line
 from grpocem_jax.serving.prompts import Prompt, Prompts
 from grpocem_jax.serving.requests import COLDEST, Piece, Request, Ticket, check_request
 from grpocem_jax.serving.resident import Resident
@@ -186,26 +185,25 @@ class Engine:
             kept=prefix_tokens,
         )
 
-        self._wake = threading.Condition()
-        self._waiting: collections.deque[Ticket] = collections.deque()
-        self._closed = False
+        self._line = Line(max_queue)
+        self._lock = threading.Lock()
         self._step_s = LATENCY_S  # of a group, for one token of each slot
         self._held = 0
-        self._requests = self._finished = self._tokens = 0
+        self._finished = self._tokens = 0
 
     # What any thread may call.
 
     @property
     def stats(self) -> Stats:
         """Counters."""
-        with self._wake:
+        with self._lock:
             return Stats(
-                requests=self._requests,
+                requests=self._line.added,
                 finished=self._finished,
                 tokens=self._tokens,
                 prompt_tokens=self._prompts.tokens,
                 active=len(self._under_way()),
-                queued=len(self._waiting),
+                queued=len(self._line),
                 resident=0 if self._resident is None else len(self._resident),
                 evictions=0 if self._resident is None else self._resident.evictions,
             )
@@ -234,8 +232,7 @@ class Engine:
             length=self.length,
         )
         name, key, offsets = request.adapter, None, None
-        with self._wake:
-            self._check_room()
+        self._line.check_room()
         if name is not None:
             if self._resident is None:
                 raise InputError(f"adapter={name!r}: this engine has one adapter only; give None.")
@@ -250,11 +247,7 @@ class Engine:
             size=bucket_length(len(request.tokens), self.buckets),
             on_piece=on_piece,
         )
-        with self._wake:
-            self._check_room()
-            self._waiting.append(ticket)
-            self._requests += 1
-            self._wake.notify_all()
+        self._line.add(ticket)
         return ticket
 
     def forget(self, adapter: str) -> None:
@@ -264,13 +257,6 @@ class Engine:
         """
         if self._resident is not None:
             self._resident.forget(adapter)
-
-    def _check_room(self) -> None:
-        if self._closed:
-            raise queue.Full("the engine has stopped")
-        waiting = sum(not ticket.cancelled for ticket in self._waiting)
-        if waiting >= self.max_queue:
-            raise queue.Full(f"{self.max_queue} requests wait already")
 
     # What the engine's thread calls.
 
@@ -344,18 +330,15 @@ class Engine:
                     more = between()
                     credit = min(credit, 0.0) - (time.perf_counter() - started)
                 if not worked and not more:
-                    with self._wake:
-                        if not self._waiting:
-                            self._wake.wait(LATENCY_S)
+                    self._line.wait(LATENCY_S)
         finally:
             self.close()
 
     def close(self) -> None:
         """Cancels what is under way and takes no more requests."""
-        with self._wake:
-            self._closed = True
-            left = [*self._waiting, *self._under_way()]
-            self._waiting.clear()
+        left = self._line.close()
+        with self._lock:
+            left += self._under_way()
             for group in self._groups:
                 group.tickets = [None] * len(group.tickets)
             self._finished += len(left)
@@ -364,7 +347,11 @@ class Engine:
 
     def _admit(self) -> bool:
         """Puts requests that wait into free slots; returns whether there were any."""
-        self._drop_cancelled()
+        dropped = self._line.drop_cancelled()
+        with self._lock:
+            self._finished += len(dropped)
+        for ticket in dropped:
+            ticket._finish("cancelled")
         some, busy = False, bool(self._under_way())
         if busy and self._missing() > 0 and self._held < HELD_STEPS:
             return False
@@ -373,7 +360,9 @@ class Engine:
         for _ in range(2 if busy else self.slots):
             # One that is running already has room for more at no cost.
             groups = sorted((group for group in self._groups if group.free), key=_is_idle)
-            batch = self._next_batch(len(groups[0].free)) if groups else []
+            if not groups:
+                break
+            batch = self._line.take(len(groups[0].free), self._prompts.at_once, look=2 * self.slots)
             if not batch:
                 break
             some = True
@@ -385,43 +374,11 @@ class Engine:
 
         But an eighth of all is enough, as what is free is idle. Negative where more are free.
         """
-        with self._wake:
-            waiting = len(self._waiting)
-            most = self._prompts.at_once(self._waiting[0]._size) if waiting else 0
-        return min(most, waiting, max(1, self.slots // 8)) - sum(
+        first = self._line.first
+        most = 0 if first is None else self._prompts.at_once(first._size)
+        return min(most, len(self._line), max(1, self.slots // 8)) - sum(
             len(group.free) for group in self._groups
         )
-
-    def _drop_cancelled(self) -> None:
-        with self._wake:
-            dropped = [ticket for ticket in self._waiting if ticket.cancelled]
-            for ticket in dropped:
-                self._waiting.remove(ticket)
-            self._finished += len(dropped)
-        for ticket in dropped:
-            ticket._finish("cancelled")
-
-    def _next_batch(self, count: int) -> list[Ticket]:
-        """The request that waits longest and others of its bucket, at most ``count``."""
-        batch: list[Ticket] = []
-        passed: list[Ticket] = []
-        prompts: set[object] = set()
-        with self._wake:
-            # Of a long queue not all is looked through for what fits.
-            for _ in range(min(len(self._waiting), 2 * self.slots)):
-                if len(batch) == count:
-                    break
-                ticket = self._waiting.popleft()
-                size = batch[0]._size if batch else ticket._size
-                most = self._prompts.at_once(size)
-                fits = ticket._prompt in prompts or len(prompts) < most
-                if ticket._size == size and fits:
-                    batch.append(ticket)
-                    prompts.add(ticket._prompt)
-                else:
-                    passed.append(ticket)
-            self._waiting.extendleft(reversed(passed))
-        return batch
 
     def _place(self, group: Group, batch: Sequence[Ticket]) -> None:
         """Processes the prompts of a batch, equal ones once, and puts it into free slots."""
@@ -437,7 +394,7 @@ class Engine:
                         taken = [prompt.row for prompt in prompts]
                         row = self._resident.row(ticket._adapter, ticket._offsets, taken)
                     except Exception as error:  # it is gone, or whatever loading raises
-                        with self._wake:
+                        with self._lock:
                             self._finished += 1
                         ticket._finish("error", _message(error))
                         continue
@@ -465,7 +422,7 @@ class Engine:
                 if ticket is not None and ticket.cancelled:
                     self._free(group, slot, "cancelled")
         active = [group for group in self._groups if group.active]
-        waiting, missing = bool(self._waiting), self._missing()
+        waiting, missing = bool(self._line), self._missing()
         steps = max(1, min(int(LATENCY_S / self._step_s / max(1, len(active))), MOST_STEPS))
         if waiting and missing <= 0:
             steps = 1
@@ -508,7 +465,7 @@ class Engine:
     def _free(self, group: Group, slot: int, finish: str, error: str | None = None) -> None:
         ticket = group.tickets[slot]
         assert ticket is not None
-        with self._wake:
+        with self._lock:
             group.tickets[slot] = None
             self._finished += 1
         ticket._finish(finish, error)

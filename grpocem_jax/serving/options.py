@@ -35,6 +35,11 @@ class Options:
         at_least(1),
         default=256,
     )
+    prefix_tokens: int = setting(
+        "Tokens of beginnings of prompts that stay on the device; 0 for none.",
+        at_least(0),
+        default=4096,
+    )
     users: int = setting("Searches that advance in one program.", count(1), default=32)
     share: float = setting(
         "Share of the time that searches get while there are completions.",

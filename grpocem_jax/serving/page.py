@@ -107,5 +107,6 @@ def _of_models(catalogue: Catalogue) -> dict[str, Any]:
         "has_chat": form.render is not None,
         "is_chat": form.chat,
         "methods": [x for x in asked.METHODS if x != "experts" or catalogue.experts],
+        "rewards": {x: list(run.config.task(x).columns) for x in asked.rewards(run.config)},
         "generations": run.config.search.generations,
     }

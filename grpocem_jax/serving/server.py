@@ -264,6 +264,7 @@ def _make_engine(run: TrainedRun, options: Options, catalogue: Catalogue) -> Eng
         max_new_tokens=max(1, min(options.max_new_tokens, model.context_length // 2)),
         load=catalogue.load,
         max_queue=options.queue,
+        prefix_tokens=options.prefix_tokens,
         top_k=generation.top_k,
         min_p=generation.min_p,
         repetition_penalty=generation.repetition_penalty,

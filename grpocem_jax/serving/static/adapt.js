@@ -4,7 +4,8 @@ import { ApiError, call, events } from "./api.js";
 import { describeChart, drawChart, fillTable } from "./chart.js";
 import { byId, fail, make, options, say, sentence, show } from "./dom.js";
 import {
-  METHODS, SAMPLE_EXAMPLES, SAMPLE_PROMPT, countExamples, facts, progress, promptOf, readExamples, titleOf, verdict,
+  METHODS, SAMPLE_EXAMPLES, SAMPLE_PROMPT, countExamples, countPrompts, facts, progress, promptOf, readExamples,
+  rewardHint, titleOf, verdict,
 } from "./words.js";
 
 const PATIENCE = [500, 1000, 2000, 4000, 8000];
@@ -24,8 +25,11 @@ export function setUp(given) {
     search();
   });
   byId("examples").addEventListener("input", count);
+  byId("reward").addEventListener("change", useReward);
   byId("sample-examples").addEventListener("click", () => {
     byId("examples").value = SAMPLE_EXAMPLES;
+    byId("reward").value = "";
+    useReward();
     if (!byId("prompt").value) byId("prompt").value = SAMPLE_PROMPT;
     count();
     byId("examples").focus();
@@ -37,10 +41,22 @@ export function setUp(given) {
 
 export function useSettings(found) {
   settings = found;
-  options(byId("method"), found.methods.map((name) => [name, METHODS[name] ?? name]));
+  const rewards = Object.keys(found.rewards).map((name) => [name, `The reward of ${name}`]);
+  options(byId("reward"), [["", "The examples become more probable"], ...rewards], byId("reward").value);
+  useReward();
   const generations = byId("generations");
   generations.max = found.max_generations;
   generations.value = Math.min(found.generations, found.max_generations);
+}
+
+// A reward has no gradient, and its prompts have columns.
+function useReward() {
+  const reward = byId("reward").value;
+  const methods = settings.methods.filter((name) => !reward || name !== "gradient");
+  options(byId("method"), methods.map((name) => [name, METHODS[name] ?? name]), byId("method").value);
+  byId("reward-hint").hidden = !reward;
+  say("reward-hint", reward && rewardHint(settings.rewards[reward]));
+  count();
 }
 
 function read() {
@@ -48,18 +64,19 @@ function read() {
 }
 
 function count() {
-  say("examples-found", countExamples(read()));
+  say("examples-found", (byId("reward").value ? countPrompts : countExamples)(read()));
 }
 
 async function search() {
   const { examples } = read();
   const name = byId("name").value.trim();
+  const reward = byId("reward").value;
   fail("adapt-error");
   byId("search").disabled = true;
   try {
     const adapter = await call("POST", "v1/adapters", {
       json: {
-        examples,
+        ...(reward ? { prompts: examples, reward } : { examples }),
         method: byId("method").value,
         generations: Number(byId("generations").value),
         ...(name ? { name } : {}),

@@ -40,6 +40,16 @@ export function countExamples({ examples, form }) {
   return `${what}; ${answers} of them with an answer.`;
 }
 
+// The same where each is a prompt of a task, with the columns that its reward reads.
+export function countPrompts({ examples }) {
+  if (!examples.length) return "No prompt yet.";
+  if (!examples.every((x) => x && typeof x === "object" && !Array.isArray(x))) return "Each prompt has to be a JSON object.";
+  return examples.length > 1 ? `${examples.length} prompts.` : "1 prompt.";
+}
+
+export const rewardHint = (columns) =>
+  `The model answers each prompt, and the reward judges the answers. Paste one JSON object a line, with ${columns.join(", ")}.`;
+
 // The prompt of an example, where it has one that is a string.
 export const promptOf = (example) => (typeof example?.prompt === "string" ? example.prompt : "");
 
