@@ -53,7 +53,7 @@ parity: $(PARITY_VENV)/.installed $(TRANSFORMERS_4_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest -n 2 -m evosax \
 	    tests/test_search_methods.py tests/test_search_config.py $(ARGS)
 
-# Makes the figures of docs/benchmarks.md again, against PyTorch, transformers and TRL.
+# Makes the figures of docs/benchmarks.md again, against PyTorch, transformers, TRL and PEFT.
 bench: $(PEERS_VENV)/.installed
 	$(PEERS_VENV)/bin/python -m benchmarks.cem --peers
 	$(PEERS_VENV)/bin/python -m benchmarks.cem --tokens 128
@@ -61,6 +61,8 @@ bench: $(PEERS_VENV)/.installed
 	$(PEERS_VENV)/bin/python -m benchmarks.grpo --peers --repetitions 2
 	$(PEERS_VENV)/bin/python -m benchmarks.memory
 	$(PEERS_VENV)/bin/python -m benchmarks.scaling --plot docs/scaling.png
+	$(PEERS_VENV)/bin/python -m benchmarks.serve
+	$(PEERS_VENV)/bin/python -m benchmarks.serve --parts peft --config.model.source=random:gpt2
 
 # Measures the GPU of this machine; `make gpu OUT=FOLDER`.
 gpu: $(VENV)/.installed
@@ -120,7 +122,7 @@ $(TRANSFORMERS_4_VENV)/.installed: $(PARITY_VENV)/.installed
 
 $(PEERS_VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_VENV)/bin/pip install $(PIP_FLAGS) -c requirements.lock -e '.[peers]'
+	$(PEERS_VENV)/bin/pip install $(PIP_FLAGS) -c requirements.lock -e '.[peers,serve]'
 	touch $@
 
 clean:
