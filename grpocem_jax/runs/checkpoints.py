@@ -313,7 +313,7 @@ def _read_arrays(path: Path, template: Offsets) -> Offsets:
             raise InputError(
                 f"{path}: {name} has numbers that are not finite; train the adapter again."
             )
-    leaves = [jnp.asarray(arrays[name]) for name in wanted]
+    leaves = [jax.device_put(arrays[name]) for name in wanted]  # which compiles nothing
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
