@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from grpocem_jax import adapters
 from grpocem_jax.config import AdapterConfig, Config, commands, parse_config, section
@@ -28,12 +29,13 @@ from grpocem_jax.utils.errors import InputError
 
 
 class Subject(NamedTuple):
-    """What is measured: a config, and its model with a zero adapter on the device."""
+    """What is measured: a config, and its model with a zero adapter on the device, or devices."""
 
     config: Config
     source: str
     pretrained: hub.Pretrained
     attached: adapters.Attached
+    mesh: Mesh | None = None
 
 
 class Timing(NamedTuple):
@@ -95,6 +97,8 @@ def load(settings: ml_collections.ConfigDict) -> Subject:
 def outline(settings: ml_collections.ConfigDict) -> Subject:
     """As `load`, to compile for and not to run: parameters are shapes, and take no memory.
 
+    They are those of the devices among which training would divide a step.
+
     Raises:
       InputError: settings that cannot be used, a model that is no published shape and no
         ``random:SHAPE``, or an adapter that is not of singular values.
@@ -110,6 +114,7 @@ def outline(settings: ml_collections.ConfigDict) -> Subject:
             f"config.adapter.type={config.adapter.type!r}: only 'svf' can be measured without "
             "weights; use that."
         )
+    mesh = devices.sharing(config.prompts_per_step, weight_shards=config.model.weight_shards)
     pretrained = hub.load_outline(source)
     method = adapters.svf(
         rank_ratio=config.adapter.rank_ratio, tail=config.adapter.tail, svd=_no_decomposition
@@ -126,8 +131,12 @@ def outline(settings: ml_collections.ConfigDict) -> Subject:
     params = adapters.factor_params(method._replace(factor=factor), pretrained.params, sites)
     zero = adapters.init_adapter(method, jax.random.key(0), params, sites)
     params = jax.eval_shape(lambda x: base.cast_params(x, jnp.dtype(config.model.dtype)), params)
-    attached = adapters.Attached(model, params, method, sites, zero)
-    return Subject(config, source, pretrained, attached)
+    if mesh is not None:
+        params = jax.tree.map(
+            lambda x: x.update(sharding=devices.weights_place(mesh, x.shape)), params
+        )
+    attached = adapters.Attached(model, params, method, sites, devices.replicate(mesh, zero))
+    return Subject(config, source, pretrained, attached, mesh)
 
 
 def _parse(settings: ml_collections.ConfigDict) -> tuple[Config, str]:

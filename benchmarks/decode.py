@@ -16,6 +16,7 @@ from absl import flags
 from benchmarks import common
 from grpocem_jax.config import commands
 from grpocem_jax.models import sampling
+from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
 
@@ -35,13 +36,12 @@ def sampling_arguments(subject: common.Subject, prompt_length: int) -> tuple[Any
     """The other arguments of `sampling.sample`, for the prompts of one step."""
     count = subject.config.prompts_per_step
     prompts = common.random_tokens(subject, count, prompt_length)
-    attached = subject.attached
+    attached, keys = subject.attached, jax.random.split(jax.random.key(0), count)
+    rows = (jnp.asarray(prompts), jnp.ones(prompts.shape, bool), keys)
     return (
         attached.params,
         attached.zero,
-        jnp.asarray(prompts),
-        jnp.ones(prompts.shape, bool),
-        jax.random.split(jax.random.key(0), count),
+        *devices.divide(subject.mesh, rows),
         jnp.array([-1]),  # no token ends a completion
         jnp.float32(subject.config.generation.temperature),
     )

@@ -19,6 +19,7 @@ from grpocem_jax import grpo
 from grpocem_jax.models import sampling
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.update import update_program
+from grpocem_jax.utils import devices
 
 
 class Step(NamedTuple):
@@ -62,6 +63,9 @@ def compile_step(subject: common.Subject, prompt_length: int, length: int) -> St
     state = grpo.init_state(subject.attached.zero, update_with["optimizer"])
     shapes = jax.eval_shape(lambda *x: sampling.sample(*x, **settings), *arguments)
     batch = jax.eval_shape(lambda out: make_batch(arguments, out), shapes)
+    # Arrays, as shapes alone do not say among which devices they are divided.
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+    batch = devices.divide(subject.mesh, batch)
     update, update_seconds = common.compile_ahead(
         update_program,
         state,

@@ -23,6 +23,7 @@ from grpocem_jax.config import commands, make_method
 from grpocem_jax.grpo import init_state
 from grpocem_jax.models import sampling
 from grpocem_jax.search import fitness
+from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
 COMPILER = (
@@ -74,8 +75,8 @@ def ppo_bytes(
     return max(program_bytes(update), program_bytes(rollouts) + resident)
 
 
-def cem_bytes(subject: common.Subject, length: int) -> int:
-    """Peak of a CEM generation on a text of ``length`` tokens, from shapes alone."""
+def cem_program(subject: common.Subject, length: int) -> Any:
+    """Compiles a CEM generation on a text of ``length`` tokens, from shapes alone."""
     attached, method = subject.attached, make_method(subject.config)
     texts, chunk = cem.problem(subject, common.random_tokens(subject, length))
     space = gj.full_space(attached.zero)
@@ -83,13 +84,15 @@ def cem_bytes(subject: common.Subject, length: int) -> int:
     def generation(params: Any, search: gj.search.SearchState, texts: Any, key: Any) -> Any:
         score = fitness.Likelihood(params, attached.model)
         problem = gj.search.Problem.of(score, space, texts, key)
-        return gj.search.advance(method, problem, search, 1, population_chunk=chunk)
+        return gj.search.advance(
+            method, problem, search, 1, population_chunk=chunk, mesh=subject.mesh
+        )
 
     key = jax.random.key(0)
     problem = gj.search.Problem.of(lambda *_: jnp.float32(0.0), space, texts, key)
     first = gj.search.begin(method, problem, generations=1)
-    arguments = (attached.params, first, texts, key)
-    return program_bytes(jax.jit(generation).lower(*arguments).compile())
+    arguments = (attached.params, *devices.replicate(subject.mesh, (first, texts, key)))
+    return jax.jit(generation).lower(*arguments).compile()
 
 
 def measure(
@@ -114,7 +117,7 @@ def measure(
         for label, separate in CRITICS.items()
         if compare
     }
-    search = cem_bytes(subject, text_length)
+    search = program_bytes(cem_program(subject, text_length))
     weights = common.parameter_bytes(subject.attached.params)
     measured, seconds, how_measured = None, None, "not run"
     if run:

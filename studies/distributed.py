@@ -3,7 +3,8 @@
     python -m studies.distributed [--kills 10] [--workdir DIR] [--parts parity,faults]
 
 `parity` trains the default for 20 steps and adapts it, to a prompt, in the space of the experts and
-to a reward, as one process of four devices, two of two and four of one.  `faults` kills and stops
+to a reward, as one process of four devices, two of two and four of one, and counts what each of
+them does.  `faults` kills and stops
 one of two processes, lets a reward function raise and hang in one, and cuts off a checkpoint; after
 each the same command must continue to the bits of a run that nothing interrupted.
 """
@@ -31,7 +32,6 @@ from grpocem_jax.utils.errors import InputError
 from studies.kills import OVERRIDES, outcome
 
 ROOT = Path(__file__).resolve().parent.parent
-DEAD_AFTER_S, WAIT_S = 10, 90
 SMALL = {
     **OVERRIDES,
     "data.tasks": ("general",),
@@ -61,6 +61,7 @@ class Together:
       count: processes.
       devices: of each.
       faults: what is in the environment of one process, by its index.
+      counts: beginning of the paths where each writes what it did, see `studies.counted`.
     """
 
     def __init__(
@@ -69,17 +70,28 @@ class Together:
         count: int,
         devices: int,
         faults: dict[int, str] | None = None,
+        counts: Path | None = None,
     ):
         with socket.socket() as sought:
             sought.bind(("127.0.0.1", 0))
             port = sought.getsockname()[1]
         place = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
-        limits = [f"--wait_s={WAIT_S}", f"--dead_after_s={DEAD_AFTER_S}"]
+        values = flags.FLAGS
+        limits = [f"--wait_s={values.wait_s}", f"--dead_after_s={values.dead_after_s}"]
         device = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        self.counts = [Path(f"{counts}-{index}.json") for index in range(count if counts else 0)]
+        counting = [["-m", "studies.counted", str(path)] for path in self.counts]
         self.began = time.monotonic()
         self.processes = [
             subprocess.Popen(
-                [sys.executable, *arguments, *place, *limits, f"--process_id={index}"],
+                [
+                    sys.executable,
+                    *(counting[index] if counting else ()),
+                    *arguments,
+                    *place,
+                    *limits,
+                    f"--process_id={index}",
+                ],
                 cwd=ROOT,
                 env={**os.environ, **device, "GRPOCEM_FAULT": (faults or {}).get(index, "")},
                 stdout=subprocess.PIPE,
@@ -89,7 +101,7 @@ class Together:
             for index in range(count)
         ]
 
-    def end(self, limit_s: float = 1200) -> tuple[list[int], list[str], list[str]]:
+    def end(self, limit_s: float = 3600) -> tuple[list[int], list[str], list[str]]:
         """Waits for all; their statuses, standard outputs and errors.
 
         Raises:
@@ -113,52 +125,79 @@ def overrides(changes: dict[str, Any]) -> list[str]:
     return [f"--config.{name}={value}" for name, value in changes.items()]
 
 
-def succeed(together: Together) -> list[str]:
-    """Waits for processes that must succeed; what the first prints, by lines."""
-    statuses, out, err = together.end()
+def succeed(together: Together) -> list[dict[str, int]]:
+    """Waits for processes that must succeed; what each has counted, where it was to count."""
+    statuses, _, err = together.end()
     if any(statuses):
         raise InputError(f"a process ended with {statuses}: {' '.join(err)[-2000:]}")
-    return out[0].splitlines()
+    return [json.loads(path.read_text()) for path in together.counts]
+
+
+STEPS, GENERATIONS, POPULATION, PROMPTS = 20, 5, 16, 8
+"""Of `parity`; a step of the default updates 8 prompts."""
 
 
 def parity(folder: Path) -> None:
-    """Trains and adapts the default as one, two and four processes, and prints how far apart."""
+    """Trains and adapts the default as one, two and four processes, and prints how far apart.
+
+    Raises:
+      InputError: other completions, offsets further apart than 1e-6, or a process that does more
+        than its share.
+    """
     shapes = ((1, 4), (2, 2), (4, 1))
     adapters, texts, found = [], [], []
-    small = overrides({"train.max_steps": 20, "data.heldout_samples": 8})
+    whole = {"prompts updated": STEPS * PROMPTS, "scored": GENERATIONS * POPULATION}
+    small = overrides({"train.max_steps": STEPS, "data.heldout_samples": 8})
     for count, devices in shapes:
         workdir = folder / f"default-{count}x{devices}"
         train = ["train.py", "--config", "tiny", *small, "--workdir", str(workdir)]
-        succeed(Together(train, count, devices))
+        counts = succeed(Together(train, count, devices, counts=folder / f"train-{count}"))
         adapters.append(load_file(workdir / "adapter" / "adapter_model.safetensors"))
         texts.append((workdir / "completions.jsonl").read_bytes())
-        found.append(adapt(folder / "default-1x4", folder / "found", count, devices))
+        own, scored = adapt(folder / "default-1x4", folder / "found", count, devices)
+        found.append(own)
+        if count == 1:
+            whole |= {name: counts[0][name] for name in ("prompts completed", "completions judged")}
+        shares = {name: max(each[name] for each in counts) / whole[name] for name in whole}
+        shares["scored"] = max(each["scored"] for each in scored) / whole["scored"]
         apart = {"adapter": distance(adapters[0], adapters[-1])}
         apart |= {name: distance(found[0][name], own) for name, own in found[-1].items()}
         shown = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
         same = "the same" if texts[-1] == texts[0] else "OTHER"
-        print(f"{count} processes x {devices} devices: {same} completions; apart by {shown}")
+        print(
+            f"{count} processes x {devices} devices: {same} completions; apart by {shown}; at most "
+            f"of a process: {', '.join(f'{name} {x:.2f}' for name, x in shares.items())}",
+            flush=True,
+        )
+        if same == "OTHER" or max(apart.values()) > 1e-6:
+            raise InputError("several processes found something else than one.")
+        if count > 1 and max(shares.values()) > {2: 0.55, 4: 0.3}[count]:
+            raise InputError("a process did more than its share.")
 
 
-def adapt(workdir: Path, folder: Path, count: int, devices: int) -> dict[str, dict[str, Any]]:
-    """Adapts a trained run in three ways; the adapters found."""
+def adapt(
+    workdir: Path, folder: Path, count: int, devices: int
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, int]]]:
+    """Adapts a trained run in three ways; the adapters found, and what was done for the first."""
     folder.mkdir(exist_ok=True)
     prompt = ["--prompt", "Review: The soup was cold, but the waiter was kind."]
-    small = {"search.generations": 5, "search.gate": False, "cem.population_size": 16}
+    small = {"search.generations": GENERATIONS, "search.gate": False}
+    small["cem.population_size"] = POPULATION
     reward = {"search.fitness": "reward", "search.task": "general", "search.samples": 2}
     ways = {
         "likelihood": [*prompt, *overrides(small)],
         "experts": [*prompt, *overrides({**small, "search.space": "experts"})],
         "reward": ["--examples", str(prompts(folder)), *overrides({**small, **reward})],
     }
-    found = {}
+    found, counts = {}, []
     for name, arguments in ways.items():
         saved = folder / f"{name}-{count}"
         shutil.rmtree(saved, ignore_errors=True)
         command = ["adapt.py", "--workdir", str(workdir), "--save", str(saved)]
-        succeed(Together([*command, *arguments], count, devices))
+        done = succeed(Together([*command, *arguments], count, devices, counts=folder / name))
+        counts.append(done)
         found[name] = load_file(saved / "adapter_model.safetensors")
-    return found
+    return found, counts[0]
 
 
 def prompts(folder: Path) -> Path:
@@ -259,6 +298,8 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("kills", 10, "Processes to kill at random moments.")
     flags.DEFINE_integer("seed", 0, "Of the moments.")
+    flags.DEFINE_integer("wait_s", 90, "As of the commands, longer where others need the machine.")
+    flags.DEFINE_integer("dead_after_s", 10, "The same.")
     flags.DEFINE_string("parts", "parity,faults", "What to run.")
     flags.DEFINE_string("workdir", None, "Folder of the runs; by default a temporary one.")
     commands.run(main)

@@ -9,23 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from grpocem_jax import adaptation, rollouts
+from grpocem_jax import adaptation
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import SearchConfig
 from grpocem_jax.config.files import load_config
 from grpocem_jax.runs.trained import TrainedRun, load_run
-from grpocem_jax.search import drivers
-from grpocem_jax.tasks import scoring
 from grpocem_jax.training import loop as training
-from grpocem_jax.training import update
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils import cluster
+from studies.counted import count
 
 TEXT = "Review: The soup was cold, but the waiter was kind."
-DONE = dict.fromkeys(("prompts completed", "completions judged", "prompts updated", "scored"), 0)
 
 
 def settings(model: str) -> Any:
@@ -55,33 +51,6 @@ def settings(model: str) -> Any:
     return config
 
 
-def count() -> None:
-    """Counts what this process does."""
-    generate, call = rollouts.engine.generate, scoring.call
-    gradients, fitness = update._gradients, drivers._fitness
-
-    def counted_generate(
-        policy: Any, offsets: Any, prompts: Any, *args: Any, **options: Any
-    ) -> Any:
-        DONE["prompts completed"] += len(prompts.tokens)
-        return generate(policy, offsets, prompts, *args, **options)
-
-    def counted_call(calls: Any) -> Any:
-        DONE["completions judged"] += sum(len(each.completions) for each in calls)
-        return call(calls)
-
-    def counted_gradients(offsets: Any, params: Any, batch: Any, *args: Any, **options: Any):
-        DONE["prompts updated"] += len(batch.completions)
-        return gradients(offsets, params, batch, *args, **options)
-
-    def counted_fitness(problem: Any, points: Any, *args: Any, **options: Any) -> Any:
-        DONE["scored"] += len(jax.tree.leaves(points)[0])
-        return fitness(problem, points, *args, **options)
-
-    rollouts.engine.generate, scoring.call = counted_generate, counted_call
-    update._gradients, drivers._fitness = counted_gradients, counted_fitness
-
-
 def found(offsets: Offsets) -> dict[str, Any]:
     """Offsets as JSON."""
     return {name: np.asarray(value).tolist() for name, value in offsets.items()}
@@ -105,7 +74,7 @@ def main(folder: Path, port: int, processes: int, index: int) -> dict[str, Any]:
     """Trains and adapts; in the folder lies the model."""
     if processes > 1:
         cluster.join(cluster.Place(f"127.0.0.1:{port}", processes, index), wait_s=120)
-    count()
+    done = count()
     training.report.write = lambda workdir: workdir / "report"  # seconds of drawing
     with cluster.here().together():
         # Another folder in each, as on machines that share none: process 0's is the run's.
@@ -116,7 +85,7 @@ def main(folder: Path, port: int, processes: int, index: int) -> dict[str, Any]:
     rounds, received = cluster.here().traffic
     return {
         "found": result,
-        "done": DONE,
+        "done": done,
         "traffic": {"rounds": rounds, "bytes": received},
         "devices used": summary["devices_used"],
         "steps": summary["steps"],

@@ -53,6 +53,7 @@ def completed(policy, prompts, groups):
         tokens,
         mask,
         np.ones(mask.shape[:2], bool),
+        np.zeros(mask.shape[:2], bool),
         [list(group) for group in groups],
     )
 

@@ -1,11 +1,14 @@
-"""Computes on two devices and on one what `test_devices.py` compares; prints it as JSON."""
+"""Computes on several devices and on one what `test_devices.py` compares; prints it as JSON.
+
+python -m tests.two_devices [WEIGHT_SHARDS]
+"""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ from grpocem_jax.utils import devices
 from tests.runs import thin_model
 
 PROMPT = "Review: The soup was cold, but the waiter was kind."
-MESH = devices.make_mesh(jax.devices())
+WEIGHT_SHARDS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+MESH = devices.make_mesh(jax.devices(), weight_shards=WEIGHT_SHARDS)
 
 
 def settings() -> Any:
@@ -69,7 +73,7 @@ def work(function: Any, *args: Any, **kwargs: Any) -> float:
 
 config = parse_config(settings())
 one = load_policy(config)
-two = dataclasses.replace(one, params=devices.replicate(MESH, one.params), mesh=MESH)
+two = load_policy(config, mesh=MESH)
 items = load_data(config, one).train[:4]
 prompts = rollouts.pad([item.tokens for item in items], 64)
 generate = functools.partial(
@@ -173,12 +177,14 @@ def work_of_a_generation() -> float:
 
 def train(workdir: Path, count: int) -> tuple[dict[str, Any], str]:
     """A run on so many devices: its summary, and the line of the first screen on the device."""
-    real, out = jax.local_device_count, io.StringIO()
+    real, out, given = jax.local_device_count, io.StringIO(), settings()
     if count == 1:
         jax.local_device_count = lambda: 1
+    else:
+        given.model.weight_shards = WEIGHT_SHARDS
     try:
         with contextlib.redirect_stdout(out):
-            summary = training.train(settings(), workdir)
+            summary = training.train(given, workdir)
     finally:
         jax.local_device_count = real
     (line,) = (x for x in out.getvalue().splitlines() if x.startswith("device "))
@@ -190,15 +196,18 @@ def offsets(workdir: Path) -> dict[str, np.ndarray]:
     return load_file(workdir / "adapter" / "adapter_model.safetensors")
 
 
+def completions(workdir: Path) -> list[str]:
+    """A run's texts; rewards by the base model's likelihood differ in their last digits."""
+    lines = (workdir / "completions.jsonl").read_text().splitlines()
+    return [json.loads(line)["completion"] for line in lines]
+
+
 def compare_runs(folder: Path) -> dict[str, Any]:
     """A run on one device, on two, and begun on two and continued on one."""
-    runs = [train(folder / str(count), count) for count in (1, 2)]
-    first, second = (offsets(folder / str(count)) for count in (1, 2))
-    # Rewards by the base model's likelihood differ in their last digits.
-    texts = [
-        [json.loads(line)["completion"] for line in path.read_text().splitlines()]
-        for path in (folder / str(count) / "completions.jsonl" for count in (1, 2))
-    ]
+    counts = (1, 2)
+    runs = [train(folder / str(count), count) for count in counts]
+    first, second = (offsets(folder / str(count)) for count in counts)
+    texts = [completions(folder / str(count)) for count in counts]
     begun = shutil.copytree(folder / "2", folder / "begun")
     for name in ("summary.json", "checkpoints/2"):
         path = begun / name
@@ -208,6 +217,8 @@ def compare_runs(folder: Path) -> dict[str, Any]:
         "run": {
             "devices_used": [summary["devices_used"] for summary, _ in runs],
             "same completions": texts[0] == texts[1],
+            "completions": texts[0],
+            "adapter": {name: x.tolist() for name, x in first.items()},
             "moved": largest(first),
             "difference": difference(first, second),
             "screen": runs[1][1],
@@ -219,17 +230,47 @@ def compare_runs(folder: Path) -> dict[str, Any]:
     }
 
 
+def share_of_weights() -> float:
+    """The part of the weights that lies on a device."""
+    leaves = jax.tree.leaves(two.params)
+    return sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
+
+
+def of_shared_weights(folder: Path) -> dict[str, Any]:
+    """With weights in parts on a device each: a step's programs, and a run on all devices."""
+    summary, line = train(folder / "all", jax.device_count())
+    return {
+        "rollouts": compare_rollouts(),
+        "update": compare_update(1),
+        "search": compare_search(CEM(population_size=10), 0),
+        "weights": share_of_weights(),
+        "generation": work_of_a_generation(),
+        "sharing": [devices.sharing(n, weight_shards=WEIGHT_SHARDS).size for n in (1, 2, 3, 4)],
+        "run": {
+            "devices_used": summary["devices_used"],
+            "completions": completions(folder / "all"),
+            "adapter": {name: x.tolist() for name, x in offsets(folder / "all").items()},
+            "screen": line,
+        },
+    }
+
+
 if __name__ == "__main__":
     training.report.write = lambda workdir: workdir / "report"  # seconds of drawing
     with tempfile.TemporaryDirectory() as place:
-        found = {
-            "rollouts": compare_rollouts(),
-            "update": {count: compare_update(count) for count in (1, 2)},
-            "search": {chunk: compare_search(CEM(population_size=10), chunk) for chunk in (0, 3)},
-            "generation": work_of_a_generation(),
-            "sharing": [getattr(devices.sharing(count), "size", 1) for count in (1, 2, 3, 4)],
-            "one of two": screens.first(config, one, [], Path("run")).splitlines()[0],
-            "gradient": compare_search(GradientAscent(), 0),
-            **compare_runs(Path(place)),
-        }
+        if WEIGHT_SHARDS > 1:
+            found = of_shared_weights(Path(place))
+        else:
+            found = {
+                "rollouts": compare_rollouts(),
+                "update": {count: compare_update(count) for count in (1, 2)},
+                "search": {
+                    chunk: compare_search(CEM(population_size=10), chunk) for chunk in (0, 3)
+                },
+                "generation": work_of_a_generation(),
+                "sharing": [getattr(devices.sharing(count), "size", 1) for count in (1, 2, 3, 4)],
+                "one of two": screens.first(config, one, [], Path("run")).splitlines()[0],
+                "gradient": compare_search(GradientAscent(), 0),
+                **compare_runs(Path(place)),
+            }
     print(json.dumps(found))

@@ -56,6 +56,7 @@ def complete(
             buckets=run.config.search.buckets,
             greedy=True,
             require_finite=True,
+            shared=("texts",),
         )
         texts.append(out.texts[0][0])
     return texts

@@ -63,6 +63,7 @@ def attach(
     *,
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
+    place: Callable[[Any], Any] = lambda array: array,
 ) -> Attached:
     """Puts an adapter on a model and the model on the device.
 
@@ -79,6 +80,8 @@ def attach(
       sites: the linear maps to adapt, as `select_sites` takes them.
       key: PRNG key of the adapter's random arrays; by default that of seed 0.
       dtype: of the matrices, see `cast_params`.
+      place: puts arrays of parameters, a pytree, where they are to lie; by default on the first
+        device. Those of a site come as soon as they are made, so that no device needs room for all.
 
     Raises:
       InputError: a site that the model lacks, or settings of the adapter that leave nothing to
@@ -90,12 +93,12 @@ def attach(
     model = pretrained.build(adapter.apply)
     chosen = select_sites(model.sites, sites)
     with calling("factor"):
-        params = factor_params(adapter, pretrained.params, chosen, key=key)
+        params = factor_params(adapter, pretrained.params, chosen, key=key, place=place)
     _check_arrays("factor", {name: get(params, path) for name, path in chosen.items()})
     with calling("init"):
         zero = init_adapter(adapter, key, params, chosen)
     _check_arrays("init", zero)
-    params = cast_params(params, jnp.dtype(dtype))
+    params = cast_params(params, jnp.dtype(dtype), place)
     _check_apply(adapter, pretrained.params, params, zero, chosen)
     return Attached(_through(model, adapter.view), params, adapter, chosen, zero)
 

@@ -119,7 +119,12 @@ def _set(params: Any, path: tuple[str, ...], value: Any) -> Any:
 
 
 def factor_params(
-    adapter: Adapter, params: Any, sites: Sites, *, key: jax.Array | None = None
+    adapter: Adapter,
+    params: Any,
+    sites: Sites,
+    *,
+    key: jax.Array | None = None,
+    place: Callable[[Any], Any] = lambda array: array,
 ) -> Any:
     """Parameters with the kernel at every site replaced by its factors; the input is unchanged.
 
@@ -128,11 +133,13 @@ def factor_params(
       params: plain parameters.
       sites: the sites to adapt.
       key: PRNG key of random frozen arrays; by default that of seed 0.
+      place: puts the factors of a site where they are to lie.
     """
     key = jax.random.key(0) if key is None else key
     for number, path in enumerate(sites.values()):
         kernel = np.asarray(get(params, path))
-        params = _set(params, path, adapter.factor(jax.random.fold_in(key, number), kernel))
+        factors = place(adapter.factor(jax.random.fold_in(key, number), kernel))
+        params = _set(params, path, factors)
     return params
 
 

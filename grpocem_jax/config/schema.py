@@ -54,6 +54,14 @@ class ModelConfig:
         one_of("auto", *DTYPES),
         default="float32",
     )
+    weight_shards: int = setting(
+        "Devices of a process that hold the weights together, each a part of every matrix, where "
+        "one has no room for them; they compute the same prompts and candidates together. Must "
+        "divide the number of devices.",
+        at_least(1),
+        default=1,
+        alters="nothing",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ from grpocem_jax.grpo.objectives import (
     sequence_log_ratio,
 )
 from grpocem_jax.grpo.optimizers import adamw, optimizer
+from grpocem_jax.grpo.reading import ARRAYS, read_by, reads
 from grpocem_jax.grpo.shaping import Shaping
 from grpocem_jax.grpo.step import (
     METRICS,
@@ -71,6 +72,7 @@ from grpocem_jax.grpo.weights import (
 
 __all__ = [
     "AGGREGATIONS",
+    "ARRAYS",
     "EQUAL",
     "METRICS",
     "STATIC",
@@ -106,6 +108,8 @@ __all__ = [
     "optimizer",
     "outcome_advantages",
     "process_advantages",
+    "read_by",
+    "reads",
     "require_array",
     "require_shaped",
     "scale_and_clip",

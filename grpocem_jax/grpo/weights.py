@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from grpocem_jax.grpo.reading import reads
 from grpocem_jax.models.sampling import Rollouts
 from grpocem_jax.utils.errors import InputError
 
@@ -63,7 +64,13 @@ def aggregate(aggregation: str = "sequence") -> WeightRule:
     """
     if aggregation not in AGGREGATIONS:
         raise InputError(f"aggregation={aggregation!r}: must be one of {', '.join(AGGREGATIONS)}.")
-    return lambda key, rollouts: (token_weights(rollouts.mask, aggregation), None)
+
+    @reads()
+    def rule(key: jax.Array, rollouts: Rollouts) -> tuple[jax.Array, jax.Array | None]:
+        del key
+        return token_weights(rollouts.mask, aggregation), None
+
+    return rule
 
 
 @functools.partial(jax.jit, static_argnames="count")

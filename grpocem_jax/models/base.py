@@ -214,7 +214,9 @@ def attend(query: jax.Array, segments: list[tuple[jax.Array, jax.Array, jax.Arra
     return out.reshape(query.shape)
 
 
-def cast_params(params: Params, dtype: jnp.dtype) -> Params:
+def cast_params(
+    params: Params, dtype: jnp.dtype, place: Callable[[Any], Any] = lambda array: array
+) -> Params:
     """The mixed-precision switch: matrices in ``dtype``, vectors (norms, biases) in float32.
 
     Products then take operands in ``dtype`` and accumulate in float32 (`dense`, `attend`); the
@@ -223,8 +225,11 @@ def cast_params(params: Params, dtype: jnp.dtype) -> Params:
     Args:
       params: nested dict of arrays, with factors at adapted sites or without; not changed.
       dtype: ``jnp.float32`` or ``jnp.bfloat16``, of arrays with at least two axes.
+      place: puts an array where it is to lie, before it changes its type.
 
     Returns:
       the same structure and shapes, arrays on the device.
     """
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.ndim >= 2 else jnp.float32), params)
+    return jax.tree.map(
+        lambda x: jnp.asarray(place(x), dtype if x.ndim >= 2 else jnp.float32), params
+    )

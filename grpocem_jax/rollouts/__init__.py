@@ -1,6 +1,6 @@
 """Rollouts: prompts to completions, completions to rewards, and the policy that makes them."""
 
-from grpocem_jax.rollouts.engine import Completions, complete, decode, generate
+from grpocem_jax.rollouts.engine import SHARED, Completions, complete, decode, generate
 from grpocem_jax.rollouts.prompts import Item, Prompts, batches, bucket_length, encode, pad
 from grpocem_jax.rollouts.rewards import (
     Scores,
@@ -12,6 +12,7 @@ from grpocem_jax.rollouts.rewards import (
 from grpocem_jax.rollouts.shots import task_format
 
 __all__ = [
+    "SHARED",
     "Completions",
     "Item",
     "Prompts",

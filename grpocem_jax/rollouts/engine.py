@@ -4,7 +4,7 @@
 completion of a prompt and a population of candidates differ in its arguments alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,9 @@ from grpocem_jax.rollouts.prompts import Prompts, bucket_length, pad
 from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
+SHARED = ("tokens", "logps", "entropies", "texts")
+"""What of completions one process may have from others; their lengths it has in any case."""
+
 
 class Completions(NamedTuple):
     """Completions of ``P`` prompts, ``G`` samples each, at most ``N`` tokens.
@@ -29,6 +32,7 @@ class Completions(NamedTuple):
       mask: bool ``[P, G, N]``, the same.
       finite: bool ``[P, G]``, whether all log-probabilities of a completion are finite. Where they
         are not, the logits were not either, and the tokens mean nothing.
+      cut: bool ``[P, G]``, whether a completion ended because it has ``N`` tokens.
       texts: the decoded completions, ``[P][G]``.
       base_logps: log-probabilities of each completion's ``n`` tokens under the base model at
         temperature 1, its end token's included, ``[P][G]`` of float32 ``[n]``; None unless a reward
@@ -40,6 +44,7 @@ class Completions(NamedTuple):
     tokens: np.ndarray
     mask: np.ndarray
     finite: np.ndarray
+    cut: np.ndarray
     texts: list[list[str]]
     base_logps: list[list[np.ndarray]] | None = None
 
@@ -66,12 +71,13 @@ def complete(
     greedy: bool = False,
     own_adapters: bool = False,
     require_finite: bool = False,
+    shared: Collection[str] = SHARED,
 ) -> Completions:
     """Completes a batch of prompts.
 
     The completions of a prompt depend on its tokens, its key and its adapter alone, not on the
     other prompts or the bucket, nor on the process that makes them: each completes its share, and
-    all of them have all completions.
+    all of them have the masks and what else is ``shared``.
 
     Args:
       policy: the policy.
@@ -86,6 +92,8 @@ def complete(
       greedy: the last sample of each prompt takes the most probable tokens, the others are drawn.
       own_adapters: whether each prompt has an adapter of its own.
       require_finite: whether completions are of use only if all their logits are finite.
+      shared: which of `SHARED` a process gets of the completions that others make; the rest is
+        zero there, and the texts empty.
 
     Raises:
       InputError: with ``require_finite``, logits that are not finite; a setting out of range.
@@ -109,19 +117,30 @@ def complete(
             greedy=greedy,
             own_adapters=own_adapters,
         )
-        return {**out._asdict(), "texts": decode(policy, *jax.device_get((out.tokens, out.mask)))}
+        tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
+        ended = np.isin(tokens[..., -1], np.asarray(policy.end_ids))
+        return {
+            **out._asdict(),
+            "lengths": mask.sum(-1, dtype=np.int32),
+            "finite": np.isfinite(logps).all(-1),
+            "cut": mask[..., -1] & ~ended,
+            "texts": decode(policy, tokens, mask),
+        }
 
-    found = policy.processes.divided(len(prompts), of_rows)
-    texts = found.pop("texts")
+    kept = {"mask", *SHARED}.difference(shared)
+    found = policy.processes.divided(len(prompts), of_rows, kept)
+    lengths, finite, cut = (found.pop(name) for name in ("lengths", "finite", "cut"))
+    texts = [group or [""] * num_samples for group in found.pop("texts")]
+    if policy.processes.count > 1:  # the mask of a completion is its length
+        found["mask"] = np.arange(found["tokens"].shape[-1]) < lengths[..., None]
     out = sampling.Rollouts(**found)
-    tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
-    finite = np.isfinite(logps).all(-1)
+    tokens, mask = jax.device_get((out.tokens, out.mask))
     if require_finite and not finite.all():
         count = f"in {np.sum(~finite)} of {finite.size} completions "
         raise InputError(
             f"{count}{policy.nonfinite_logits('use another adapter, or other prompts')}."
         )
-    return Completions(padded, out, tokens, mask, finite, texts)
+    return Completions(padded, out, tokens, mask, finite, cut, texts)
 
 
 def generate(

@@ -39,8 +39,8 @@ class Policy:
       end_ids: int32 ``[E]``, tokens that end a completion: the model's own, and those that are a
         stop string by themselves.
       pretrained: where the model came from.
-      mesh: the devices of this process that work together, each with all parameters; None for a
-        single one.
+      mesh: the devices of this process that work together, each with all parameters or a part of
+        them; None for a single one.
       processes: those that work together, each with a policy of its own.
       stop_strings: what ends a completion wherever it appears in the text.
       stop_table: int32 ``[K, V]``, by which the tokens are watched for them, see
@@ -150,7 +150,8 @@ def load_policy(
     Args:
       config: of which the model, the adapter, the stop strings and the seed are read.
       adapter: an adapter of one's own, in place of the config's on the config's sites.
-      mesh: devices that the parameters are put on, see `grpocem_jax.utils.devices`.
+      mesh: devices among which the parameters are divided, or which all have them, see
+        `grpocem_jax.utils.devices`.
       processes: those that share the work, see `grpocem_jax.utils.processes`.
 
     Raises:
@@ -188,9 +189,9 @@ def load_policy(
         )
     written = [continuing.encode(text, add_special_tokens=False) for text in generation.stop]
     end_ids = [*pretrained.end_ids, *(tokens[0] for tokens in written if len(tokens) == 1)]
-    attached = attach(pretrained, config, adapter=adapter)
+    attached = attach(pretrained, config, adapter=adapter, mesh=mesh)
     return Policy(
-        **attached._replace(params=devices.replicate(mesh, attached.params))._asdict(),
+        **attached._asdict(),
         tokenizer=pretrained.tokenizer,
         continuing=continuing,
         start_ids=_start_ids(pretrained.tokenizer),
@@ -211,6 +212,7 @@ def attach(
     *,
     adapter: adapters.Adapter | None = None,
     dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> adapters.Attached:
     """Puts the adapter of a config on a model, see `adapters.attach`.
 
@@ -219,6 +221,7 @@ def attach(
       config: of which the adapter, the seed and the model's type are read.
       adapter: as in `load_policy`.
       dtype: another type of the matrices.
+      mesh: as in `load_policy`.
 
     Raises:
       InputError: as `adapters.attach`, with the config's field.
@@ -231,6 +234,7 @@ def attach(
             settings.sites,
             key=jax.random.key(config.seed),
             dtype=jnp.dtype(devices.matrix_dtype(dtype or config.model.dtype)),
+            place=functools.partial(devices.place_weights, mesh),
         )
 
 

@@ -52,7 +52,12 @@ def _asks(function: Any) -> bool:
 
 
 def with_base_logps(
-    policy: Policy, items: Sequence[Item], out: Completions, *, steps: bool = False
+    policy: Policy,
+    items: Sequence[Item],
+    out: Completions,
+    *,
+    steps: bool = False,
+    own: bool = False,
 ) -> Completions:
     """Completions with the base model's log-probabilities, where a reward function asks for them.
 
@@ -61,33 +66,38 @@ def with_base_logps(
       items: the ``P`` prompts that were completed.
       out: their completions.
       steps: whether `score_steps` will judge them too.
+      own: whether each process needs those of its own prompts alone, as `score` does of the same
+        prompts. Otherwise the tokens must be shared.
 
     Returns:
       ``out`` with ``base_logps``, those of prompts whose rewards do not ask empty; as it is where
       none does.
     """
     rows: list[int] = []
-    for own in _by_task(items).values():
-        task = items[own[0]].task
+    for task_rows in _by_task(items).values():
+        task = items[task_rows[0]].task
         functions = [reward.function for reward in task.rewards]
         if any(map(_asks, [*functions, task.process_reward] if steps else functions)):
-            rows += own
+            rows += task_rows
+    if own:
+        rows = [row for row in rows if row in policy.processes.own(len(items))]
     if not rows:
         return out
     # To a power of two, so that few numbers of prompts are compiled.
     filled = np.resize(rows, 1 << (len(rows) - 1).bit_length())
 
-    def of_rows(own: np.ndarray) -> dict[str, np.ndarray]:
-        asked = filled[own]
+    def of_rows(some: np.ndarray) -> dict[str, np.ndarray]:
+        asked = filled[some]
         batch = (*(x[asked] for x in out.prompts), out.tokens[asked], out.mask[asked])
         logps = _base_logps(
             policy.params, policy.zero, devices.divide(policy.mesh, batch), model=policy.model
         )
         return {"logps": np.asarray(logps)}
 
-    found = policy.processes.divided(len(filled), of_rows)["logps"]
+    every = np.arange(len(filled))
+    found = of_rows(every) if own else policy.processes.divided(len(every), of_rows)
     logps: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] * len(group) for group in out.texts]
-    for row, group in zip(rows, found, strict=False):
+    for row, group in zip(rows, found["logps"], strict=False):
         logps[row] = [x[mask] for x, mask in zip(group, out.mask[row], strict=True)]
     return out._replace(base_logps=logps)
 
@@ -375,9 +385,10 @@ def population_rewards(
         own_adapters=True,
         # What a single adapter makes is meant to be judged; of many, some may be far out.
         require_finite=count == 1,
+        shared=(),
     )
     asked = [*items] * count
-    out = with_base_logps(policy, asked, out)
+    out = with_base_logps(policy, asked, out, own=True)
     judged = score(asked, out.texts, out.base_logps, processes=policy.processes)
     scores = np.where(out.finite, judged.total, np.nan)
     scores = scores.reshape(count, len(items), num_samples)

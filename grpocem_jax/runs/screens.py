@@ -22,6 +22,8 @@ def setting(config: Config, policy: Policy) -> list[str]:
     used, there = policy.num_devices // processes.count, jax.local_device_count()
     count = f"{used} of {there} x " if used < there else f"{used} x " if used > 1 else ""
     several = f"{processes.count} processes x " if processes.count > 1 else ""
+    shards = config.model.weight_shards
+    parts = f", weights in {shards} parts" if shards > 1 else ""
     asked = ", by model.dtype=auto" if config.model.dtype == "auto" else ""
     packaged = hub.PACKAGED.get(pretrained.source)
     source = {
@@ -35,7 +37,7 @@ def setting(config: Config, policy: Policy) -> list[str]:
     }[pretrained.kind]
     return [
         f"device    {several}{count}{device.platform} ({device.device_kind}), "
-        f"{policy.dtype}{asked}",
+        f"{policy.dtype}{asked}{parts}",
         f"model     {source}, {total:,} parameters, frozen",
         f"adapter   {trainable:,} {trained(config.adapter)} ({100 * trainable / total:.3f}%)",
     ]

@@ -104,7 +104,7 @@ def _with_model(config: Config, model: str | None) -> Config:
 
 def _load_policy(config: Config) -> Policy:
     together = cluster.here()
-    mesh = devices.make_mesh(jax.local_devices())
+    mesh = devices.make_mesh(jax.local_devices(), weight_shards=config.model.weight_shards)
     policy = together.ahead(lambda: load_policy(config, mesh=mesh, processes=together))
     together.require_same({"the model": policy.pretrained.sha256})
     return policy

@@ -57,19 +57,26 @@ def make_algorithm(config: Config, *, total_steps: int = 0) -> Algorithm:
     )
 
 
+@grpo.reads()
+def _unshaped(rewards: jax.Array, logps: jax.Array, mask: jax.Array) -> jax.Array:
+    del logps, mask
+    return rewards
+
+
 def _make_shaping(config: Config) -> grpo.Shaping:
     settings = config.grpo
     where, function = _make(
         "grpo.shaping",
         settings.shaping,
         settings.shaping_options,
-        named={"none": lambda: lambda rewards, logps, mask: rewards, **variants.SHAPINGS},
+        named={"none": lambda: _unshaped, **variants.SHAPINGS},
         returns="a function (rewards [P, G], logps [P, G, N], mask) -> rewards [P, G]",
         check=grpo.check_shaping,
     )
     if not user_code.is_reference(settings.shaping):
         return function
 
+    @grpo.reads(*grpo.read_by(function))
     def guarded(rewards: jax.Array, logps: jax.Array, mask: jax.Array) -> jax.Array:
         with _naming(where, "the reward shaping"):
             found = function(rewards, logps, mask)
@@ -82,15 +89,20 @@ def _make_shaping(config: Config) -> grpo.Shaping:
 def _make_advantages(config: Config) -> grpo.Advantages:
     settings = config.grpo
     scaling = {"scale": settings.reward_scale, "clip": settings.reward_clip}
-    group = functools.partial(grpo.group_advantages, supervision=settings.supervision)
-    scaled = functools.partial(grpo.scaled_advantages, supervision=settings.supervision)
+    outcomes = {"supervision": settings.supervision}
+    group = grpo.reads()(functools.partial(grpo.group_advantages, **outcomes))
+
+    def scaled(**options: Any) -> grpo.Advantages:
+        given = {**outcomes, **scaling, **options}
+        return grpo.reads()(functools.partial(grpo.scaled_advantages, **given))
+
     where, function = _make(
         "grpo.advantages",
         settings.advantages,
         settings.advantages_options,
         named={
             "group": lambda: group,
-            "scaled": lambda **options: functools.partial(scaled, **{**scaling, **options}),
+            "scaled": scaled,
             **variants.ADVANTAGES,
         },
         returns="a function (rewards, step_rewards, tokens, mask) -> advantages [P, G, N]",
@@ -99,6 +111,7 @@ def _make_advantages(config: Config) -> grpo.Advantages:
     if not user_code.is_reference(settings.advantages):
         return function
 
+    @grpo.reads(*grpo.read_by(function))
     def guarded(
         rewards: ArrayLike, step_rewards: ArrayLike, tokens: ArrayLike, mask: ArrayLike
     ) -> jax.Array:
@@ -126,6 +139,7 @@ def _make_weights(config: Config) -> grpo.WeightRule:
     if not user_code.is_reference(settings.weights):
         return rule
 
+    @grpo.reads(*grpo.read_by(rule))
     def guarded(key: jax.Array, rollouts: Rollouts) -> tuple[jax.Array, jax.Array | None]:
         with _naming(where, "the weight rule"):
             weights, positions = rule(key, rollouts)

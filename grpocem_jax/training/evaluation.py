@@ -197,6 +197,7 @@ def _complete(
                 greedy=greedy,
                 own_adapters=own_adapters,
                 require_finite=True,
+                shared=("tokens", "texts"),
             )
             out = rollouts.with_base_logps(policy, [items[i] for i in filled], out)
         groups = out.texts[: len(rows)]

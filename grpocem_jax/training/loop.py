@@ -75,7 +75,8 @@ def train(
     complete, done = processes.first(lambda: _found(workdir, settings.to_dict()))
     trackers.check(config.logging)
     together = config.train.batch_size // config.grpo.group_size
-    mesh = devices.sharing(together // processes.count)
+    shards = config.model.weight_shards
+    mesh = devices.sharing(together // processes.count, weight_shards=shards)
     policy = processes.ahead(lambda: load_policy(config, mesh=mesh, processes=processes))
     check_length(config, policy)
     if user_code.is_reference(config.train.optimizer):
@@ -173,6 +174,7 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
             "skipped_updates": run.skipped,
             "continued": run.differences,
             "micro_batch": run.micro_batch.size,
+            "received_bytes": policy.processes.traffic[1],
             "seconds": time.perf_counter() - started,
             "train_seconds": train_seconds,
             "compile_seconds": clock.seconds,
@@ -405,9 +407,11 @@ class Run:
 
             last.push(save_after)
             for step in range(self.first_step, self.total_steps):
-                started = time.perf_counter()
+                started, before = time.perf_counter(), self.processes.traffic[1]
                 new, record = self.step(state, step)
                 record["step_time"] = time.perf_counter() - started
+                if self.processes.count > 1:
+                    record["received_bytes"] = self.processes.traffic[1] - before
                 if self.evaluation_due(step + 1):
                     record["eval_reward"] = self.evaluate(new)
                 self.log(record)
@@ -583,6 +587,7 @@ class Run:
                 num_samples=config.grpo.group_size,
                 temperature=temperature,
                 buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
+                shared=steps.shared(config, self.algorithm, shown=self.shown(step)),
             )
             out = steps.with_likelihoods(config, policy, items, out, step)
         prepared = steps.prepare(config, policy, self.algorithm, items, out, keys.weights)
@@ -623,9 +628,13 @@ class Run:
         }
         self.trouble = find_trouble(config, policy, record, out, before, batch, temperature)
         self.shown_before = self.completions.size
-        if step % config.logging.interval == 0 or step + 1 == self.total_steps:
+        if self.shown(step):
             self.show(step + 1, prepared)
         return state, record
+
+    def shown(self, step: int) -> bool:
+        """Whether the completions of a step, counted from 0, are written down."""
+        return step % self.config.logging.interval == 0 or step + 1 == self.total_steps
 
     def show(self, step: int, prepared: steps.Prepared) -> None:
         """Stores a step's completions, and shows the first of each task."""

@@ -82,7 +82,25 @@ def with_likelihoods(
         fix = policy.nonfinite_logits("")
         raise InputError(f"step {step + 1}: in all completions {fix}, in a new run.")
     process = config.grpo.supervision == "process"
-    return rollouts.with_base_logps(policy, items, out, steps=process)
+    own = config.grpo.dynamic_sampling == 1
+    return rollouts.with_base_logps(policy, items, out, steps=process, own=own)
+
+
+def shared(config: Config, algorithm: Algorithm, *, shown: bool) -> set[str]:
+    """What of a step's completions all processes must have, of `rollouts.SHARED`.
+
+    Prompts stay where they were completed, and what is computed of the whole step is computed of
+    rewards and lengths, unless a part of the algorithm reads more.
+
+    Args:
+      config: the settings.
+      algorithm: shaping, advantages and weights.
+      shown: whether the step's texts are written down.
+    """
+    if config.grpo.dynamic_sampling > 1:  # prompts are chosen from all, and divided anew
+        return set(rollouts.SHARED)
+    parts = (algorithm.shaping, algorithm.advantages, algorithm.weights)
+    return {name for part in parts for name in grpo.read_by(part)} | ({"texts"} if shown else set())
 
 
 def prepare(
@@ -107,10 +125,9 @@ def prepare(
       InputError: whatever a reward function or a part of the algorithm does wrong.
     """
     scores = rollouts.score(items, out.texts, out.base_logps, processes=policy.processes)
-    ended = np.isin(out.tokens[..., -1], np.asarray(policy.end_ids))
     metrics = {
         **step_metrics.rewards(items, scores),
-        **step_metrics.lengths(out.mask.sum(-1), out.mask[..., -1] & ~ended),
+        **step_metrics.lengths(out.mask.sum(-1), out.cut),
     }
     tokens = int(out.mask.sum() + out.prompts.mask.sum() * config.grpo.group_size)
     rewards = scores.total

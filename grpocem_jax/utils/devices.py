@@ -1,8 +1,10 @@
 """One program for one device and for many of a process; `processes` is about several of those.
 
-Parameters and adapters lie on every device; the prompts of a batch and the candidates of a
-population are divided among them.  The functions themselves know nothing of it: arrays say where
-they lie, and XLA's partitioner does the rest (GSPMD, Xu et al. 2021, arXiv 2105.04663).
+Devices form a mesh of two axes.  Along the first, the prompts of a batch and the candidates of a
+population are divided; along the second, which is of length 1 unless a model is too large for one
+device, its weights.  Adapters lie on every device.  The functions themselves know nothing of it:
+arrays say where they lie, and XLA's partitioner does the rest (GSPMD, Xu et al. 2021, arXiv
+2105.04663).
 """
 
 import math
@@ -12,22 +14,62 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXIS = "data"
-"""The only axis of a mesh: prompts of a batch, or candidates of a population."""
+from grpocem_jax.utils.errors import InputError
+
+AXIS, WEIGHTS = "data", "weights"
+"""The axes of a mesh: prompts of a batch, or candidates of a population, and parts of the model."""
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh | None:
-    """A mesh of some devices; None for one, for which nothing has to be placed."""
+def make_mesh(devices: Sequence[jax.Device], *, weight_shards: int = 1) -> Mesh | None:
+    """A mesh of some devices; None for one, for which nothing has to be placed.
+
+    Args:
+      devices: at least one.
+      weight_shards: how many of them hold the model's weights together, each a part; at least 1.
+
+    Raises:
+      InputError: ``weight_shards`` does not divide the number of devices.
+    """
+    shape = (_rows(len(devices), weight_shards), weight_shards)
     if len(devices) == 1:
         return None
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh(
+        shape, (AXIS, WEIGHTS), axis_types=(AxisType.Auto,) * len(shape), devices=devices
+    )
 
 
-def sharing(count: int) -> Mesh | None:
-    """A mesh of as many of this process's devices as share ``count`` prompts evenly."""
-    return make_mesh(jax.local_devices()[: math.gcd(jax.local_device_count(), count)])
+def sharing(count: int, *, weight_shards: int = 1) -> Mesh | None:
+    """A mesh of as many of this process's devices as share ``count`` prompts evenly.
+
+    Args:
+      count: at least 1.
+      weight_shards: as in `make_mesh`; the devices that hold the weights together have the same
+        prompts.
+
+    Raises:
+      InputError: as `make_mesh`.
+    """
+    rows = math.gcd(_rows(jax.local_device_count(), weight_shards), count)
+    return make_mesh(jax.local_devices()[: rows * weight_shards], weight_shards=weight_shards)
+
+
+def _rows(count: int, weight_shards: int) -> int:
+    """The length of the first axis of a mesh of so many devices."""
+    if count % weight_shards:
+        fitting = [n for n in range(1, count + 1) if count % n == 0]
+        raise InputError(
+            f"model.weight_shards={weight_shards} does not divide the number of devices of this "
+            f"process, {count}; give {' or '.join(map(str, fitting))}."
+        )
+    return count // weight_shards
+
+
+def rows(mesh: Mesh) -> int:
+    """Into how many parts a mesh divides the rows of a batch."""
+    return mesh.shape[AXIS]
 
 
 def matrix_dtype(dtype: str) -> str:
@@ -64,11 +106,45 @@ def replicate(mesh: Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def weights_spec(shape: Sequence[int], shards: int) -> PartitionSpec:
+    """How an array of weights is divided into so many parts.
+
+    Matrices and larger arrays are divided along their last axis, which of a kernel ``[in, out]`` is
+    that of its outputs: each output is then a whole sum on one device.  Where it is no multiple of
+    ``shards``, along the last axis that is one; where none is, and of vectors, not at all.
+
+    Args:
+      shape: of the array.
+      shards: parts, at least 1.
+    """
+    axes = [i for i, size in enumerate(shape) if size % shards == 0]
+    if len(shape) < 2 or not axes:
+        return PartitionSpec()
+    return PartitionSpec(*(None,) * axes[-1], WEIGHTS)
+
+
+def weights_place(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Where an array of weights lies on a mesh, by `weights_spec`."""
+    return NamedSharding(mesh, weights_spec(shape, mesh.shape[WEIGHTS]))
+
+
+def place_weights(mesh: Mesh | None, tree: Any) -> Any:
+    """A model's weights on a mesh, each divided as `weights_spec` says; as they are without one.
+
+    Args:
+      mesh: of `make_mesh`.
+      tree: arrays; those on the host go to each device in parts, and nowhere as a whole.
+    """
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, weights_place(mesh, np.shape(x))), tree)
+
+
 def divide(mesh: Mesh | None, tree: Any) -> Any:
     """Arrays whose leading axis is divided among the devices of a mesh.
 
-    Those whose leading axis is no multiple of the number of devices lie whole on each, and each
-    computes all that comes of them.
+    Those whose leading axis is no multiple of `rows` lie whole on each, and each computes all that
+    comes of them.
 
     Args:
       mesh: of `make_mesh`.
@@ -77,7 +153,7 @@ def divide(mesh: Mesh | None, tree: Any) -> Any:
     if mesh is None:
         return tree
     length = len(jax.tree.leaves(tree)[0])
-    spec = PartitionSpec(AXIS) if length % mesh.size == 0 else PartitionSpec()
+    spec = PartitionSpec(AXIS) if length % rows(mesh) == 0 else PartitionSpec()
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
@@ -89,7 +165,7 @@ def map_chunks(
     Args:
       function: of one row of each of ``arrays``, traceable.
       arrays: pytrees of arrays with a leading axis of one length ``C``.
-      size: rows at a time, at least 1.  On a mesh the next multiple of its devices, each of which
+      size: rows at a time, at least 1.  On a mesh the next multiple of its `rows`, each of which
         takes an equal part; the last rows are repeated where there are too few.
       mesh: of `make_mesh`.
 
@@ -99,12 +175,12 @@ def map_chunks(
     if mesh is None:
         return jax.lax.map(lambda row: function(*row), arrays, batch_size=size)
     count = len(jax.tree.leaves(arrays)[0])
-    size = mesh.size * math.ceil(size / mesh.size)
+    size = rows(mesh) * math.ceil(size / rows(mesh))
     chunks = math.ceil(count / size)
-    rows = jnp.minimum(jnp.arange(chunks * size), count - 1).reshape(chunks, size)
+    taken = jnp.minimum(jnp.arange(chunks * size), count - 1).reshape(chunks, size)
     placed = NamedSharding(mesh, PartitionSpec(None, AXIS))
     parts = jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(jnp.take(x, rows, axis=0), placed), arrays
+        lambda x: jax.lax.with_sharding_constraint(jnp.take(x, taken, axis=0), placed), arrays
     )
     values = jax.lax.map(lambda part: jax.vmap(function)(*part), parts)
     return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], values)

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -110,20 +110,35 @@ class Processes:
         return jax.tree.map(lambda x: x[rows], tree)
 
     def divided(
-        self, total: int, function: Callable[[np.ndarray], dict[str, Any]]
+        self,
+        total: int,
+        function: Callable[[np.ndarray], dict[str, Any]],
+        kept: Collection[str] = (),
     ) -> dict[str, Any]:
         """What a function makes of rows, each process of its own.
 
         Args:
           total: number of rows, at least 1.
           function: given `rows`, returns arrays and lists by name, a leading axis of these rows.
+          kept: names of what the other processes have no use for.
 
         Returns:
-          the same of all rows.
+          the same of all rows; what is kept has zeros, or None in a list, where another process's
+          rows are.
         """
         rows = self.rows(total)
-        parts = self.each(lambda: function(rows))
-        return parts[0] if self.count == 1 else _joined(parts, total)
+        if self.count == 1:
+            return function(rows)
+        own: dict[str, Any] = {}
+
+        def told() -> dict[str, Any]:
+            own.update(_plain(function(rows)))
+            return {name: value for name, value in own.items() if name not in kept}
+
+        found = _joined(self.each(told), total)
+        for name in own.keys() - found.keys():
+            found[name] = _spaced(own[name], rows, total)
+        return found
 
     def each(self, function: Callable[[], T]) -> list[T]:
         """What a function returns in each process, known to all.
@@ -386,6 +401,18 @@ def _joined(parts: Sequence[dict[str, Any]], total: int) -> dict[str, Any]:
         else:
             joined[name] = np.concatenate(values)[:total]
     return joined
+
+
+def _spaced(value: Any, rows: np.ndarray, total: int) -> Any:
+    """Some rows in their places among ``total``."""
+    if isinstance(value, list):
+        listed = [None] * total
+        for row, each in zip(rows, value, strict=True):
+            listed[row] = each
+        return listed
+    spaced = np.zeros((total, *value.shape[1:]), value.dtype)
+    spaced[rows] = value
+    return spaced
 
 
 def _told(error: BaseException) -> dict[str, Any]:

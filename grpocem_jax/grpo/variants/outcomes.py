@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from grpocem_jax.grpo.advantages import Advantages, equal_rewards
+from grpocem_jax.grpo.reading import reads
 
 
 class Groups(NamedTuple):
@@ -46,6 +47,7 @@ def of_outcomes(rule: Callable[[Groups], jax.Array]) -> Advantages:
         by zero.
     """
 
+    @reads()
     @jax.jit
     def advantages(
         rewards: ArrayLike, step_rewards: ArrayLike, tokens: ArrayLike, mask: ArrayLike

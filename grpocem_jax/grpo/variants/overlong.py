@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from grpocem_jax.grpo.reading import reads
 from grpocem_jax.grpo.shaping import Shaping
 from grpocem_jax.utils.errors import InputError
 
@@ -23,6 +24,7 @@ def overlong(share: float = 0.2) -> Shaping:
     if not 0 < share <= 1:
         raise InputError(f"share={share!r}: must be above 0 and at most 1.")
 
+    @reads()
     @jax.jit
     def shaping(rewards: jax.Array, logps: jax.Array, mask: jax.Array) -> jax.Array:
         del logps

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from grpocem_jax.grpo.reading import reads
 from grpocem_jax.grpo.weights import WeightRule, select, token_weights
 from grpocem_jax.models.sampling import Rollouts
 from grpocem_jax.utils.errors import InputError, check_whole
@@ -37,6 +38,7 @@ def s_grpo(alpha: int = 4, probability: float = 0.5, k: int = 16) -> WeightRule:
         drawn = mask & (first | (chance < probability))
         return token_weights(drawn & (jnp.cumsum(drawn, -1) <= count))
 
+    @reads()
     def rule(key: jax.Array, rollouts: Rollouts) -> tuple[jax.Array, jax.Array | None]:
         count = min(k, rollouts.mask.shape[-1])
         weights = draw(key, rollouts.mask, count=count)

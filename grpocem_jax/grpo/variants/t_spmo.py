@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from grpocem_jax.grpo.advantages import Advantages, equal_rewards
+from grpocem_jax.grpo.reading import reads
 from grpocem_jax.grpo.weights import WeightRule
 from grpocem_jax.models.sampling import Rollouts
 
@@ -38,6 +39,7 @@ def shared_prefixes(tokens: jax.Array, mask: jax.Array) -> jax.Array:
 def prefix_advantages() -> Advantages:
     """``A(v | p)`` of each token after its prefix; of outcomes, as in `Advantages`."""
 
+    @reads("tokens")
     @jax.jit
     def advantages(
         rewards: ArrayLike, step_rewards: ArrayLike, tokens: ArrayLike, mask: ArrayLike
@@ -67,6 +69,7 @@ def prefix_weights() -> WeightRule:
         edges = jnp.sum(share, (1, 2), keepdims=True)
         return share / jnp.maximum(edges, 1.0) / len(mask)
 
+    @reads("tokens")
     def rule(key: jax.Array, rollouts: Rollouts) -> tuple[jax.Array, jax.Array | None]:
         del key
         return weights(rollouts.mask, rollouts.tokens), None

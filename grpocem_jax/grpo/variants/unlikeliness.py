@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from grpocem_jax.grpo.reading import reads
 from grpocem_jax.grpo.shaping import Shaping
 from grpocem_jax.utils.errors import InputError
 
@@ -23,6 +24,7 @@ def unlikeliness(strength: float = 0.25) -> Shaping:
     if not 0 <= strength <= 1:
         raise InputError(f"strength={strength!r}: must be from 0 to 1.")
 
+    @reads("logps")
     @jax.jit
     def shaping(rewards: jax.Array, logps: jax.Array, mask: jax.Array) -> jax.Array:
         likelihood = jnp.sum(jnp.where(mask, logps, 0.0), -1)
