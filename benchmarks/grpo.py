@@ -56,9 +56,25 @@ def update_settings(subject: common.Subject) -> dict[str, Any]:
 def compile_step(subject: common.Subject, prompt_length: int, length: int) -> Step:
     """Compiles the two programs of a step."""
     arguments = decode.sampling_arguments(subject, prompt_length)
+    sample, sample_seconds = compile_rollouts(subject, arguments, length)
+    state, update, update_seconds = compile_update(subject, arguments, length)
+    return Step(sample, update, arguments, state, sample_seconds + update_seconds)
+
+
+def compile_rollouts(
+    subject: common.Subject, arguments: tuple[Any, ...], length: int
+) -> tuple[Any, float]:
+    """Compiles the rollouts of a step; with the seconds."""
     settings = decode.sampling_settings(subject, length)
     program = jax.jit(sampling.sample, static_argnames=tuple(settings))
-    sample, sample_seconds = common.compile_ahead(program, *arguments, **settings)
+    return common.compile_ahead(program, *arguments, **settings)
+
+
+def compile_update(
+    subject: common.Subject, arguments: tuple[Any, ...], length: int
+) -> tuple[grpo.TrainState, Any, float]:
+    """Compiles the update of a step; with the state before it, and the seconds."""
+    settings = decode.sampling_settings(subject, length)
     update_with = update_settings(subject)
     state = grpo.init_state(subject.attached.zero, update_with["optimizer"])
     shapes = jax.eval_shape(lambda *x: sampling.sample(*x, **settings), *arguments)
@@ -66,7 +82,7 @@ def compile_step(subject: common.Subject, prompt_length: int, length: int) -> St
     # Arrays, as shapes alone do not say among which devices they are divided.
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
     batch = devices.divide(subject.mesh, batch)
-    update, update_seconds = common.compile_ahead(
+    update, seconds = common.compile_ahead(
         update_program,
         state,
         subject.attached.params,
@@ -75,7 +91,7 @@ def compile_step(subject: common.Subject, prompt_length: int, length: int) -> St
         model=subject.attached.model,
         **update_with,
     )
-    return Step(sample, update, arguments, state, sample_seconds + update_seconds)
+    return state, update, seconds
 
 
 def run_step(subject: common.Subject, step: Step) -> tuple[float, float]:

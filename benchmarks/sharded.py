@@ -1,18 +1,20 @@
 """Memory of each device where the weights of a model are divided among several.
 
-    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m benchmarks.sharded [--json] \\
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 XLA_FLAGS=--xla_backend_optimization_level=0 \\
+        python -m benchmarks.sharded [--json] [--programs rollouts] \\
         --config.model.source=random:qwen2-7b --config.model.dtype=bfloat16 \\
         --config.model.weight_shards=8
 
 Compiles the three programs of training and adaptation (the rollouts and the update of a step at the
 config's full setting, and a CEM generation) for all devices from shapes alone, so that no weights
-are made and nothing runs.  The memory is that of each device by the compiler's own account.  What
+are made and nothing runs; the flag spares the part of compilation that the memory does not depend
+on.  The memory is that of each device by the compiler's own account.  What
 the devices exchange is counted in the programs, see `benchmarks.collectives`.
 """
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +32,11 @@ def of_each_device(arrays: Iterable[Any]) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
+PROGRAMS = ("rollouts", "update", "generation")
+
+
 def measure(
-    settings: Any, *, prompt_length: int, length: int, text_length: int
+    settings: Any, *, prompt_length: int, length: int, text_length: int, names: Sequence[str]
 ) -> tuple[str, dict[str, Any]]:
     """Compiles; returns the text to show and the JSON record.
 
@@ -49,12 +54,13 @@ def measure(
     length = length or config.generation.max_new_tokens
     decode.check_length(subject, prompt_length, max(length, text_length))
     started = time.perf_counter()
-    step = grpo.compile_step(subject, prompt_length, length)
-    programs = {
-        "rollouts": (step.sample, length - 1),
-        "update": (step.update, 1),
-        "generation": (memory.cem_program(subject, text_length), 1),
+    arguments = decode.sampling_arguments(subject, prompt_length)
+    makers: dict[str, Callable[[], Any]] = {
+        "rollouts": lambda: grpo.compile_rollouts(subject, arguments, length)[0],
+        "update": lambda: grpo.compile_update(subject, arguments, length)[1],
+        "generation": lambda: memory.cem_program(subject, text_length),
     }
+    programs = {name: makers[name]() for name in names}
     seconds = time.perf_counter() - started
     weights = jax.tree.leaves(attached.params)
     factors = jax.tree.leaves([get(attached.params, path) for path in attached.sites.values()])
@@ -65,7 +71,8 @@ def measure(
         "factors_of_a_device": of_each_device(factors),
     }
     found: dict[str, dict[str, int]] = {}
-    for name, (program, trips) in programs.items():
+    for name, program in programs.items():
+        trips = length - 1 if name == "rollouts" else 1  # as its loop over tokens may run
         analysis = program.memory_analysis()
         found[name] = {
             "arguments": analysis.argument_size_in_bytes,
@@ -80,7 +87,7 @@ def measure(
         "update": f"update, micro-batch {config.train.batch_size}",
         "generation": f"CEM, {population} candidates x {text_length} tokens",
     }
-    columns = tuple(found["rollouts"])
+    columns = tuple(found[names[0]])
     rows = [("GB of each device", *columns)]
     rows += [
         (labels[name], *(f"{each[column] / 1e9:.2f}" for column in columns))
@@ -126,6 +133,7 @@ def main(argv: list[str]) -> None:
         prompt_length=values.prompt_tokens,
         length=values.tokens,
         text_length=values.text_tokens,
+        names=values.programs,
     )
     common.show(text, record, values.json)
 
@@ -134,5 +142,6 @@ if __name__ == "__main__":
     common.define_flags("llama")
     flags.DEFINE_integer("prompt_tokens", 0, "Tokens of each prompt; 0: as the config.", 0)
     flags.DEFINE_integer("tokens", 0, "Tokens of each completion; 0: as the config.", 0)
+    flags.DEFINE_multi_enum("programs", list(PROGRAMS), PROGRAMS, "What to compile; repeated.")
     flags.DEFINE_integer("text_tokens", 64, "Tokens of the text that CEM scores.", 2)
     commands.run(main)

@@ -9,17 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import collectives
 from grpocem_jax import adaptation
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import SearchConfig
 from grpocem_jax.config.files import load_config
 from grpocem_jax.runs.trained import TrainedRun, load_run
 from grpocem_jax.training import loop as training
+from grpocem_jax.training import step as steps
+from grpocem_jax.training import update
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils import cluster
 from studies.counted import count
+from tests.runs import OUT_OF_MEMORY
 
 TEXT = "Review: The soup was cold, but the waiter was kind."
 
@@ -37,9 +43,10 @@ def settings(model: str) -> Any:
         "train.batch_size": 16,
         "train.checkpoint_every_steps": 1,
         "train.eval_samples": 1,
-        "train.max_steps": 3,
+        "train.fit_memory": True,
+        "train.max_steps": 4,
         "train.warmup_steps": 1,
-        "logging.interval": 1,
+        "logging.interval": 2,
         "cem.population_size": 8,
         "cem.elite_ratio": 0.5,
         "search.generations": 2,
@@ -49,6 +56,39 @@ def settings(model: str) -> Any:
     }
     config.update_from_flattened_dict(small)
     return config
+
+
+def trouble(index: int) -> None:
+    """Lets memory run out in process 1 of two, once, and the last prompt spoil the last step."""
+    gradients, prepare = update._gradients, steps.prepare
+    calls: list[int] = []
+
+    def short_of_memory(*args: Any, micro_batch: int, **options: Any) -> Any:
+        if index == 1 and micro_batch == 8:
+            raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+        return gradients(*args, micro_batch=micro_batch, **options)
+
+    def spoilt(*args: Any) -> Any:
+        prepared = prepare(*args)
+        calls.append(1)
+        if len(calls) < 4:
+            return prepared
+        weights = prepared.batch.weights.at[-1].set(np.nan)  # a prompt of the last process
+        return prepared._replace(batch=prepared.batch._replace(weights=weights))
+
+    update._gradients, steps.prepare = short_of_memory, spoilt
+
+
+def gathered() -> dict[str, int]:
+    """Bytes that the compiled programs between the processes leave on each of them."""
+    mesh = cluster.here()._transport._mesh
+    place = NamedSharding(mesh, PartitionSpec())
+    parts = NamedSharding(mesh, PartitionSpec(cluster.AXIS))
+    found = {}
+    for name, program, kind in (("gather", cluster._same, "u1"), ("total", cluster._sum, "f4")):
+        row = jax.ShapeDtypeStruct((mesh.size, 1024), kind, sharding=parts)
+        found[name] = sum(collectives.received(program.lower(row, place).compile()).values())
+    return found
 
 
 def found(offsets: Offsets) -> dict[str, Any]:
@@ -73,8 +113,9 @@ def adapted(run: TrainedRun) -> dict[str, Any]:
 def main(folder: Path, port: int, processes: int, index: int) -> dict[str, Any]:
     """Trains and adapts; in the folder lies the model."""
     if processes > 1:
-        cluster.join(cluster.Place(f"127.0.0.1:{port}", processes, index), wait_s=120)
+        cluster.join(cluster.Place(f"127.0.0.1:{port}", processes, index), wait_s=600)
     done = count()
+    trouble(index)
     training.report.write = lambda workdir: workdir / "report"  # seconds of drawing
     with cluster.here().together():
         # Another folder in each, as on machines that share none: process 0's is the run's.
@@ -87,6 +128,8 @@ def main(folder: Path, port: int, processes: int, index: int) -> dict[str, Any]:
         "found": result,
         "done": done,
         "traffic": {"rounds": rounds, "bytes": received},
+        "compiled": gathered() if processes > 1 else {},
+        "summary": {name: summary[name] for name in ("micro_batch", "skipped_updates")},
         "devices used": summary["devices_used"],
         "steps": summary["steps"],
     }

@@ -12,6 +12,8 @@ import pytest
 
 from grpocem_jax.utils import cluster
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.processes import HEAD
+from studies import communication
 from tests.runs import ROOT, read_lines, thin_model
 
 
@@ -40,7 +42,7 @@ def both(tmp_path_factory):
     shutil.copytree(thin_model(), folder / "model")
     module = ["-m", "tests.many_processes", folder, port]
     started = [start([*module, 2, index], 2) for index in (0, 1)] + [start([*module, 1, 0], 4)]
-    ended = [process.communicate(timeout=300) for process in started]
+    ended = [process.communicate(timeout=900) for process in started]
     for process, (_, err) in zip(started, ended, strict=True):
         assert process.returncode == 0, err
     *two, one = [json.loads(out.splitlines()[-1]) for out, _ in ended]
@@ -62,8 +64,8 @@ def test_two_processes_write_the_same_tokens_and_only_the_first_one_writes(both)
     runs = [folder / name for name in ("run2-0", "run1-0")]
     texts = [[x["completion"] for x in read_lines(run / "completions.jsonl")] for run in runs]
     assert texts[0] == texts[1]
-    assert len(texts[0]) == 3 * 16
-    assert [len(read_lines(run / "metrics.jsonl")) for run in runs] == [3, 3]
+    assert len(texts[0]) == 3 * 16  # of the steps 1, 3 and 4
+    assert [len(read_lines(run / "metrics.jsonl")) for run in runs] == [4, 4]
     assert not (folder / "run2-1").exists()
     assert two[0]["devices used"] == one["devices used"] == 4
     out, err = ended[1]
@@ -79,16 +81,40 @@ def test_each_process_does_its_share(both):
         shares = [each["done"][name] / one["done"][name] for each in two]
         assert max(shares) <= 0.55, name
         assert sum(shares) >= 1
-    # One process has these in programs of their own.
-    assert [each["done"]["prompts updated"] for each in two] == [3 * 2] * 2
+    # One process has these in programs of their own. The first update of process 0 was in vain, as
+    # memory ran out in the other one.
+    assert [each["done"]["prompts updated"] for each in two] == [4 * 2 + 2, 4 * 2]
     assert [each["done"]["scored"] for each in two] == [2 * 4] * 2
 
 
-def test_what_goes_from_one_to_the_other_is_kilobytes(both):
+def test_memory_that_runs_out_in_one_process_halves_the_micro_batch_of_both(both):
     _, two, one, _ = both
+    assert [each["summary"]["micro_batch"] for each in (*two, one)] == [8, 8, 16]
+
+
+def test_an_update_that_one_process_makes_not_finite_is_skipped_by_both(both):
+    folder, two, one, _ = both
+    assert [each["summary"]["skipped_updates"] for each in (*two, one)] == [1, 1, 1]
+    for run in (folder / "run2-0", folder / "run1-0"):
+        assert [line["skipped"] for line in read_lines(run / "metrics.jsonl")] == [0, 0, 0, 1]
+        assert [line["step"] for line in read_lines(run / "nonfinite.jsonl")] == [4] * 4
+
+
+def test_what_goes_from_one_to_the_other_is_kilobytes_and_recorded(both):
+    folder, two, one, _ = both
     assert one["traffic"] == {"rounds": 0, "bytes": 0}
     assert two[0]["traffic"] == two[1]["traffic"]
     assert two[0]["traffic"]["bytes"] < 300_000
+    lines = read_lines(folder / "run2-0" / "metrics.jsonl")
+    first, second, *others = [line["received_bytes"] for line in lines]
+    # As on paper, where texts are not written down; but for the agreement behind each step.
+    trained = sum(map(len, one["found"]["adapter"].values()))
+    paper = communication.cost(2, lambda x: communication.step(x, 8, trained, judges=1))
+    assert abs(second - (paper.received - 2 * HEAD)) < 64
+    assert all(second < each < 16_000 for each in (first, *others))
+    assert "received_bytes" not in read_lines(folder / "run1-0" / "metrics.jsonl")[0]
+    # What is counted is what the compiled programs exchange.
+    assert two[0]["compiled"] == {"gather": 2 * 1024, "total": 4 * 1024}
 
 
 # Where a process finds the others

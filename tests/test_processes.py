@@ -12,7 +12,7 @@ import pytest
 from grpocem_jax.runs.rundir import Interrupted
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
-from grpocem_jax.utils.processes import ALONE, Processes, ProcessLostError, lost, shielded
+from grpocem_jax.utils.processes import ALONE, HEAD, Processes, ProcessLostError, lost, shielded
 from tests.runs import OUT_OF_MEMORY
 
 
@@ -80,6 +80,30 @@ def test_every_row_is_done_once_and_all_processes_have_as_many(total, count):
         assert found["y"] == [str(x) for x in range(total)]
     assert len({len(rows) for rows in asked}) == 1
     assert [row for index in range(count) for row in exact[index]] == list(range(total))
+
+
+def test_what_the_others_have_no_use_for_stays_where_it_is():
+    def work(processes):
+        before = processes.traffic[1]
+        found = processes.divided(
+            5,
+            lambda rows: {"x": 1 + rows, "y": [str(x) for x in rows], "z": np.ones((3, 10**6))},
+            kept={"x", "y", "z"} - shared,
+        )
+        return found, processes.traffic[1] - before
+
+    shared = {"y"}
+    (first, received), (second, _) = together(2, work)
+    np.testing.assert_array_equal(first["x"], [1, 2, 3, 0, 0])
+    np.testing.assert_array_equal(second["x"], [0, 0, 0, 4, 5])
+    assert first["z"].sum(-1).tolist() == [1e6, 1e6, 1e6, 0, 0]
+    assert first["y"] == second["y"] == list("01234")
+    assert received == 2 * HEAD
+    shared = {"x", "z"}
+    assert [found["y"] for found, _ in together(2, work)] == [
+        ["0", "1", "2", None, None],
+        [None, None, None, "3", "4"],
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (0, 5000, 1000), (960, 970, 980)])

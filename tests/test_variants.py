@@ -1,5 +1,6 @@
 """Methods of the literature: numbers computed by hand, and what each becomes in its limits."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,12 +12,13 @@ import optax
 import pytest
 
 import grpocem_jax as gj
-from grpocem_jax import adapters, grpo
+from grpocem_jax import adapters, grpo, rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.grpo import checks, variants
 from grpocem_jax.grpo.variants.bnpo import LARGEST, match_moments
 from grpocem_jax.grpo.variants.t_spmo import shared_prefixes
 from grpocem_jax.models.sampling import Rollouts
+from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.update import repeat
 from grpocem_jax.utils.errors import InputError
@@ -598,3 +600,51 @@ def test_increlora_without_scales_is_not_there():
     one = {**own, "scale": jnp.array([2.0, 0.0, 0.0])}
     change = 2 * np.outer(own["a"][:, 0], own["b"][0])
     close(adapter.apply(factors, one, x), x @ (kernel + change), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_method_reads_of_the_others_completions_is_what_processes_share():
+    """Advantages of a group are the same with zeros in place of what a rule does not read."""
+    config = parse_config(training_config())
+
+    def shared(shown=False, **settings):
+        changed = dataclasses.replace(config.grpo, **settings)
+        own = dataclasses.replace(config, grpo=changed)
+        return steps.shared(own, make_algorithm(own), shown=shown)
+
+    assert shared() == set()
+    assert shared(shown=True) == {"texts"}
+    assert shared(weights="token", shaping="overlong", advantages="scaled") == set()
+    assert shared(advantages="t_spmo", weights="t_spmo") == {"tokens"}
+    assert shared(shaping="unlikeliness") == {"logps"}
+    assert shared(dynamic_sampling=2) == set(rollouts.SHARED)
+    own = "tests.test_variants:rule"
+    assert shared(advantages=own) == {"tokens", "logps", "entropies"}
+    assert shared(advantages="tests.test_variants:modest") == set()
+    with pytest.raises(
+        InputError, match=r"reads\('rewards'\): must be of tokens, logps, entropies"
+    ):
+        grpo.reads("rewards")
+
+
+@pytest.mark.parametrize("name", variants.ADVANTAGES)
+def test_an_advantage_function_reads_no_more_than_it_says(name):
+    function = variants.ADVANTAGES[name]()
+    rng = np.random.default_rng(0)
+    rewards, tokens = rng.random((3, 4), np.float32), rng.integers(0, 2, (3, 4, 5), np.int32)
+    mask = np.arange(5) < rng.integers(1, 6, (3, 4, 1))
+    given = rewards, np.full(mask.shape, NAN, np.float32)
+    whole = function(*given, tokens, mask)
+    if "tokens" not in grpo.read_by(function):
+        np.testing.assert_array_equal(function(*given, 0 * tokens, mask), whole)
+    else:
+        assert np.any(np.asarray(function(*given, 0 * tokens, mask)) != np.asarray(whole))
+
+
+def rule():
+    """An advantage function that does not say what it reads."""
+    return lambda rewards, step_rewards, tokens, mask: jnp.zeros(jnp.shape(mask))
+
+
+def modest():
+    """The same, which says it."""
+    return grpo.reads()(rule())
