@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from grpocem_jax import rollouts
-from grpocem_jax.search import loop as search
+from grpocem_jax.search import drivers
 from grpocem_jax.tasks import scoring
 from grpocem_jax.training import update
 
@@ -25,7 +25,7 @@ def count() -> dict[str, int]:
     names = ("prompts completed", "completions judged", "prompts updated", "scored")
     done = dict.fromkeys(names, 0)
     generate, call = rollouts.engine.generate, scoring.call
-    gradients, fitness = update._gradients, search._fitness
+    gradients, fitness = update._gradients, drivers._fitness
 
     def counted_generate(
         policy: Any, offsets: Any, prompts: Any, *args: Any, **options: Any
@@ -49,7 +49,7 @@ def count() -> dict[str, int]:
         (rollouts.engine, "generate", counted_generate),
         (scoring, "call", counted_call),
         (update, "_gradients", counted_gradients),
-        (search, "_fitness", counted_fitness),
+        (drivers, "_fitness", counted_fitness),
     ]
     for module, name, function in replaced:
         setattr(module, name, function)

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common, decode, gpu, many_searches, memory, ppo, scaling, serve, serve_engine
+from benchmarks import (
+    collectives,
+    common,
+    decode,
+    gpu,
+    many_searches,
+    memory,
+    ppo,
+    scaling,
+    serve,
+    serve_engine,
+)
 from benchmarks import grpo as grpo_benchmark
 from grpocem_jax import grpo
 from grpocem_jax.config import load_config
@@ -313,6 +324,55 @@ def test_memory_counts_what_a_program_holds():
     program = jax.jit(lambda x: (x @ x) @ x).lower(jnp.ones((512, 512))).compile()
     size = 512 * 512 * 4
     assert 3 * size <= memory.program_bytes(program) <= 4 * size
+
+
+def test_weights_on_several_devices_report_the_memory_of_each(thin, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+    flags = (thin, "--config.model.weight_shards=2", "--programs=generation", "--text_tokens=8")
+    record = record_of("sharded", *flags)
+    assert record["mesh"] == {"rows": 2, "weights": 2}
+    # Matrices in halves, vectors whole.
+    assert 0.5 < record["weights_of_a_device_bytes"] / record["weights_bytes"] < 0.55
+    assert 0.5 <= record["factors_of_a_device_bytes"] / record["factors_bytes"] < 0.55
+    found = record["programs"]["generation"]
+    assert found["arguments"] > record["weights_of_a_device_bytes"]
+    assert found["arguments"] < 1.1 * record["weights_of_a_device_bytes"]
+    assert found["exchanged"] > 0
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    alone = run("sharded", thin)
+    assert alone.returncode == 2
+    assert "a single device has all weights" in alone.stderr
+
+
+def test_collectives_are_counted_in_loops_and_branches():
+    text = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%region_0.4 (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-reduce.1 = f32[2,3]{1,0} all-reduce(%x), channel_id=1, to_apply=%region_0.4
+}
+
+%other (p: f32[8]) -> f32[8] {
+  %ag = (bf16[4]{0}, bf16[8]{0}) all-gather(%x), channel_id=2, dimensions={0}
+}
+
+ENTRY %main.9_spmd (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]{0}) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %v = (s32[], f32[8]{0}) while(%t), condition=%region_0.4, body=%body
+  %c = f32[8]{0} conditional(%i, %a, %b), branch_computations={%other, %region_0.4}
+  ROOT %r = u8[3,2]{1,0} collective-permute(%c), channel_id=3
+}
+"""
+
+    class Program:
+        def as_text(self):
+            return text
+
+    expected = {"all-gather": 2 * 12, "all-reduce": 4 * 6 * (5 + 7), "collective-permute": 6}
+    assert collectives.received(Program(), trips=7) == expected
 
 
 def test_a_power_law_has_its_exponent():
