@@ -111,7 +111,8 @@ def test_what_goes_from_one_to_the_other_is_kilobytes_and_recorded(both):
     trained = sum(map(len, one["found"]["adapter"].values()))
     paper = communication.cost(2, lambda x: communication.step(x, 8, trained, judges=1))
     assert abs(second - (paper.received - 2 * HEAD)) < 64
-    assert all(second < each < 16_000 for each in (first, *others))
+    assert second < first < 16_000  # memory ran out in between
+    assert all(second <= each < 16_000 for each in others)  # short texts fit into the kilobyte
     assert "received_bytes" not in read_lines(folder / "run1-0" / "metrics.jsonl")[0]
     # What is counted is what the compiled programs exchange.
     assert two[0]["compiled"] == {"gather": 2 * 1024, "total": 4 * 1024}

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from grpocem_jax.rollouts.policy import load_policy, make_adapter
 from grpocem_jax.tasks import TASKS, Example
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
-from studies import adaptation, common, methods, pretrained, real, soak, stories
+from studies import adaptation, common, communication, methods, pretrained, real, soak, stories
 from tests.runs import ROOT, thin_model
 
 
@@ -227,3 +228,20 @@ def test_a_short_soak_compiles_nothing_in_its_second_half(tmp_path, monkeypatch,
     for what in ("steps", "adaptations"):
         assert f"second half of 4 {what}: " in out
     assert out.count("0 programs compiled: flat") == 2
+
+
+def test_the_paper_estimate_is_that_of_the_document_and_grows_with_the_ring():
+    """What is gathered in a step, by hand: a kilobyte of each process, and what is longer."""
+    rows = communication.table(64, 7368, 0.106, 1 / 52_998)[1:]
+    text = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    for devices, processes, received, _, _, efficiency, completions, candidates in rows[1:]:
+        line = next(x for x in text.splitlines() if x.startswith(f"| {devices} | {processes} |"))
+        assert f"| {received} |" in line
+        assert line.endswith(f"| {int(completions):,} | {int(candidates):,} |")
+        (shown,) = re.findall(r"\| (0\.\d+) \|", line)
+        assert abs(float(shown) - float(efficiency)) < 0.005
+    # 512 completions: 6 bytes each of the one kind, 12 of the other, in powers of two.
+    found = communication.cost(8, lambda x: communication.step(x, 512, 7368))
+    assert found.received == 8 * (4 * 1024 + 4096 + 8192) + 4 * (7368 + 8)
+    assert found.seconds > 7 * 7 * communication.HOP_S
+    assert communication.cost(1, lambda x: communication.step(x, 512, 7368)).seconds == 0

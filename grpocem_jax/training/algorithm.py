@@ -89,7 +89,7 @@ def _make_shaping(config: Config) -> grpo.Shaping:
 def _make_advantages(config: Config) -> grpo.Advantages:
     settings = config.grpo
     scaling = {"scale": settings.reward_scale, "clip": settings.reward_clip}
-    outcomes = {"supervision": settings.supervision}
+    outcomes: dict[str, Any] = {"supervision": settings.supervision}
     group = grpo.reads()(functools.partial(grpo.group_advantages, **outcomes))
 
     def scaled(**options: Any) -> grpo.Advantages:
