@@ -22,6 +22,7 @@ from grpocem_jax.config import commands, parse_config
 from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.runs import checkpoints
 from grpocem_jax.tasks import Task
+from grpocem_jax.training import stages
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.loop import train
 from grpocem_jax.utils import files
@@ -79,7 +80,8 @@ def train_experts(settings: ml_collections.ConfigDict, workdir: str | Path) -> P
         raise InputError(f"--workdir={workdir}: holds a library already; give another folder.")
     experts = mixtures([config.task(name) for name in config.data.tasks])
     policy = load_policy(config)
-    template = grpo.init_state(policy.zero, make_algorithm(config).optimizer)
+    first = grpo.init_state(policy.zero, make_algorithm(config).optimizer)
+    template = stages.checkpointed(config, first, policy.zero)
     snapshots = []
     for number, (name, tasks) in enumerate(experts.items(), start=1):
         say(f"\nexpert {number} of {len(experts)}: {name} ({', '.join(tasks)})")

@@ -154,13 +154,13 @@ config.update_from_flattened_dict({
     "generation.max_new_tokens": 24, "train.max_steps": 1, "train.fit_memory": True,
     "train.batch_size": 256, "train.accumulation_steps": 1,
 })
-update = training.update_program
+update = training.stages.update_program
 
 def scarce(*args, **options):
     with limited(150):
         return jax.block_until_ready(update(*args, **options))
 
-training.update_program = scarce
+training.stages.update_program = scarce
 print(json.dumps(training.train(config, tempfile.mkdtemp() + "/run")["micro_batch"]))
 """
 

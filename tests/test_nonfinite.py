@@ -119,7 +119,7 @@ def test_a_kl_term_that_is_very_large_is_named_with_its_log_ratio(tmp_path, monk
         new, found = update(state, *args, **options)
         return new, {**found, "kl": jnp.float32(3e9), "skipped": jnp.float32(skipped)}
 
-    monkeypatch.setattr(training, "update_program", far)
+    monkeypatch.setattr(training.stages, "update_program", far)
     monkeypatch.setattr(updates, "largest_log_ratio", lambda *args, **options: 119.4)
     changes = {"train.max_steps": 1, "train.max_skipped_updates": 0}
     said = "the KL term is 3e+09, as a token is 119 nats more probable under the base model"

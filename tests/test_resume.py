@@ -835,7 +835,7 @@ def test_what_to_lower_is_said_where_rollouts_run_out_of_memory(
 def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_rounding(
     whole, tmp_path, monkeypatch, capsys
 ):
-    update, sizes, workdir = training.update_program, [], tmp_path / "run"
+    update, sizes, workdir = training.stages.update_program, [], tmp_path / "run"
 
     def short(*args, micro_batch, **options):
         sizes.append(micro_batch)
@@ -843,7 +843,7 @@ def test_where_memory_runs_out_a_smaller_micro_batch_gives_the_result_up_to_roun
             no_memory()
         return update(*args, micro_batch=micro_batch, **options)
 
-    monkeypatch.setattr(training, "update_program", short)
+    monkeypatch.setattr(training.stages, "update_program", short)
     with pytest.raises(InputError, match=r"continue with train.fit_memory=True"):
         training.train(training_config(), workdir)
     asked = {"train.fit_memory": True}

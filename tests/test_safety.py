@@ -190,7 +190,9 @@ def test_what_training_shows_is_text(tmp_path, monkeypatch, capsys):
     def train(run):
         rewards = np.zeros((1, 1))
         batch = grpo.Batch(*[None] * 5, advantages=rewards[..., None], weights=None)
-        run.show(1, step.Prepared(run.items[:1], [[HOSTILE]], rewards, batch, {}, 0))
+        run.show(
+            1, step.Prepared(run.items[:1], [[HOSTILE]], rewards, batch, {}, 0, True, np.arange(1))
+        )
         for file in (run.metrics, run.completions, run.checkpoints):
             file.close()
         return run.state

@@ -288,7 +288,7 @@ def recording(tmp_path, monkeypatch, **changes):
         return state._replace(step=state.step + 1), metrics
 
     monkeypatch.setattr(training.rollouts.engine, "generate", generate)
-    monkeypatch.setattr(training, "update_program", update)
+    monkeypatch.setattr(training.stages, "update_program", update)
     items = load_data(config, policy).train
     algorithm = make_algorithm(config)
     key, signals = jax.random.key(0), rundir.Signals()

@@ -45,6 +45,12 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             f"config.train.target_kl={train.target_kl} follows the KL divergence, which "
             "config.grpo.beta=0.0 leaves out; set one of them otherwise."
         )
+    if train.rollout_processes and not train.staleness:
+        raise InputError(
+            f"config.train.rollout_processes={train.rollout_processes}: these processes sample "
+            "while the others update, so they have the adapter of the step before; set "
+            "config.train.staleness=1, or leave it 0."
+        )
     if parsed.data.system and not parsed.data.chat:
         raise InputError(
             f"config.data.system={parsed.data.system!r} is the first message of a chat; set "

@@ -358,6 +358,19 @@ class TrainConfig:
         "Prompts evaluated at once.", at_least(1), default=16, alters="nothing"
     )
     eval_samples: int = setting("Completions drawn per held-out prompt.", count(1), default=1)
+    staleness: int = setting(
+        "Steps by which the adapter that completes a step's prompts is behind the one that is "
+        "updated, 0 or 1; the objective's ratio makes up for it (docs/clusters.md).",
+        within(0, 1),
+        default=0,
+    )
+    rollout_processes: int = setting(
+        "How many of several processes complete and judge the prompts of the next step while the "
+        "others update; with `train.staleness=1`. 0: all do both.",
+        at_least(0),
+        default=0,
+        alters="nothing",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from grpocem_jax.grpo.batch import Batch
 from grpocem_jax.grpo.checks import (
     check_advantages,
     check_objective,
+    check_off_policy,
     check_optimizer,
     check_shaping,
     check_weights,
@@ -91,6 +92,7 @@ __all__ = [
     "apply",
     "check_advantages",
     "check_objective",
+    "check_off_policy",
     "check_optimizer",
     "check_shaping",
     "check_weights",

@@ -212,6 +212,32 @@ def check_objective(objective: Objective, shape: tuple[int, int, int] = SHAPE) -
             )
 
 
+def check_off_policy(objective: Objective) -> None:
+    """Checks that an objective makes up for completions that an older policy has drawn.
+
+    Args:
+      objective: one that passes `check_objective`.
+
+    Raises:
+      InputError: its gradient is the same whatever ``batch.old_logps`` are.
+    """
+    logps, batch = _question()
+
+    def gradient(old_logps: jax.Array) -> Any:
+        def total(logps: jax.Array) -> jax.Array:
+            values, _ = objective(logps, batch._replace(old_logps=old_logps))
+            return jnp.sum(batch.weights * values)
+
+        return jax.grad(total)(logps)
+
+    older = jnp.where(batch.weights != 0, batch.old_logps - 0.05, 0.0)
+    if np.allclose(gradient(batch.old_logps), gradient(older), rtol=1e-4, atol=1e-6):
+        raise InputError(
+            "the objective does not look at batch.old_logps, so it takes completions of an older "
+            "policy for its own; take one with a ratio, such as 'clipped' or 'cispo'."
+        )
+
+
 def check_optimizer(optimizer: optax.GradientTransformation, offsets: Any) -> None:
     """Checks that an optimizer is a transformation of these offsets that goes down a gradient.
 

@@ -165,6 +165,14 @@ def _make_objective(config: Config) -> grpo.Objective:
         returns="a function (logps, batch) -> (values [P, G, N], metrics)",
         check=lambda objective: grpo.check_objective(objective, shape),
     )
+    if config.train.staleness:
+        try:
+            grpo.check_off_policy(objective)
+        except InputError as error:
+            raise InputError(
+                f"config.train.staleness={config.train.staleness} with "
+                f"config.grpo.objective={settings.objective!r}: {error}"
+            ) from None
     return objective
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import hashlib
 import math
 import sys
@@ -21,19 +20,11 @@ from grpocem_jax.config import Config, parse_config, with_defaults
 from grpocem_jax.rollouts.policy import Policy, load_policy
 from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
 from grpocem_jax.runs.shared import SharedCheckpoints
-from grpocem_jax.training import evaluation, results, screens
+from grpocem_jax.training import evaluation, results, screens, stages
 from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
 from grpocem_jax.training.data import Data, load_data
-from grpocem_jax.training.update import (
-    find_trouble,
-    micro_batch,
-    over,
-    repeat,
-    shorter_completions,
-    update_program,
-)
-from grpocem_jax.utils import cluster, devices, memory, user_code
+from grpocem_jax.utils import cluster, devices, user_code
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, read_object, writing
@@ -68,15 +59,14 @@ def train(
     settings = with_defaults(settings)
     workdir = Path(processes.first(lambda: str(workdir)))
     processes.require_same(started_with(settings.to_dict()))
-    check_division(config, processes)
+    stages.check_processes(config, processes)
     for name in config.data.tasks:
         config.task(name)  # the user's own rewards are imported before a model is loaded
     algorithm = make_algorithm(config)
     complete, done = processes.first(lambda: _found(workdir, settings.to_dict()))
     trackers.check(config.logging)
-    together = config.train.batch_size // config.grpo.group_size
     shards = config.model.weight_shards
-    mesh = devices.sharing(together // processes.count, weight_shards=shards)
+    mesh = devices.sharing(stages.prompts_at_once(config, processes), weight_shards=shards)
     policy = processes.ahead(lambda: load_policy(config, mesh=mesh, processes=processes))
     check_length(config, policy)
     if user_code.is_reference(config.train.optimizer):
@@ -173,7 +163,7 @@ def _finish(run: "Run", data: Data, eval_key: jax.Array, started: float) -> dict
             "resumed_after_step": run.first_step,
             "skipped_updates": run.skipped,
             "continued": run.differences,
-            "micro_batch": run.micro_batch.size,
+            "micro_batch": run.stages.micro_batch.size,
             "received_bytes": policy.processes.traffic[1],
             "seconds": time.perf_counter() - started,
             "train_seconds": train_seconds,
@@ -220,21 +210,6 @@ def started_with(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**flat, **{f"the version of {x}": v for x, v in versions["versions"].items()}}
 
 
-def check_division(config: Config, processes: Processes) -> None:
-    """Refuses a batch whose groups cannot be divided evenly among the processes.
-
-    Raises:
-      InputError: how many there are, and what would fit.
-    """
-    size, group = config.train.batch_size, config.grpo.group_size
-    processes.divide_evenly(
-        size // group,
-        f"train.batch_size={size} / grpo.group_size={group} makes {size // group} prompts, which",
-        f"start as many processes as divide them, or give a train.batch_size that is a multiple of "
-        f"{group * processes.count}",
-    )
-
-
 def _complete_summary(workdir: Path) -> dict[str, Any] | None:
     """The summary of a run that is complete; None of one that is not."""
     path = workdir / "summary.json"
@@ -275,7 +250,8 @@ class Run:
       first_step: optimizer steps that were done before.
       skipped: updates skipped because loss or gradient was not finite.
       logs: where metrics go beside metrics.jsonl.
-      micro_batch: completions of an update processed at once.
+      stages: what a step does, and which process does it.
+      behind: the offsets before the step before.
       processes: those that train together.
       validation_items: prompts to compare checkpoints by; none are compared where it is empty.
       validation_key: PRNG key of their completions, the same each time.
@@ -312,25 +288,32 @@ class Run:
         self.checkpoints = SharedCheckpoints(
             workdir, keep=config.train.keep_checkpoints, processes=self.processes
         )
-        found, damaged = self.checkpoints.restore_latest(self.state)
+        # As a checkpoint has it, and what is read from one.
+        self.template = stages.checkpointed(config, self.state, self.state.offsets)
+        found, damaged = self.checkpoints.restore_latest(self.template)
         for sentence in damaged:
             say(f"passed over: {sentence}", sys.stderr)
         position: dict[str, Any] = {}
+        restored = self.template
         if found is not None:
-            self.state, self.key, position = found
+            restored, self.key, position = found
             if position.get("config_hash") != config_hash:
                 raise InputError(
                     f"--workdir={workdir}: its checkpoints are of other settings than its "
                     "config.json; give another folder."
                 )
-        self.state = devices.replicate(policy.mesh, self.state)
+        self.state, self.behind = stages.from_checkpoint(
+            config, devices.replicate(policy.mesh, restored)
+        )
         self.first_step = int(self.state.step)
         self.num_tokens = position.get("num_tokens", 0)
         self.skipped = position.get("skipped", 0)
         self.skipped_in_a_row = position.get("skipped_in_a_row", 0)
         self.best: dict[str, Any] | None = position.get("best")
         size = position.get("micro_batch", config.train.batch_size)
-        self.micro_batch = micro_batch(config, size, self.processes)
+        self.stages = stages.Stages(
+            config, policy, algorithm, items, self.key, total=self.total_steps, size=size
+        )
 
         # What was written after the checkpoint is written again.
         def log(name: str, size: int) -> metrics.JsonLines:
@@ -398,7 +381,8 @@ class Run:
             def save() -> None:
                 for log in logs:
                     log.sync()
-                self.checkpoints.save(state, self.key, position)
+                whole = stages.checkpointed(self.config, state, self.behind)
+                self.checkpoints.save(whole, self.key, position)
 
             def save_after(kind: Any, error: Any, trace: Any) -> None:
                 del trace
@@ -416,7 +400,9 @@ class Run:
                     record["eval_reward"] = self.evaluate(new)
                 self.log(record)
                 self.check_finite(step, bool(record["skipped"]))
-                state, completed, position = new, step + 1, self.position(step + 1)
+                behind, place = state.offsets, self.position(step + 1)
+                # At once, for what a signal may break off: a checkpoint has all of them.
+                self.behind, state, completed, position = behind, new, step + 1, place
                 progress.update(
                     step + 1,
                     reward=f"{record['reward']:.3f}",
@@ -523,7 +509,7 @@ class Run:
             return None
         stored = SharedCheckpoints(self.workdir, processes=self.processes)
         try:
-            return stored.restore(self.state, self.best["step"])[0].offsets
+            return stored.restore(self.template, self.best["step"])[0].offsets
         except InputError as error:
             say(f"no best adapter: {error}", sys.stderr)
             return None
@@ -539,7 +525,7 @@ class Run:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "best": self.best,
-            "micro_batch": self.micro_batch.size,
+            "micro_batch": self.stages.micro_batch.size,
             "metrics_bytes": self.metrics.size,
             "completions_bytes": self.completions.size,
             # Without what was shown because it was the end, which a longer run does not show.
@@ -572,85 +558,28 @@ class Run:
 
     def step(self, state: grpo.TrainState, step: int) -> tuple[grpo.TrainState, dict[str, Any]]:
         """One optimizer step: rollouts, rewards, advantages, update."""
-        config, policy = self.config, self.policy
-        items = steps.prompts(config, self.items, step)
-        keys = steps.keys(self.key, step, len(items))
-        temperature = steps.temperature(config, step, self.total_steps)
-        draw = policy.adapter.draw
-        with memory.advise("a step's rollouts", self.rollouts_advice()):
-            out = rollouts.complete(
-                policy,
-                state.offsets if draw is None else draw(keys.draw, state.offsets),
-                [item.tokens for item in items],
-                keys.prompts,
-                config.generation,
-                num_samples=config.grpo.group_size,
-                temperature=temperature,
-                buckets=(*config.generation.prompt_buckets, config.data.max_prompt_tokens),
-                shared=steps.shared(config, self.algorithm, shown=self.shown(step)),
-            )
-            out = steps.with_likelihoods(config, policy, items, out, step)
-        prepared = steps.prepare(config, policy, self.algorithm, items, out, keys.weights)
+        prepared, updated = self.stages.run(state, self.behind, step)
         self.step_tokens = prepared.tokens
         self.num_tokens += self.step_tokens
-        batch = devices.divide(policy.mesh, self.processes.part(prepared.batch))
-        update = over(self.processes, update_program)
-
-        def once(state: grpo.TrainState, size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
-            updated = update(
-                state,
-                policy.params,
-                batch,
-                temperature,
-                model=policy.model,
-                objective=self.algorithm.objective,
-                optimizer=self.algorithm.optimizer,
-                beta=config.grpo.beta,
-                entropy=config.grpo.entropy,
-                micro_batch=size,
-                draw=draw,
-                key=None if draw is None else keys.draw,
-            )
-            return jax.block_until_ready(updated)
-
-        def attempt(size: int) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
-            return repeat(functools.partial(once, size=size), state, config.grpo.updates)
-
-        before = state
-        state, found = self.micro_batch.run(attempt)
         record: dict[str, Any] = {
             "step": step + 1,
             "epoch": (step + 1) / self.steps_per_epoch,
-            **{name: float(value) for name, value in jax.device_get(found).items()},
+            **updated.metrics,
             **prepared.metrics,
-            "temperature": temperature,
+            "temperature": steps.temperature(self.config, step, self.total_steps),
             "num_tokens": self.num_tokens,
         }
-        self.trouble = find_trouble(config, policy, record, out, before, batch, temperature)
+        self.trouble = updated.trouble
         self.shown_before = self.completions.size
-        if self.shown(step):
+        if steps.shown(self.config, step, self.total_steps):
             self.show(step + 1, prepared)
-        return state, record
-
-    def shown(self, step: int) -> bool:
-        """Whether the completions of a step, counted from 0, are written down."""
-        return step % self.config.logging.interval == 0 or step + 1 == self.total_steps
+        return updated.state, record
 
     def show(self, step: int, prepared: steps.Prepared) -> None:
         """Stores a step's completions, and shows the first of each task."""
         for line in steps.records(prepared, step):
             self.completions.write(line)
         Progress.write(screens.completions(step, prepared.items, prepared.texts, prepared.rewards))
-
-    def rollouts_advice(self) -> str:
-        """What to lower where the rollouts of a step take too much memory."""
-        drawn = self.config.grpo.dynamic_sampling
-        if drawn > 1:
-            return f"lower grpo.dynamic_sampling={drawn} to {drawn // 2}"
-        count, length = self.config.train.accumulation_steps, self.config.generation.max_new_tokens
-        if count > 1:
-            return f"lower train.accumulation_steps={count} to {count // 2}"
-        return shorter_completions(length)
 
     def check_finite(self, step: int, skipped: bool) -> None:
         """Counts a skipped update; stops after too many in a row, with the prompts on disk."""

@@ -34,17 +34,32 @@ def first(
     drawn = ""
     if config.grpo.dynamic_sampling > 1:
         drawn = f", of {config.prompts_drawn_per_step} prompts those whose rewards differ first"
+    if config.train.staleness:
+        drawn += ", drawn by the adapter of the step before"
     return "\n".join(
         [
             *setting(config, policy),
             *(f"data      {line}" for line in data_lines),
             f"step      {config.prompts_per_step} prompts x {config.grpo.group_size} completions"
             + drawn,
-            *divided(policy, "prompts of a step", config.prompts_drawn_per_step),
+            *_divided(config, policy),
             f"run       {workdir}",
             *(f"metrics   {log}" for log in logs),
         ]
     )
+
+
+def _divided(config: Config, policy: Policy) -> list[str]:
+    """What each of several processes does, a line; none of a single one."""
+    apart, drawn = config.train.rollout_processes, config.prompts_drawn_per_step
+    if not apart:
+        return divided(policy, "prompts of a step", drawn)
+    updating = policy.processes.count - apart
+    return [
+        f"divided   {updating} {'process updates' if updating == 1 else 'processes update'}, "
+        f"{apart} {'completes' if apart == 1 else 'complete'} the {drawn} prompts of the next step "
+        "meanwhile; process 0 writes"
+    ]
 
 
 def closing(

@@ -34,6 +34,8 @@ class Prepared(NamedTuple):
       batch: the rollouts with advantages and weights.
       metrics: of all completions that were drawn.
       tokens: how many were read and written, for all that were drawn.
+      finite: whether all log-probabilities of all that were drawn are finite.
+      rows: which of the step's prompts are trained on, int ``[P]``.
     """
 
     items: Sequence[rollouts.Item]
@@ -42,6 +44,8 @@ class Prepared(NamedTuple):
     batch: grpo.Batch
     metrics: dict[str, float]
     tokens: int
+    finite: bool
+    rows: np.ndarray
 
 
 def prompts(config: Config, items: Sequence[rollouts.Item], step: int) -> list[rollouts.Item]:
@@ -84,6 +88,11 @@ def with_likelihoods(
     process = config.grpo.supervision == "process"
     own = config.grpo.dynamic_sampling == 1
     return rollouts.with_base_logps(policy, items, out, steps=process, own=own)
+
+
+def shown(config: Config, step: int, total: int) -> bool:
+    """Whether the completions of a step of ``total``, counted from 0, are written down."""
+    return step % config.logging.interval == 0 or step + 1 == total
 
 
 def shared(config: Config, algorithm: Algorithm, *, shown: bool) -> set[str]:
@@ -130,10 +139,11 @@ def prepare(
         **step_metrics.lengths(out.mask.sum(-1), out.cut),
     }
     tokens = int(out.mask.sum() + out.prompts.mask.sum() * config.grpo.group_size)
-    rewards = scores.total
+    rewards, rows = scores.total, np.arange(len(items))
+    finite = bool(out.finite.all())
     if len(items) > config.prompts_per_step:
         rows = grpo.informative_first(rewards, config.prompts_per_step)
-        items, out, rewards = [items[i] for i in rows], out.take(rows), rewards[rows]
+        items, out, rewards = [items[i] for i in rows.tolist()], out.take(rows), rewards[rows]
     step_rewards = _step_rewards(config, policy, items, out, rewards)
     given = jnp.asarray(rewards, jnp.float32)
     shaped = algorithm.shaping(given, out.rollouts.logps, out.rollouts.mask)
@@ -149,7 +159,7 @@ def prepare(
         weights,
         positions,
     )
-    return Prepared(items, out.texts, rewards, batch, metrics, tokens)
+    return Prepared(items, out.texts, rewards, batch, metrics, tokens, finite, rows)
 
 
 def _step_rewards(

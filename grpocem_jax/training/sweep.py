@@ -132,6 +132,7 @@ def sweep(
     for field, given, leave in (
         ("train.evaluate_every_steps", first.train.evaluate_every_steps, 0),
         ("train.fit_memory", first.train.fit_memory, False),
+        ("train.staleness", first.train.staleness, 0),
         ("logging.report_to", first.logging.report_to, ()),
     ):
         if given:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax import grpo, rollouts
+from grpocem_jax import grpo
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config
 from grpocem_jax.models.base import Model, Params
@@ -156,7 +156,7 @@ def find_trouble(
     config: Config,
     policy: Policy,
     record: Mapping[str, float],
-    out: rollouts.Completions,
+    finite: bool,
     state: grpo.TrainState,
     batch: grpo.Batch,
     temperature: float,
@@ -164,11 +164,20 @@ def find_trouble(
     """Why an update was skipped, and what to do; two empty strings where it was not.
 
     A KL term that is finite and very large is said here and now.
+
+    Args:
+      config: the settings.
+      policy: the policy, whose processes each have a part of the batch.
+      record: metrics of the update and the number of the step.
+      finite: whether the log-probabilities of all completions are.
+      state: before the update.
+      batch: this process's part.
+      temperature: of the completions.
     """
     rate, kl = config.train.learning_rate, record["kl"]
     lower = f"lower train.learning_rate={rate:g} to {rate / 4:g}"
     half = f"set model.dtype={policy.dtype!r} to 'bfloat16' or 'float32'"
-    if not out.finite.all():
+    if not finite:
         what = f"the logits are not finite in {policy.dtype}"
         return what, half if policy.dtype == "float16" else lower
     if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:

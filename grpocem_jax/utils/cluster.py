@@ -232,12 +232,19 @@ class _Runtime:
     within milliseconds of each other, as gloo's, which has one of 30 s, wants it.
     """
 
-    def __init__(self, wait_s: int):
-        self._wait_ms = 1000 * wait_s
+    def __init__(self, wait_s: int, members: range | None = None):
+        self._wait_s, self._members = wait_s, members
 
     def meet(self, name: str) -> None:
         client: Any = distributed.global_state.client
-        client.wait_at_barrier(name, self._wait_ms)
+        if self._members is None:
+            client.wait_at_barrier(name, 1000 * self._wait_s)
+        else:
+            own = f"{name}/from_{self._members.start}"
+            client.wait_at_barrier(own, 1000 * self._wait_s, list(self._members))
+
+    def among(self, members: range) -> "_Runtime":
+        return _Runtime(self._wait_s, members)
 
     def gather(self, row: np.ndarray) -> np.ndarray:
         return self._run(_same, row)
@@ -257,7 +264,8 @@ class _Runtime:
         firsts: dict[int, jax.Device] = {}
         for device in jax.devices():
             firsts.setdefault(device.process_index, device)
-        return Mesh(np.array([firsts[i] for i in range(len(firsts))]), (AXIS,))
+        members = range(len(firsts)) if self._members is None else self._members
+        return Mesh(np.array([firsts[i] for i in members]), (AXIS,))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -52,6 +52,9 @@ class Transport(Protocol):
     def total(self, row: np.ndarray) -> np.ndarray:
         """The sum of the rows ``[L]`` of all processes, the same bits in each."""
 
+    def among(self, members: range) -> "Transport":
+        """What carries arrays between some processes, by their indices, this one among them."""
+
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """An error and what it came of."""
@@ -73,6 +76,7 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1, transport: Transport | None = None):
         self.index, self.count, self._way = index, count, transport
         self._rounds, self._received = 0, 0
+        self._first = 0
         self._raised: BaseException | None = None
         self._stderr: Any = None
 
@@ -88,6 +92,21 @@ class Processes:
         They are those of the arrays of the programs that gather and sum.
         """
         return self._rounds, self._received
+
+    def side(self, first: int) -> "Processes":
+        """Those on this one's side, where the ``first`` processes do one thing, the others another.
+
+        They divide their work, and tell each other of it, while the other side does its own; an
+        error of one reaches the other side at the next exchange of all.
+
+        Args:
+          first: at least 1, below the number of processes.
+        """
+        members = range(first) if self.index < first else range(first, self.count)
+        way = None if len(members) == 1 else self._transport.among(members)
+        side = Processes(self.index - members.start, len(members), way)
+        side._first, side._stderr = members.start, self._stderr
+        return side
 
     def own(self, total: int) -> range:
         """The rows of ``total`` that are this process's; the last ones may have fewer, or none."""
@@ -140,11 +159,13 @@ class Processes:
             found[name] = _spaced(own[name], rows, total)
         return found
 
-    def each(self, function: Callable[[], T]) -> list[T]:
+    def each(self, function: Callable[[], T], *, speaks: bool = True) -> list[T]:
         """What a function returns in each process, known to all.
 
         Args:
           function: returns numbers, text, None, arrays, and lists and dicts of them.
+          speaks: whether what the function says on stderr is heard from every process, not from
+            process 0 alone.
 
         Raises:
           InputError: it raised one, here or elsewhere; the first process's error is raised in all.
@@ -154,7 +175,7 @@ class Processes:
         """
         if self.count == 1:
             return [function()]
-        value, error = self._attempt(function)
+        value, error = self._attempt(function, speaks=speaks)
         found, _ = self._exchange({"value": _plain(value)}, error)
         return [each["value"] for each in found]
 
@@ -259,9 +280,11 @@ class Processes:
         ):
             yield
 
-    def _attempt(self, function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    def _attempt(
+        self, function: Callable[[], T], *, speaks: bool = True
+    ) -> tuple[T | None, BaseException | None]:
         try:
-            if self._stderr is None:
+            if self._stderr is None or not speaks:
                 return function(), None
             with contextlib.redirect_stderr(self._stderr):
                 return function(), None
@@ -329,7 +352,8 @@ class Processes:
             failed = next((i for i, each in enumerate(found) if "error" in each), None)
             if failed is not None:
                 own = error is not None and failed == self.index
-                self._raised = error if own else _retold(found[failed]["error"], failed)
+                number = self._first + failed
+                self._raised = error if own else _retold(found[failed]["error"], number)
                 return self._raised or InputError("unknown")
             if row is None:
                 return found, None
