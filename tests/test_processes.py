@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 
 import jax
@@ -14,56 +13,7 @@ from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.processes import ALONE, HEAD, Processes, ProcessLostError, lost, shielded
 from tests.runs import OUT_OF_MEMORY
-
-
-class Table:
-    """What carries arrays between threads; whoever does not come within seconds is lost."""
-
-    def __init__(self, count, wait_s=10.0):
-        self.barrier = threading.Barrier(count)
-        self.rows, self.wait_s = [None] * count, wait_s
-
-    def at(self, index):
-        table = self
-
-        class Seat:
-            def meet(self, name):
-                try:
-                    table.barrier.wait(table.wait_s)
-                except threading.BrokenBarrierError:
-                    text = "DEADLINE_EXCEEDED: Barrier timed out. Some timed out task names:\n1\n"
-                    raise jax.errors.JaxRuntimeError(text) from None
-
-            def gather(self, row):
-                table.rows[index] = row
-                self.meet("")
-                found = np.stack(table.rows)
-                self.meet("")
-                return found
-
-            def total(self, row):
-                return self.gather(row).sum(0)
-
-        return Seat()
-
-
-def together(count, function, wait_s=10.0):
-    """What a function of the processes returns or raises in each of them."""
-    table, found = Table(count, wait_s), [None] * count
-
-    def run(index):
-        try:
-            found[index] = function(Processes(index, count, table.at(index)))
-        except BaseException as error:
-            found[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads)
-    return found
+from tests.threads import together
 
 
 @pytest.mark.parametrize(("total", "count"), [(8, 4), (5, 4), (9, 4), (1, 3), (2, 3), (7, 1)])
@@ -130,6 +80,36 @@ def test_a_sum_of_arrays_has_their_structure_and_is_the_same_everywhere():
         np.testing.assert_array_equal(tree["a"], np.full((2, 2), 111.0))
         assert float(number) == 3.0
         assert number.dtype == np.float32
+
+
+def test_each_side_divides_its_own_work_while_the_other_does_another():
+    def work(processes):
+        side = processes.side(2)
+        rows = [side.index, side.count]
+        if processes.index < 2:  # the sides exchange something another number of times
+            rows += [int(side.total(lambda: np.float32(10.0**processes.index)))]
+            rows += side.divided(4, lambda own: {"x": own})["x"].tolist()
+        return rows, processes.each(lambda: rows[0])
+
+    first, second, third = together(3, work)
+    assert first == ([0, 2, 11, 0, 1, 2, 3], [0, 1, 0])
+    assert second == ([1, 2, 11, 0, 1, 2, 3], [0, 1, 0])
+    assert third == ([0, 1], [0, 1, 0])
+
+
+def test_an_error_of_a_side_reaches_the_other_with_the_number_of_its_process():
+    def work(processes):
+        side = processes.side(1)
+
+        def own():
+            return side.each(lambda: 1 / (processes.index - 2) if processes.index else 0)
+
+        return processes.each(own)
+
+    found = together(3, work)
+    assert str(found[1]) == "process 2: ZeroDivisionError: division by zero"
+    assert isinstance(found[2], ZeroDivisionError)
+    assert "process 2: ZeroDivisionError: division by zero" in str(found[0])
 
 
 def test_process_0_goes_ahead_and_does_alone_what_is_its_own():

@@ -349,8 +349,10 @@ class Processes:
         try:
             self._transport.meet(f"grpocem_jax/{self._rounds}")
             found = [serialization.msgpack_restore(each) for each in self._spread(content)]
-            failed = next((i for i, each in enumerate(found) if "error" in each), None)
-            if failed is not None:
+            failures = [i for i, each in enumerate(found) if "error" in each]
+            if failures:
+                # The first error that is one's own, and not what a side was told of another.
+                failed = min(failures, key=lambda i: found[i]["error"]["retold"])
                 own = error is not None and failed == self.index
                 number = self._first + failed
                 self._raised = error if own else _retold(found[failed]["error"], number)
@@ -441,28 +443,33 @@ def _spaced(value: Any, rows: np.ndarray, total: int) -> Any:
 
 def _told(error: BaseException) -> dict[str, Any]:
     """An error as the other processes need it."""
+    told: dict[str, Any] = {"text": str(error), "retold": getattr(error, "retold", False)}
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
-        return {"kind": "exit", "code": code, "text": str(error)}
+        return {**told, "kind": "exit", "code": code}
     if isinstance(error, KeyboardInterrupt):
-        return {"kind": "exit", "code": 130, "text": "interrupted"}
+        return {**told, "kind": "exit", "code": 130, "text": "interrupted"}
     if isinstance(error, InputError):
-        return {"kind": "input", "text": str(error)}
+        return {**told, "kind": "input"}
     if isinstance(error, Exception) and memory.ran_out(error):
-        return {"kind": "memory", "text": str(error)}
-    return {"kind": "other", "text": f"{type(error).__name__}: {error}"}
+        return {**told, "kind": "memory"}
+    return {**told, "kind": "other", "text": f"{type(error).__name__}: {error}"}
 
 
 def _retold(told: Mapping[str, Any], number: int) -> BaseException:
     """The error of another process, as it is raised here."""
     text = told["text"]
+    error: BaseException
     if told["kind"] == "exit":
-        return SystemExit(told["code"])
-    if told["kind"] == "memory":
-        return jax.errors.JaxRuntimeError(text)
-    if told["kind"] == "input":
-        return InputError(f"process {number}: {text}")
-    return RuntimeError(f"process {number}: {text}")
+        error = SystemExit(told["code"])
+    elif told["kind"] == "memory":
+        error = jax.errors.JaxRuntimeError(text)
+    elif told["kind"] == "input":
+        error = InputError(f"process {number}: {text}")
+    else:
+        error = RuntimeError(f"process {number}: {text}")
+    error.retold = True  # type: ignore[attr-defined]
+    return error
 
 
 def lost(error: Exception) -> str:
