@@ -1,12 +1,13 @@
 """Many processes on this machine: what they find, against one process, and what ends them.
 
-    python -m studies.distributed [--kills 10] [--workdir DIR] [--parts parity,faults]
+    python -m studies.distributed [--kills 10] [--workdir DIR] [--parts parity,faults] [--apart]
 
 `parity` trains the default for 20 steps and adapts it, to a prompt, in the space of the experts and
 to a reward, as one process of four devices, two of two and four of one, and counts what each of
 them does.  `faults` kills and stops
 one of two processes, lets a reward function raise and hang in one, and cuts off a checkpoint; after
-each the same command must continue to the bits of a run that nothing interrupted.
+each the same command must continue to the bits of a run that nothing interrupted.  With `--apart`
+process 0 updates and process 1 samples.
 """
 
 import json
@@ -38,6 +39,7 @@ SMALL = {
     "data.general.rewards": ("studies.distributed:judge",),
     "train.max_steps": 8,
 }
+APART = {"train.staleness": 1, "train.rollout_processes": 1}
 CALLS: list[int] = []
 
 
@@ -213,12 +215,13 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
-def faults(folder: Path, kills: int, seed: int) -> None:
+def faults(folder: Path, kills: int, seed: int, apart: bool) -> None:
     """Ends one of two processes in several ways, and continues."""
     rng = random.Random(seed)
+    flags_given = overrides({**SMALL, **(APART if apart else {})})
 
     def run(workdir: Path, given: dict[int, str] | None = None) -> Together:
-        train = ["train.py", "--config", "tiny", *overrides(SMALL), "--workdir", str(workdir)]
+        train = ["train.py", "--config", "tiny", *flags_given, "--workdir", str(workdir)]
         return Together(train, 2, 1, given)
 
     succeed(run(folder / "warm"))
@@ -260,7 +263,8 @@ def faults(folder: Path, kills: int, seed: int) -> None:
     named.append(("SIGKILL of process 0 while it saves", signalled(kill, 0, writing)))
     named += [(f"SIGTERM of process {index}", signalled(stop, index, step)) for index in (0, 1)]
     named += [(f"reward that {how}s in process 1", failing(how, 1)) for how in ("raise", "hang")]
-    named += [(f"reward that {how}s in process 0", failing(how, 0)) for how in ("raise", "hang")]
+    if not apart:  # process 0 calls no reward
+        named += [(f"reward that {x}s in process 0", failing(x, 0)) for x in ("raise", "hang")]
     equal = 0
     for number, (name, end) in enumerate(named):
         workdir = folder / f"fault-{number}"
@@ -292,7 +296,7 @@ def main(argv: Sequence[str]) -> None:
     if "parity" in parts:
         parity(folder)
     if "faults" in parts:
-        faults(folder, values.kills, values.seed)
+        faults(folder, values.kills, values.seed, values.apart)
 
 
 if __name__ == "__main__":
@@ -300,6 +304,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Of the moments.")
     flags.DEFINE_integer("wait_s", 90, "As of the commands, longer where others need the machine.")
     flags.DEFINE_integer("dead_after_s", 10, "The same.")
+    flags.DEFINE_boolean("apart", False, "Of the faults: one process samples, one updates.")
     flags.DEFINE_string("parts", "parity,faults", "What to run.")
     flags.DEFINE_string("workdir", None, "Folder of the runs; by default a temporary one.")
     commands.run(main)

@@ -1,6 +1,8 @@
 """Trains and adapts as one of several processes, and prints what `test_distributed.py` compares.
 
-python -m tests.many_processes FOLDER PORT COUNT INDEX
+python -m tests.many_processes FOLDER PORT COUNT INDEX [APART]
+
+With APART 1, all processes but the first one sample, one step behind, and nothing is adapted.
 """
 
 import dataclasses
@@ -110,7 +112,7 @@ def adapted(run: TrainedRun) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, port: int, processes: int, index: int) -> dict[str, Any]:
+def main(folder: Path, port: int, processes: int, index: int, apart: int = 0) -> dict[str, Any]:
     """Trains and adapts; in the folder lies the model."""
     if processes > 1:
         cluster.join(cluster.Place(f"127.0.0.1:{port}", processes, index), wait_s=600)
@@ -120,9 +122,12 @@ def main(folder: Path, port: int, processes: int, index: int) -> dict[str, Any]:
     with cluster.here().together():
         # Another folder in each, as on machines that share none: process 0's is the run's.
         config = settings(str(folder / "model"))
-        summary = training.train(config, folder / f"run{processes}-{index}")
-        run = load_run(folder / f"run{processes}-0")
-        result = {"adapter": found(run.offsets), **adapted(run)}
+        if apart:
+            config.train.update({"staleness": 1, "rollout_processes": processes - 1})
+        name = f"run{processes}" + "-apart" * apart
+        summary = training.train(config, folder / f"{name}-{index}")
+        run = load_run(folder / f"{name}-0")
+        result = {"adapter": found(run.offsets), **({} if apart else adapted(run))}
     rounds, received = cluster.here().traffic
     return {
         "found": result,

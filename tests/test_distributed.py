@@ -75,6 +75,29 @@ def test_two_processes_write_the_same_tokens_and_only_the_first_one_writes(both)
     assert "divided   4 prompts of a step: 2 in each process; process 0 writes" in ended[0][0]
 
 
+def test_one_that_samples_and_one_that_updates_are_one_process_one_step_behind(both):
+    """To the same bits, as no row of a stage is divided."""
+    folder, port = both[0], free_port()
+    module = ["-m", "tests.many_processes", folder]
+    started = [start([*module, port, 2, index, 1], 1) for index in (0, 1)]
+    started.append(start([*module, port, 1, 0, 1], 1))
+    ended = [process.communicate(timeout=300) for process in started]
+    for process, (_, err) in zip(started, ended, strict=True):
+        assert process.returncode == 0, err
+    *two, one = [json.loads(out.splitlines()[-1]) for out, _ in ended]
+    assert two[0]["found"] == two[1]["found"] == one["found"]
+    runs = [folder / name for name in ("run2-apart-0", "run1-apart-0")]
+    assert read_lines(runs[0] / "completions.jsonl") == read_lines(runs[1] / "completions.jsonl")
+    assert not (folder / "run2-apart-1").exists()
+    divided = "1 process updates, 1 completes the 4 prompts of the next step meanwhile"
+    assert divided in ended[0][0]
+    # Each held-out prompt is completed four times, by one of them; the sampler draws all others.
+    drawn = [each["done"]["prompts completed"] for each in two]
+    assert drawn[1] - drawn[0] == 3 * 4
+    # Adapters go to one, completions to the other: kilobytes.
+    assert two[0]["traffic"]["bytes"] < 300_000
+
+
 def test_each_process_does_its_share(both):
     _, two, one, _ = both
     for name in ("prompts completed", "completions judged"):

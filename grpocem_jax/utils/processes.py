@@ -76,7 +76,7 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1, transport: Transport | None = None):
         self.index, self.count, self._way = index, count, transport
         self._rounds, self._received = 0, 0
-        self._first = 0
+        self._first, self._sides = 0, list[Processes]()
         self._raised: BaseException | None = None
         self._stderr: Any = None
 
@@ -89,9 +89,10 @@ class Processes:
     def traffic(self) -> tuple[int, int]:
         """How often the processes have exchanged something, and the bytes that each has received.
 
-        They are those of the arrays of the programs that gather and sum.
+        They are those of the arrays of the programs that gather and sum, on this one's side too.
         """
-        return self._rounds, self._received
+        told = [(self._rounds, self._received), *(side.traffic for side in self._sides)]
+        return sum(rounds for rounds, _ in told), sum(received for _, received in told)
 
     def side(self, first: int) -> "Processes":
         """Those on this one's side, where the ``first`` processes do one thing, the others another.
@@ -106,6 +107,7 @@ class Processes:
         way = None if len(members) == 1 else self._transport.among(members)
         side = Processes(self.index - members.start, len(members), way)
         side._first, side._stderr = members.start, self._stderr
+        self._sides.append(side)
         return side
 
     def own(self, total: int) -> range:
