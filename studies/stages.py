@@ -1,11 +1,15 @@
 """When rollouts apart pay: what the stages of a step cost by the number of prompts of a process.
 
+    python -m studies.stages --paper
     taskset -c 0 python -m studies.stages [--config tiny] [--repetitions 3]
 
 Each stage is measured with all prompts of a step and with half of them, in processor seconds, the
 least of some repetitions, so that other work on the machine counts little.  Of that follows
 what a step takes of two processes that divide everything, and of one that samples while the other
 updates.  The exchanges between them are not in it.
+
+`--paper` measures nothing: it calculates the same of many GPUs, from the figures of one H100 in
+docs/benchmarks.md.
 """
 
 import json
@@ -27,6 +31,30 @@ LENGTHS = (24, 64)
 STEPS = 5
 UPDATES = (1, 2, 4)
 """Updates on the completions of a step, each of which costs what one does."""
+
+
+# GPT-2's shape in bfloat16 on one H100: tokens a second of decoding, by rows, and an update.
+DECODED = {64: 69_970, 512: 184_346}
+UPDATE_S, UPDATED, NEW_TOKENS = 0.050, 64, 64
+
+
+def on_gpus(completions: int, devices: int) -> tuple[float, float, int]:
+    """A step of ``completions`` on each of some GPUs: divided, apart, and how many sample then."""
+    few, many = DECODED
+    passes = [rows / rate for rows, rate in DECODED.items()]  # of one token of all rows
+    slope = (passes[1] - passes[0]) / (many - few)
+
+    def rollouts(rows: float) -> float:
+        return NEW_TOKENS * (passes[0] + slope * (rows - few))
+
+    def update(rows: float) -> float:
+        return UPDATE_S * rows / UPDATED
+
+    total = completions * devices
+    apart, sampling = min(
+        (max(rollouts(total / k), update(total / (devices - k))), k) for k in range(1, devices)
+    )
+    return rollouts(completions) + update(completions), apart, sampling
 
 
 def seconds(function: Callable[[int], Any], repetitions: int) -> float:
@@ -65,6 +93,15 @@ def main(argv: Sequence[str]) -> None:
     """Runs the study and prints its figures."""
     del argv
     values = flags.FLAGS
+    if values.paper:
+        for completions in (16, 64, 256, 512):
+            for devices in (2, 8, 64):
+                divided, apart, sampling = on_gpus(completions, devices)
+                print(
+                    f"{completions} completions on each of {devices}: divided {divided:.3f} s, "
+                    f"apart {apart:.3f} s with {sampling} that sample, {apart / divided:.2f}"
+                )
+        return
     found = []
     for length in LENGTHS:
         rolled, updated = measure(values.config, length, 1, values.repetitions)
@@ -88,5 +125,6 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     commands.define_config(default="tiny")
+    flags.DEFINE_boolean("paper", False, "Calculates, from what one GPU took.")
     flags.DEFINE_integer("repetitions", 3, "Of each measurement.")
     commands.run(main)

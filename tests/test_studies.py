@@ -16,7 +16,17 @@ from grpocem_jax.rollouts.policy import load_policy, make_adapter
 from grpocem_jax.tasks import TASKS, Example
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
-from studies import adaptation, common, communication, methods, pretrained, real, soak, stories
+from studies import (
+    adaptation,
+    common,
+    communication,
+    methods,
+    pretrained,
+    real,
+    soak,
+    stages,
+    stories,
+)
 from tests.runs import ROOT, thin_model
 
 
@@ -245,3 +255,11 @@ def test_the_paper_estimate_is_that_of_the_document_and_grows_with_the_ring():
     assert found.received == 8 * (4 * 1024 + 4096 + 8192) + 4 * (7368 + 8)
     assert found.seconds > 7 * 7 * communication.HOP_S
     assert communication.cost(1, lambda x: communication.step(x, 512, 7368)).seconds == 0
+
+
+def test_what_rollouts_apart_cost_is_calculated_from_what_was_measured():
+    divided, apart, sampling = stages.on_gpus(64, 2)
+    rollouts = 64 * 64 / stages.DECODED[64]
+    assert divided == pytest.approx(rollouts + 0.05)
+    assert (apart, sampling) == (pytest.approx(0.1), 1)  # the update of one process, of 128
+    assert stages.on_gpus(512, 2)[1] > stages.on_gpus(512, 2)[0]  # many rows: nothing is gained
