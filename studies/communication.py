@@ -50,6 +50,9 @@ class Counting:
         self.collectives += 1
         return row
 
+    def among(self, members: range) -> "Counting":
+        return Counting(len(members))
+
 
 class Cost(NamedTuple):
     """What goes through the links of a process."""
