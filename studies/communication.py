@@ -51,6 +51,7 @@ class Counting:
         return row
 
     def among(self, members: range) -> "Counting":
+        """The same for so many."""
         return Counting(len(members))
 
 

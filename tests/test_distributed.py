@@ -93,7 +93,7 @@ def test_one_that_samples_and_one_that_updates_are_one_process_one_step_behind(b
     assert divided in ended[0][0]
     # Each held-out prompt is completed four times, by one of them; the sampler draws all others.
     drawn = [each["done"]["prompts completed"] for each in two]
-    assert drawn[1] - drawn[0] == 3 * 4
+    assert drawn[1] - drawn[0] == 4 * 4
     # Adapters go to one, completions to the other: kilobytes.
     assert two[0]["traffic"]["bytes"] < 300_000
 

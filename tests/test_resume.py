@@ -25,6 +25,7 @@ from grpocem_jax.runs import checkpoints, metrics, rundir
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
+from grpocem_jax.training.update import micro_batch
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
 from tests.runs import OUT_OF_MEMORY, ROOT, TRAINING, read_lines, thin_model, training_config
@@ -422,7 +423,7 @@ def test_a_held_out_split_without_an_interval_is_refused_before_training(tmp_pat
 
 def test_a_best_checkpoint_that_is_damaged_is_named(stored, tmp_path, capsys):
     run = object.__new__(training.Run)
-    run.workdir, run.state, run.best = tmp_path, STATE, {"step": 2, "eval_reward": 0.5}
+    run.workdir, run.template, run.best = tmp_path, STATE, {"step": 2, "eval_reward": 0.5}
     np.testing.assert_array_equal(run.best_adapter()["a"], [2.0, 2.0, 2.0])
     (stored / "2" / "position" / "metadata").write_text("{}")
     assert run.best_adapter() is None
@@ -809,7 +810,7 @@ def no_memory(*args):
 def test_what_to_lower_is_said_where_an_update_runs_out_of_memory(changes, advice):
     config = parse_config(training_config(**changes))
     with pytest.raises(InputError) as error:
-        training.micro_batch(config, config.train.batch_size).run(no_memory)
+        micro_batch(config, config.train.batch_size).run(no_memory)
     assert "out of device memory in a step's update: " in str(error.value)
     assert advice in str(error.value)
 

@@ -24,7 +24,9 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def given():
     """Settings, policy, algorithm and prompts of a run one step behind."""
-    config = parse_config(training_config(**STALE, **{"train.max_steps": STEPS}))
+    config = parse_config(
+        training_config(**STALE, **{"train.max_steps": STEPS, "logging.interval": 1})
+    )
     policy = one_policy(config)
     return config, policy, make_algorithm(config), load_data(config, policy).train
 
