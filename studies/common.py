@@ -6,13 +6,14 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grpocem_jax.config import Config, commands
+from grpocem_jax.training.evaluation import Gain
 
 
 def searching(config: Config, **changes: Any) -> Config:
@@ -30,6 +31,14 @@ def mean_ci(values: Any) -> tuple[float, float]:
     return float(x.mean()), float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
 
 
+def gain_interval(gains: Sequence[Gain]) -> tuple[float, float]:
+    """Mean of gains and half of the 95% interval, over them or of the one."""
+    if len(gains) > 1:
+        return mean_ci([gain.gain for gain in gains])
+    low, high = gains[0].gain_ci95
+    return gains[0].gain, (high - low) / 2
+
+
 def say(row: dict[str, Any]) -> None:
     """A line of progress."""
     print(json.dumps(row), file=sys.stderr, flush=True)
@@ -40,7 +49,11 @@ def interval(value: Sequence[float]) -> str:
     return f"{value[0]:+.3f} ± {value[1]:.3f}"
 
 
-def table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> str:
+Columns = dict[str, Callable[[Any], str]]
+"""Functions of a row by the titles of a table's columns."""
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Columns) -> str:
     """A Markdown table with a function of a row for each column."""
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
@@ -88,7 +101,7 @@ def run(
 
     Args:
       description: of the study.
-      parts: functions of the study, which return what is kept of each.
+      parts: functions of the study, which return what is kept of each, or yield it as it grows.
       tables: the document's tables of all that was kept, by the names of their markers.
       load: makes the study from the flags, where a part is run.
       results: file in which the figures are kept.
@@ -114,7 +127,8 @@ def run(
     found = json.loads(args.results.read_text()) if args.results.exists() else {}
     study = functools.cache(lambda: load(args))
     for name in names:
-        found[name] = parts[name](study())
-        args.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        made = parts[name](study())
+        for found[name] in made if isinstance(made, Iterator) else [made]:
+            args.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.doc:
         write(args.doc, tables(found))

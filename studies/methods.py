@@ -1,31 +1,46 @@
 """The methods of the literature beside the report's, behind docs/methods.md.
 
     python -m studies.methods --quick
-    python -m studies.methods --parts=builtin --seeds=1 --steps=100 --doc docs/methods.md
-    python -m studies.methods --parts=smollm2 --data FOLDER --doc docs/methods.md
+    python -m studies.methods --parts=builtin,noise,searches --steps=100 --doc docs/methods.md
+    python -m studies.methods --parts=smollm2 --data FOLDER --seeds=3 --doc docs/methods.md
 
 Each method is a few changes of a config (`METHODS`), and trains on the same prompts with as many
 completions as ``grpo``, the config as it is: on the built-in model by ``configs/tiny.py``, or on
-SmolLM2-135M by ``configs/smollm2.py``.  Each training is a run in ``--workdir``: the same command
-goes on where it was cut off.  ``--only=NAME,NAME`` runs some.  The figures are kept in
-``studies/methods.json``; ``--quick`` trains each for three steps, prints a row and keeps nothing.
+SmolLM2-135M by ``configs/smollm2.py``.  ``noise`` judges adapters under noise on the weights, and
+``searches`` lets searches draw as many completions as a training (studies/method_searches.py).
+
+Each training is a process and a run in ``--workdir``: the same command goes on where it was cut
+off, also with more ``--seeds``, of which all methods have their first before any its second.
+``--only=NAME,NAME`` runs some methods.  The figures are kept in ``studies/methods.json`` as they
+come; ``--quick`` trains each for three steps, prints a row and keeps nothing.
 """
 
 import dataclasses
 import json
 import math
+import multiprocessing
+import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 
+from grpocem_jax.adaptation import TrainedRun, load_run
+from grpocem_jax.config import commands
 from grpocem_jax.config.files import load_config
+from grpocem_jax.rollouts import Item
+from grpocem_jax.runs import metrics
+from grpocem_jax.training import evaluation
 from grpocem_jax.training import loop as training
-from studies import common
-from studies.common import interval, mean_ci, say, table
+from grpocem_jax.training.data import load_data
+from studies import common, method_searches
+from studies.common import Columns, gain_interval, interval, say, table
 
 RESULTS = Path("studies/methods.json")
 QUICK = 3
@@ -41,6 +56,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "krpo": {"grpo.advantages": "krpo"},
     "unlikeliness": {"grpo.shaping": "unlikeliness"},
     "rebel": {"grpo.objective": "rebel", "grpo.advantages": "centred"},
+    "a_star_po": {
+        "grpo.objective": "a_star_po",
+        "grpo.advantages": "a_star_po",
+        "grpo.beta": 0.0,
+    },
     "grpo, 2 updates": RATIO,
     "dapo": {
         **RATIO,
@@ -74,6 +94,12 @@ METHODS: dict[str, dict[str, Any]] = {
 """What differs from the config."""
 
 
+LEVELS = (0.0, 0.02, 0.05, 0.1)
+"""Standard deviations of the noise on the weights, in those of each matrix."""
+DRAWS = 5
+"""Draws of that noise."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """Where runs go and how many there are.
@@ -92,18 +118,37 @@ class Study:
     only: tuple[str, ...] = ()
     steps: int = 0
 
-    def rows(self, config: str) -> Iterator[dict[str, Any]]:
-        """A row for each method on a config."""
-        for name in self.only or METHODS:
-            folder = self.workdir / config.partition(":")[0]
-            summaries = []
-            for seed in range(self.seeds):
-                settings = self.settings(config, METHODS[name], seed)
-                workdir = folder / f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
-                summaries.append(training.train(settings, workdir))
-            row = {"method": name, **_row(summaries)}
-            say(row)
-            yield row
+    def rows(self, config: str) -> Iterator[list[dict[str, Any]]]:
+        """The rows of the methods on a config so far, after each run."""
+        names = self.only or tuple(METHODS)
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for seed in range(self.seeds):
+            for name in names:
+                found[name].append(self.train(config, name, seed))
+                row = {"method": name, **_row(found[name])}
+                say(row)
+                yield [{"method": x, **_row(own)} for x, own in found.items() if own]
+
+    def train(self, config: str, name: str, seed: int) -> dict[str, Any]:
+        """The summary of a run, with the ``peak_bytes`` of its process where it had one."""
+        settings = self.settings(config, METHODS[name], seed)
+        workdir = self.run(config, name, seed)
+        if self.steps == QUICK:
+            return training.train(settings, workdir)
+        measured = workdir / "measured.json"
+        if not measured.exists():
+            with futures.ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn")
+            ) as pool:
+                peak = pool.submit(_train, settings.to_dict(), workdir).result()
+            measured.write_text(json.dumps({"peak_bytes": peak}))
+        summary = json.loads((workdir / "summary.json").read_text())
+        return summary | json.loads(measured.read_text())
+
+    def run(self, config: str, name: str, seed: int) -> Path:
+        """The run directory."""
+        folder = self.workdir / config.partition(":")[0]
+        return folder / f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
 
     def settings(
         self, config: str, changes: dict[str, Any], seed: int
@@ -119,51 +164,138 @@ class Study:
         return settings
 
 
+def _train(settings: dict[str, Any], workdir: Path) -> int | None:
+    """Trains in a process of its own; the most memory that it had, in bytes.
+
+    None where the run had been trained before.
+    """
+    commands.keep_compiled_programs()
+    if (workdir / "summary.json").exists():
+        return None
+    training.train(ml_collections.ConfigDict(settings), workdir)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return metrics.peak_memory_bytes() or resident * (1 if sys.platform == "darwin" else 1024)
+
+
 def _row(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """The gains of the seeds: mean and half of the 95% interval, over seeds or of the one run."""
     row: dict[str, Any] = {"n": len(summaries)}
     for judged in ("heldout", "heldout_greedy"):
-        gains = [summary[judged]["overall"] for summary in summaries]
-        low, high = gains[0]["gain_ci95"]
-        one = (gains[0]["gain"], (high - low) / 2)
-        row[judged] = mean_ci([gain["gain"] for gain in gains]) if len(gains) > 1 else one
+        gains = [evaluation.Gain(**summary[judged]["overall"]) for summary in summaries]
+        row[judged] = gain_interval(gains)
     row["numbers"] = summaries[0]["trainable_parameters"]
-    row["seconds"] = sum(summary["train_seconds"] for summary in summaries) / len(summaries)
-    return row
+    # The first run of a method may compile what later ones find, and others may share the machine.
+    row["seconds"] = min(summary["train_seconds"] for summary in summaries)
+    peaks = [summary["peak_bytes"] for summary in summaries if summary.get("peak_bytes")]
+    return row | ({"peak_bytes": min(peaks)} if peaks else {})
 
 
-def builtin(study: Study) -> dict[str, Any]:
+def builtin(study: Study) -> Iterator[dict[str, Any]]:
     """On the built-in model, the five tasks."""
-    return {"rows": list(study.rows("tiny"))}
+    return ({"rows": rows} for rows in study.rows("tiny"))
 
 
-def smollm2(study: Study) -> dict[str, Any]:
+def smollm2(study: Study) -> Iterator[dict[str, Any]]:
     """On SmolLM2-135M, two tasks of labels."""
-    return {"rows": list(study.rows(f"smollm2:{study.data}"))}
+    return ({"rows": rows} for rows in study.rows(f"smollm2:{study.data}"))
 
 
-PARTS = {f.__name__: f for f in (builtin, smollm2)}
-COLUMNS = {
+def noise(study: Study) -> Iterator[dict[str, Any]]:
+    """GRASP and StochGRASP of ``builtin`` under Gaussian noise on the weights of the model."""
+    found: dict[tuple[str, float], list[evaluation.Gain]] = {}
+    for seed in range(study.seeds):
+        for name in ("grasp", "stoch_grasp"):
+            study.train("tiny", name, seed)
+            run = load_run(study.run("tiny", name, seed))
+            items = load_data(run.config, run.policy).heldout
+            for level in LEVELS:
+                gains = found.setdefault((name, level), [])
+                draws = range(DRAWS if level else 1)
+                gains += [_under_noise(run, items, level, draw) for draw in draws]
+        rows: list[dict[str, Any]] = []
+        for level in LEVELS:
+            row: dict[str, Any] = {"level": level, "n": len(found["grasp", level])}
+            for name in ("grasp", "stoch_grasp"):
+                gains = found[name, level]
+                row[name] = gain_interval(gains)
+            rows.append(row)
+        say(rows[-1])
+        yield {"rows": rows}
+
+
+def _under_noise(
+    run: TrainedRun, items: Sequence[Item], level: float, draw: int
+) -> evaluation.Gain:
+    """Mean greedy reward with the adapter less that without, both on the same noisy weights."""
+    policy = dataclasses.replace(
+        run.policy, params=noisy(run.policy.params, level, jax.random.key(draw))
+    )
+    before, after = (
+        evaluation.evaluate(policy, x, items, jax.random.key(0), run.config, greedy=True)[0]
+        for x in (policy.zero, run.offsets)
+    )
+    tasks = [item.task.name for item in items]
+    return evaluation.compare(run.config.data.tasks, tasks, before, after)["overall"]
+
+
+def noisy(params: Any, level: float, key: jax.Array) -> Any:
+    """Parameters with Gaussian noise on each matrix, ``level`` times its standard deviation."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    moved = [
+        x if x.ndim < 2 else x + level * jnp.std(x) * jax.random.normal(k, x.shape, x.dtype)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def searches(study: Study) -> Iterator[dict[str, Any]]:
+    """Searches on the built-in model with as many completions as a training."""
+    settings = study.settings("tiny", {}, 0)
+    return method_searches.rows(settings, seeds=study.seeds, steps=study.steps)
+
+
+PARTS = {f.__name__: f for f in (builtin, noise, searches, smollm2)}
+TRAINED: Columns = {
     "method": lambda r: r["method"],
     "numbers": lambda r: f"{r['numbers']:,}",
+    "seeds": lambda r: str(r["n"]),
     "gain, sampled": lambda r: interval(r["heldout"]),
     "gain, greedy": lambda r: interval(r["heldout_greedy"]),
     "seconds": lambda r: f"{r['seconds']:.0f}",
+    "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in r else "",
+}
+COLUMNS: dict[str, Columns] = {
+    "builtin": TRAINED,
+    "smollm2": TRAINED,
+    "noise": {
+        "noise": lambda r: f"{r['level']:g}",
+        "draws": lambda r: str(r["n"]),
+        "grasp": lambda r: interval(r["grasp"]),
+        "stoch_grasp": lambda r: interval(r["stoch_grasp"]),
+    },
+    "searches": method_searches.COLUMNS,
 }
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """The document's tables by the name of their markers."""
-    return {f"methods {name}": table(found["rows"], COLUMNS) for name, found in results.items()}
+    return {
+        f"methods {name}": table(found["rows"], COLUMNS[name]) for name, found in results.items()
+    }
 
 
 def main() -> None:
     """Reads the flags, trains and writes the tables."""
     if "--quick" in sys.argv[1:]:
+        commands.keep_compiled_programs()
         with tempfile.TemporaryDirectory() as folder:
-            for row in Study(Path(folder), 1, steps=QUICK).rows("tiny"):
-                assert math.isfinite(row["heldout"][0]), row
-                print(json.dumps(row), flush=True)
+            study = Study(Path(folder), 1, steps=QUICK)
+            for rows in study.rows("tiny"):
+                assert math.isfinite(rows[-1]["heldout"][0]), rows[-1]
+                print(json.dumps(rows[-1]), flush=True)
+            for found in searches(study):
+                print(json.dumps(found["rows"][-1]), flush=True)
         return
     common.run(
         __doc__ or "",
@@ -177,7 +309,7 @@ def main() -> None:
             args.steps,
         ),
         results=RESULTS,
-        seeds=3,
+        seeds=5,
         flags={"--workdir": Path("runs/methods"), "--data": "hub", "--only": "", "--steps": 0},
     )
 

@@ -26,7 +26,7 @@ OBJECTIVES = {
     "cispo": variants.cispo(),
     "policy_gradient": variants.policy_gradient(),
 }
-REGRESSION = {"rebel": variants.rebel()}
+REGRESSION = {"rebel": variants.rebel(), "a_star_po": variants.a_star_po()}
 """Objectives that are no policy gradient with the weights given."""
 ADVANTAGES = {
     "group": grpo.group_advantages,

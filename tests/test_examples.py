@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import grpocem_jax as gj
+from examples import optimal_values as values
 from examples import variants
 from examples.arithmetic import config as arithmetic
 from examples.arithmetic import multiplication
@@ -27,6 +28,7 @@ from grpocem_jax.config import load_config, parse_config
 from grpocem_jax.tasks import example_of, load_examples
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.training import loop as training
+from grpocem_jax.training.data import load_data
 from tests.runs import ROOT, get_config, thin_model, tiny_policy, write_run
 
 pytestmark = pytest.mark.usefixtures("one_policy")
@@ -168,6 +170,34 @@ def test_multiplications_are_those_that_the_script_makes_and_train_by_config(in_
     settings.adapter.sites = ("attn.c_proj",)
     settings.train.accumulation_steps = 1
     assert gj.train(settings, tmp_path / "run")["heldout"]["arithmetic"]["before"] == -1.0
+
+
+def test_optimal_values_of_the_base_model_are_part_of_the_reward(in_root, tmp_path):
+    settings = short(arithmetic.get_config())
+    settings.model.source = thin_model()
+    settings.adapter.sites = ("attn.c_proj",)
+    settings.train.accumulation_steps = 1
+    config = parse_config(settings)
+    policy = gj.load_policy(config)
+    data = load_data(config, policy)
+    found = values.values(config, policy, list(data.train), samples=2, beta=0.5)
+    # Its completions are wrong, and all worth -1.
+    assert found == pytest.approx([-1.0] * len(data.train))
+    values.write(tmp_path, "train", list(data.train), {"optimal_value": found})
+    values.write(tmp_path, "test", list(data.heldout), {})
+    own = settings.data.arithmetic
+    own.source = str(tmp_path)
+    own.rewards = ("examples.arithmetic.rewards:exact", "grpocem_jax.tasks.rewards:optimal_value")
+    own.reward_weights = (1.0, -1.0)
+    settings.grpo.objective = settings.grpo.advantages = "a_star_po"
+    settings.grpo.advantages_options = {"offline": True}
+    settings.grpo.beta = 0.0
+    summary = gj.train(settings, tmp_path / "run")
+    assert summary["heldout"]["arithmetic"]["before"] == -1.0
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["reward"] == pytest.approx(0.0)
+    # All advantages are zero, and the policy is the reference.
+    assert record["a_star_po/squared_error"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_word_problems_are_written_from_the_columns_of_svamp(shared):

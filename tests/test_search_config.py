@@ -9,7 +9,7 @@ import pytest
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import screens
 from grpocem_jax.config import make_method, parse_config
-from grpocem_jax.search import Evosax
+from grpocem_jax.search import Eggroll, Evosax
 from grpocem_jax.utils.errors import InputError
 from tests.methods import Climber
 from tests.runs import PROMPT, get_config, write_run
@@ -60,6 +60,23 @@ def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
     found = adaptation.adapt(run, PROMPT)
     assert found.search.candidates == 8
     assert found.fitness_after != found.fitness_before
+
+
+def test_eggroll_adapts_by_config_and_refuses_options_of_another(workdir):
+    settings = get_config(**{"search.method": "eggroll", "search.gate": False})
+    settings.search.options.learning_rate = 0.05
+    run = adaptation.load_run(workdir, settings)
+    assert make_method(run.config) == Eggroll(population_size=4, noise_std=0.1, learning_rate=0.05)
+    assert "EGGROLL, 2 generations of 4" in screens.adapting(run, "runs/x")
+    found = adaptation.adapt(run, PROMPT)
+    assert found.fitness_after != found.fitness_before
+    for option, reason in (
+        ({"momentum": 0.3}, "has no option momentum; it has rank, learning_rate"),
+        ({"rank": 0}, "rank=0: must be a whole number"),
+    ):
+        settings.search.options = option
+        with pytest.raises(InputError, match=rf"^config\.search\.method='eggroll' .*{reason}"):
+            parse_config(settings)
 
 
 @pytest.mark.evosax

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from grpocem_jax.config import section
-from grpocem_jax.search import CEM, Evosax, GradientAscent, HostFitness, Problem, kernel, loop
+from grpocem_jax.search import (
+    CEM,
+    Eggroll,
+    Evosax,
+    GradientAscent,
+    HostFitness,
+    Problem,
+    kernel,
+    loop,
+)
 from grpocem_jax.search.base import check_method, needs
 from grpocem_jax.search.spaces import full_space
 from grpocem_jax.utils.errors import InputError
@@ -25,6 +34,9 @@ METHODS = [
         lambda: CEM(population_size=30, noise_std=0.5, momentum=0.0, std_momentum=0.7), id="cem"
     ),
     pytest.param(lambda: GradientAscent(learning_rate=0.1), id="gradient"),
+    pytest.param(
+        lambda: Eggroll(population_size=30, noise_std=0.2, learning_rate=0.2), id="eggroll"
+    ),
     pytest.param(Climber, id="newcomer"),
     *(
         pytest.param(
@@ -37,7 +49,7 @@ METHODS = [
 ]
 every_method = pytest.mark.parametrize("make", METHODS)
 # The strategies of evosax go through one adapter of theirs, so that one stands for all.
-ours_and_one = pytest.mark.parametrize("make", METHODS[:4])
+ours_and_one = pytest.mark.parametrize("make", METHODS[:5])
 
 
 def quadratic(point, goal, key):
@@ -385,6 +397,48 @@ def test_the_noise_is_the_deviation_of_the_first_candidates():
         drawn = method.ask(KEY, method.init(jnp.full(5, 3.0)))
         assert np.std(drawn) == pytest.approx(0.05, rel=0.1)
         assert np.mean(drawn) == pytest.approx(3.0, abs=0.01)
+
+
+def test_low_rank_noise_comes_in_pairs_has_variance_one_and_the_rank_asked_for():
+    mean = jnp.full((40, 30), 2.0)
+    method = Eggroll(population_size=600, noise_std=0.5, rank=2)
+    drawn = np.asarray(method.ask(KEY, method.init(mean)), np.float64)
+    noise = (drawn - 2.0) / 0.5
+    np.testing.assert_allclose(noise[:300], -noise[300:], atol=1e-5)
+    assert np.mean(noise[:300] ** 2) == pytest.approx(1.0, rel=0.02)
+    ranks = np.linalg.matrix_rank(noise[:3], tol=1e-3)
+    assert ranks.tolist() == [2, 2, 2]
+    # Where factors would be as many numbers as the matrix, its noise is normal.
+    small = Eggroll(population_size=4, rank=2).ask(
+        KEY, jax.tree.map(lambda x: x, method.init(mean[:4, :4]))
+    )
+    assert np.linalg.matrix_rank(np.asarray(small[0]) - 2.0) == 4
+
+
+def test_the_mean_of_eggroll_moves_by_the_differences_of_pairs():
+    method = Eggroll(population_size=4, noise_std=0.5, learning_rate=0.3)
+    state = method.init(jnp.zeros(2))
+    candidates = 0.5 * jnp.array([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [0.0, -2.0]])
+    told = method.tell(state, candidates, jnp.array([3.0, 1.0, -3.0, -1.0]))
+    # z = f / sqrt(5), so the pairs differ by 6 and 2 of its parts: (3 E_1 + 1 E_2) / 2.
+    np.testing.assert_allclose(told.mean, 0.3 * np.array([1.5, 1.0]) / np.sqrt(5), rtol=1e-5)
+    # A pair with a fitness that is no number says nothing: z = 1 and -1 for the other.
+    told = method.tell(state, candidates, jnp.array([3.0, -jnp.inf, -3.0, -1.0]))
+    np.testing.assert_allclose(told.mean, [0.3, 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"population_size": 7}, "^population_size=7: must be even.*take 8"),
+        ({"rank": 1.5}, "^rank=1.5: must be a whole number"),
+        ({"rank": 0}, "^rank=0: must be a whole number of at least 1"),
+        ({"learning_rate": 0.0}, r"^learning_rate=0\.0: must be above 0"),
+    ],
+)
+def test_settings_of_eggroll_out_of_range_are_refused(options, reason):
+    with pytest.raises(InputError, match=reason):
+        Eggroll(**options)
 
 
 def test_without_evosax_the_extra_is_named(monkeypatch):

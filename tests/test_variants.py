@@ -238,6 +238,63 @@ def test_rebel_is_the_error_of_pairs_and_on_policy_the_policy_gradient_of_comple
     close(gradient, advantages / 3)
 
 
+def test_optimal_values_are_soft_maxima_of_rewards():
+    rewards = [[1.0, 0.0, NAN, 0.0], [NAN, NAN, NAN, NAN], [2.0, 2.0, 2.0, 2.0]]
+    expected = 0.5 * math.log((math.exp(2.0) + 2) / 3)
+    close(variants.optimal_values(rewards, 0.5), [expected, 0.0, 2.0])
+    close(variants.optimal_values(rewards[:1], 1e-3), [1.0 + 1e-3 * math.log(1 / 3)])
+    close(variants.optimal_values(rewards[:1], 1e4), [1 / 3], rtol=1e-3)
+    found = of(variants.optimal_advantages(0.5), rewards)[..., 0]
+    close(found, [[1 - expected, -expected, 0, -expected], [0] * 4, [0] * 4])
+    # Values from before the training are part of the reward.
+    found = of(variants.optimal_advantages(offline=True), rewards)[..., 0]
+    close(found, np.nan_to_num(rewards))
+
+
+def test_a_star_po_regresses_the_ratio_to_the_reference_on_the_advantage():
+    advantages = np.array([[[0.5, 0.5], [-0.3, -0.3]]])
+    reference = jnp.full((1, 2, 2), -1.0)
+    logps = reference + np.array([[[0.2, 0.1], [-0.5, 0.0]]])
+    batch = batch_of(advantages, logps, logps)
+    objective, beta = variants.a_star_po(0.2), 0.2
+
+    def of_logps(x, batch):
+        return objective(x, batch, reference=reference)
+
+    value, gradient = value_and_gradient(of_logps, logps, batch)
+    error = beta * np.array([0.3, -0.5]) - np.array([0.5, -0.3])
+    close(value, np.mean(-(error**2) / (2 * beta)))
+    close(gradient, np.broadcast_to(-error[None, :, None] / 2, (1, 2, 2)))
+    metrics = of_logps(jnp.asarray(logps, jnp.float32), batch)[1]
+    close(metrics["a_star_po/squared_error"], np.mean(error**2))
+    # On the reference it is the policy gradient of completions.
+    _, gradient = value_and_gradient(of_logps, reference, batch)
+    close(gradient, advantages / 2)
+
+
+def test_an_objective_that_needs_the_reference_gets_it_without_a_kl_term():
+    old = -np.ones((1, 2, 2), np.float32)
+    batch = batch_of(np.ones((1, 2, 2)), old, old)
+    asked = []
+
+    def reference():
+        asked.append(True)
+        return jnp.full((1, 2, 2), -2.0)
+
+    for objective, count in ((variants.a_star_po(1.0), 1), (grpo.clipped(), 0)):
+        asked.clear()
+        grpo.surrogate(
+            jnp.asarray(old), jnp.zeros((1, 2, 2)), reference, batch,
+            objective=objective, beta=0.0, entropy=0.0,
+        )  # fmt: skip
+        assert len(asked) == count
+    total, _ = grpo.surrogate(
+        jnp.asarray(old), jnp.zeros((1, 2, 2)), reference, batch,
+        objective=variants.a_star_po(1.0), beta=0.0, entropy=0.0,
+    )  # fmt: skip
+    close(total, 0.5)  # (2 nats - 1)^2 / 2
+
+
 def test_a_sequence_ratio_of_one_token_is_that_of_the_token():
     old = -np.ones((1, 3, 1))
     logps = old + np.array([[[0.5], [-0.5], [0.1]]])
@@ -354,6 +411,9 @@ def test_increlora_grows_where_it_matters_and_never_beyond_its_budget():
         (lambda: variants.overlong(0.0), "share=0.0: must be above 0"),
         (lambda: variants.cispo(low=2.0), "low=2.0: must be from 0 to 1"),
         (lambda: variants.cispo(high=-1.0), "high=-1.0: must be at least 0"),
+        (lambda: variants.a_star_po(0.0), "beta=0.0: must be a number above 0"),
+        (lambda: variants.optimal_advantages(0), "beta=0: must be a number above 0"),
+        (lambda: variants.optimal_advantages(offline=1), "offline=1: must be True or False"),
         (lambda: variants.rebel(0.0), "eta=0.0: must be above 0"),
         (lambda: variants.s_grpo(alpha=-1), "alpha=-1: must be a whole number"),
         (lambda: variants.s_grpo(alpha=4, k=2), "k=2: must be a whole number of at least 4"),

@@ -8,6 +8,7 @@ from grpocem_jax.adaptation.adapted import (
     room,
 )
 from grpocem_jax.adaptation.texts import Text, batch, encode, halves
+from grpocem_jax.adaptation.vote import Vote, best_perturbations, vote
 from grpocem_jax.adaptation.workflow import (
     JUDGED_SAMPLES,
     LIBRARY,
@@ -25,8 +26,10 @@ __all__ = [
     "Adaptation",
     "Text",
     "TrainedRun",
+    "Vote",
     "adapt",
     "batch",
+    "best_perturbations",
     "check_room",
     "complete",
     "count_tokens",
@@ -39,4 +42,5 @@ __all__ = [
     "make_space",
     "room",
     "summary",
+    "vote",
 ]

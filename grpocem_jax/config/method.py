@@ -1,5 +1,6 @@
 """The search method that a config names."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -7,7 +8,7 @@ from typing import Any
 
 from grpocem_jax.config.names import section
 from grpocem_jax.config.schema import Config
-from grpocem_jax.search import CEM, Evosax, SearchMethod
+from grpocem_jax.search import CEM, METHODS, Evosax, SearchMethod
 from grpocem_jax.utils import user_code
 from grpocem_jax.utils.errors import InputError
 
@@ -16,8 +17,8 @@ def make_method(config: Config) -> SearchMethod:
     """The search method; equal for equal settings, so that programs are shared.
 
     Raises:
-      InputError: a strategy that evosax lacks, options that it does not take, or a function of the
-        user's own that cannot be imported or fails.
+      InputError: a strategy that evosax lacks, options that a method does not take, or a function
+        of the user's own that cannot be imported or fails.
     """
     name = config.search.method
     if name == "cem":
@@ -26,7 +27,25 @@ def make_method(config: Config) -> SearchMethod:
         return config.gradient
     if name.startswith("evosax:"):
         return _evosax(config, name.removeprefix("evosax:"))
+    if name in METHODS:
+        return _named(config, name)
     return _own(name, json.dumps(dict(config.search.options), sort_keys=True))
+
+
+def _named(config: Config, name: str) -> SearchMethod:
+    make, own = METHODS[name], dict(config.search.options)
+    where = f"config.search.method={name!r}" + (f" with options {own}" if own else "")
+    given = {"population_size", "noise_std"}
+    known = [field.name for field in dataclasses.fields(make) if field.name not in given]
+    for option in own:
+        if option not in known:
+            raise InputError(f"{where}: has no option {option}; it has {', '.join(known)}.")
+    try:
+        return make(
+            population_size=config.cem.population_size, noise_std=config.cem.noise_std, **own
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _evosax(config: Config, name: str) -> SearchMethod:

@@ -107,8 +107,8 @@ def _check_search(config: Config) -> None:
     method = make_method(config)
     if search.options and search.method in ("cem", "gradient"):
         raise InputError(
-            "config.search.options are settings of an evosax strategy, or keywords for a method of "
-            f"your own; leave them empty with config.search.method={search.method!r}."
+            "config.search.options are settings of other methods, or keywords for one of your own; "
+            f"leave them empty with config.search.method={search.method!r}."
         )
     if search.space != "full" and not search.experts:
         raise InputError(

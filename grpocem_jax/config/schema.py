@@ -9,7 +9,7 @@ from typing import Any
 
 from grpocem_jax.adapters import ADAPTERS
 from grpocem_jax.grpo import AGGREGATIONS, SUPERVISIONS, variants
-from grpocem_jax.search import CEM, FOLLOWED, GradientAscent
+from grpocem_jax.search import CEM, FOLLOWED, METHODS, GradientAscent
 from grpocem_jax.tasks import SourceConfig, Task, make_task
 from grpocem_jax.utils.settings import (
     NAMES,
@@ -379,13 +379,15 @@ class SearchConfig:
 
     method: str = setting(
         "`cem`: the Cross-Entropy Method; `gradient`: Adam, where the fitness is differentiable; "
-        "`evosax:NAME`: a strategy of evosax; or `package.module:function`, a function of the "
-        "user's own that returns a search method (docs/extending.md).",
-        one_of_or_function("cem", "gradient", "evosax:NAME"),
+        "a method of docs/methods.md; `evosax:NAME`: a strategy of evosax; or "
+        "`package.module:function`, a function of the user's own that returns a search method "
+        "(docs/extending.md).",
+        one_of_or_function("cem", "gradient", *METHODS, "evosax:NAME"),
         default="cem",
     )
     options: Mapping[str, Any] = options(
-        "Settings of an `evosax` strategy, or keywords for a function of the user's own."
+        "Settings of a method without a section of its own, or keywords for a function of the "
+        "user's own."
     )
     fitness: str = setting(
         "`likelihood` of the prompt or of the examples; `reward` of completions of the prompts; or "

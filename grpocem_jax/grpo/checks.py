@@ -172,6 +172,12 @@ def check_objective(objective: Objective, shape: tuple[int, int, int] = SHAPE) -
             f"the objective is not hashable ({error}), as a static argument must be; make it a "
             "function or a frozen dataclass."
         ) from None
+    if needs := getattr(objective, "needs", ()):
+        if tuple(needs) != ("reference",):
+            raise InputError(
+                f"the objective has needs={needs!r}; all that it can get is ('reference',)."
+            )
+    objective = _alone(objective)
     question = _question()
     # The prompts' length is not looked at.
     wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape[: x.ndim], x.dtype), question)
@@ -221,6 +227,7 @@ def check_off_policy(objective: Objective) -> None:
     Raises:
       InputError: its gradient is the same whatever ``batch.old_logps`` are.
     """
+    objective = _alone(objective)
     logps, batch = _question()
 
     def gradient(old_logps: jax.Array) -> Any:
@@ -236,6 +243,13 @@ def check_off_policy(objective: Objective) -> None:
             "the objective does not look at batch.old_logps, so it takes completions of an older "
             "policy for its own; take one with a ratio, such as 'clipped' or 'cispo'."
         )
+
+
+def _alone(objective: Objective) -> Objective:
+    """The objective as one that needs nothing, its reference the policy that drew."""
+    if not getattr(objective, "needs", ()):
+        return objective
+    return lambda logps, batch: objective(logps, batch, reference=batch.old_logps)
 
 
 def check_optimizer(optimizer: optax.GradientTransformation, offsets: Any) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from grpocem_jax.grpo.batch import Batch
 from grpocem_jax.utils.errors import InputError
 
-Objective = Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """An objective: ``(logps, batch) -> (values, metrics)``.
 
 - logps: float32 ``[P, G, N]``, log-probabilities of the completions' tokens under the policy that
@@ -28,6 +28,9 @@ maximised, and a dict of metrics, float32 scalars. Each is a sum weighted by ``b
 that those of micro-batches add up to the step's. It must be traceable and differentiable, and
 hashable, since it is a static argument of `grpo.update`: one that equals another is not compiled
 again.
+
+An objective with an attribute ``needs = ("reference",)`` gets ``reference`` as a keyword too: the
+log-probabilities of the tokens under the reference policy, zero where not trained.
 """
 
 RATIOS = ("token", "sequence")

@@ -66,7 +66,8 @@ def surrogate(
     Args:
       logps: float32 ``[P, G, N]``, of the policy; ``[P, G, K]`` with `Batch.positions`.
       entropies: its entropies at the same tokens.
-      reference: gives the log-probabilities of the reference; called where ``beta`` is not 0.
+      reference: gives the log-probabilities of the reference; called where ``beta`` is not 0, or
+        the objective needs them.
       batch: with the weights of the whole step.
       objective: see `Objective`.
       beta: weight of the KL term.
@@ -78,12 +79,16 @@ def surrogate(
     batch = seen_by_objective(batch)
     weights, trained = batch.weights, batch.weights != 0
     logps = jnp.where(trained, logps, 0.0)
-    values, metrics = objective(logps, batch)
+    needs = getattr(objective, "needs", ())
+    ref_logps = jnp.zeros_like(logps)
+    if beta or needs:
+        ref_logps = jnp.where(trained, jax.lax.stop_gradient(reference()), 0.0)
+    told = {"reference": ref_logps} if needs else {}
+    values, metrics = objective(logps, batch, **told)
     policy_loss = -jnp.sum(weights * values)
     bonus = jnp.sum(weights * entropies)
     kl = jnp.float32(0.0)
     if beta:
-        ref_logps = jnp.where(trained, jax.lax.stop_gradient(reference()), 0.0)
         kl = jnp.sum(weights * k3_divergence(logps, ref_logps))
     total = policy_loss + beta * kl - entropy * bonus
     parts = {"loss": total, "policy_loss": policy_loss, "kl": kl, "entropy": bonus}
@@ -171,7 +176,8 @@ def update(
       optimizer: any `optax.GradientTransformation` with its learning rate, such as
         ``optax.adamw(1e-2)``. Static by identity, so make it once. It gets the step's ``kl`` and
         ``value``, the loss, as extra arguments where it takes any.
-      beta: weight of the KL term, at least 0; 0 leaves the reference out altogether.
+      beta: weight of the KL term, at least 0; 0 leaves the reference out altogether, unless the
+        objective needs it.
       entropy: weight of the entropy bonus, at least 0.
       micro_batch: completions processed at once, a multiple of the group size ``G`` that divides
         ``P * G``; by default all of them.

@@ -219,6 +219,23 @@ def _fluency(base_logps: np.ndarray) -> float:
     return min(1.0, FLUENT_PERPLEXITY * math.exp(-surprise))
 
 
+def optimal_value(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    optimal_value: Sequence[float | None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """The column ``optimal_value``, what the best policy near the base model is worth at a prompt.
+
+    With the weight -1 beside a task's reward, rewards become the optimal advantages of A*-PO
+    (examples/optimal_values.py estimates the column).  Rows without it abstain, so that held-out
+    rewards stay as they are.
+    """
+    del prompts, columns
+    return [None] * len(completions) if optimal_value is None else list(optimal_value)
+
+
 def text_process_reward(
     prompts: Sequence[str],
     completions: Sequence[str],

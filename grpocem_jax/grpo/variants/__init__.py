@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import optax
 
+from grpocem_jax.grpo.objectives import Objective
+from grpocem_jax.grpo.variants.a_star_po import a_star_po, optimal_advantages, optimal_values
 from grpocem_jax.grpo.variants.baselines import centred, reinforce_pp, rloo
 from grpocem_jax.grpo.variants.bnpo import bnpo
 from grpocem_jax.grpo.variants.cispo import cispo
@@ -22,6 +24,7 @@ from grpocem_jax.grpo.variants.t_spmo import prefix_advantages, prefix_weights
 from grpocem_jax.grpo.variants.unlikeliness import unlikeliness
 
 ADVANTAGES = {
+    "a_star_po": optimal_advantages,
     "bnpo": bnpo,
     "centred": centred,
     "krpo": krpo,
@@ -31,7 +34,12 @@ ADVANTAGES = {
 }
 """Makers of advantage functions of outcomes."""
 
-OBJECTIVES = {"cispo": cispo, "policy_gradient": policy_gradient, "rebel": rebel}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "a_star_po": a_star_po,
+    "cispo": cispo,
+    "policy_gradient": policy_gradient,
+    "rebel": rebel,
+}
 """Makers of objectives."""
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -53,6 +61,7 @@ __all__ = [
     "OPTIMIZERS",
     "SHAPINGS",
     "WEIGHTS",
+    "a_star_po",
     "bnpo",
     "centred",
     "cispo",
@@ -60,6 +69,8 @@ __all__ = [
     "increlora",
     "invadam",
     "krpo",
+    "optimal_advantages",
+    "optimal_values",
     "overlong",
     "policy_gradient",
     "prefix_advantages",
