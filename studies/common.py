@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from grpocem_jax.config import Config, commands
 from grpocem_jax.training.evaluation import Gain
@@ -32,9 +33,11 @@ def mean_ci(values: Any) -> tuple[float, float]:
 
 
 def gain_interval(gains: Sequence[Gain]) -> tuple[float, float]:
-    """Mean of gains and half of the 95% interval, over them or of the one."""
+    """Mean of gains and half of the 95% interval, by Student's t over them, or of the one."""
     if len(gains) > 1:
-        return mean_ci([gain.gain for gain in gains])
+        x = np.array([gain.gain for gain in gains])
+        half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+        return float(x.mean()), float(half)
     low, high = gains[0].gain_ci95
     return gains[0].gain, (high - low) / 2
 

@@ -6,11 +6,13 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grpocem_jax.adaptation import Text, TrainedRun, log_likelihoods
-from grpocem_jax.config import parse_config
+from grpocem_jax.config import load_config, parse_config
 from grpocem_jax.rollouts import Item
 from grpocem_jax.rollouts.policy import load_policy, make_adapter
 from grpocem_jax.tasks import TASKS, Example
@@ -263,3 +265,77 @@ def test_what_rollouts_apart_cost_is_calculated_from_what_was_measured():
     assert divided == pytest.approx(rollouts + 0.05)
     assert (apart, sampling) == (pytest.approx(0.1), 1)  # the update of one process, of 128
     assert stages.on_gpus(512, 2)[1] > stages.on_gpus(512, 2)[0]  # many rows: nothing is gained
+
+
+def summary_of(gain, seconds, peak):
+    own = {
+        "before": 0.0,
+        "after": gain,
+        "gain": gain,
+        "gain_ci95": (gain - 0.2, gain + 0.2),
+        "n": 4,
+    }
+    return {
+        "heldout": {"overall": own},
+        "heldout_greedy": {"overall": own},
+        "trainable_parameters": 7,
+        "train_seconds": seconds,
+        "peak_bytes": peak,
+    }
+
+
+def test_the_comparison_keeps_its_rows_as_they_come(tmp_path, monkeypatch):
+    asked = []
+
+    def trained(study, config, name, seed):
+        asked.append((name, seed))
+        return summary_of(seed * 1.0, 9.0 - seed, None if seed == 0 else 5e6)
+
+    monkeypatch.setattr(methods.Study, "train", trained)
+    study = methods.Study(tmp_path, 2, only=("grpo", "lora"))
+    kept = [found["rows"] for found in methods.builtin(study)]
+    # All methods have their first seed before any its second.
+    assert asked == [("grpo", 0), ("lora", 0), ("grpo", 1), ("lora", 1)]
+    assert [[row["n"] for row in rows] for rows in kept] == [[1], [1, 1], [2, 1], [2, 2]]
+    first, last = kept[0][0], kept[-1][0]
+    assert first["heldout"] == pytest.approx((0.0, 0.2))
+    assert "peak_bytes" not in first
+    # The standard error of 0 and 1 is a half, and Student's t of one degree of freedom 12.706.
+    assert last["heldout"] == pytest.approx((0.5, 12.706 * 0.5), rel=1e-4)
+    assert (last["seconds"], last["peak_bytes"]) == (8.0, 5e6)
+    assert methods.tables({"builtin": {"rows": kept[-1]}})["methods builtin"].endswith("| 5 |")
+    results = tmp_path / "results.json"
+    monkeypatch.setattr("sys.argv", ["methods", "--parts=builtin", "--only=grpo", "--seeds=1"])
+    monkeypatch.setattr(methods, "RESULTS", results)
+    monkeypatch.setattr(common.commands, "keep_compiled_programs", lambda: None)
+    methods.main()
+    assert [row["n"] for row in json.loads(results.read_text())["builtin"]["rows"]] == [1]
+
+
+def test_noise_on_weights_is_a_share_of_each_matrix():
+    params = {"kernel": 3.0 * jax.random.normal(jax.random.key(0), (80, 90)), "bias": jnp.ones(9)}
+    moved = methods.noisy(params, 0.1, jax.random.key(1))
+    change = np.asarray(moved["kernel"] - params["kernel"])
+    assert change.std() == pytest.approx(0.3, rel=0.05)
+    np.testing.assert_array_equal(moved["bias"], params["bias"])
+    same = methods.noisy(params, 0.0, jax.random.key(1))
+    np.testing.assert_array_equal(same["kernel"], params["kernel"])
+
+
+def test_adapters_are_judged_under_noise(tmp_path, monkeypatch):
+    def thin(name):
+        settings = load_config(name)
+        settings.model.source = thin_model()
+        settings.update_from_flattened_dict(SHORT)
+        settings.generation.max_new_tokens = 4
+        settings.data.tasks = ("general",)
+        return settings
+
+    monkeypatch.setattr(methods, "load_config", thin)
+    monkeypatch.setattr(methods, "LEVELS", (0.0, 0.1))
+    monkeypatch.setattr(methods, "DRAWS", 2)
+    (found,) = methods.noise(methods.Study(tmp_path, 1, steps=methods.QUICK))
+    assert [(row["level"], row["n"]) for row in found["rows"]] == [(0.0, 1), (0.1, 2)]
+    for row in found["rows"]:
+        assert np.isfinite([*row["grasp"], *row["stoch_grasp"]]).all()
+    assert methods.tables({"noise": found})["methods noise"].count("\n") == 3

@@ -172,11 +172,10 @@ def check_objective(objective: Objective, shape: tuple[int, int, int] = SHAPE) -
             f"the objective is not hashable ({error}), as a static argument must be; make it a "
             "function or a frozen dataclass."
         ) from None
-    if needs := getattr(objective, "needs", ()):
-        if tuple(needs) != ("reference",):
-            raise InputError(
-                f"the objective has needs={needs!r}; all that it can get is ('reference',)."
-            )
+    if (needs := getattr(objective, "needs", ())) and tuple(needs) != ("reference",):
+        raise InputError(
+            f"the objective has needs={needs!r}; all that it can get is ('reference',)."
+        )
     objective = _alone(objective)
     question = _question()
     # The prompts' length is not looked at.
