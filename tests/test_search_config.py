@@ -108,7 +108,7 @@ def test_wrong_options_and_wrong_means_are_refused_by_field(workdir):
         adaptation.adapt(run, PROMPT)
     settings = get_config()
     settings.search.options.size = 9
-    with pytest.raises(InputError, match=r"^config\.search\.options are settings of an evosax"):
+    with pytest.raises(InputError, match=r"^config\.search\.options are settings of other methods"):
         parse_config(settings)
 
 
