@@ -15,7 +15,7 @@ from grpocem_jax import adapters, grpo
 from grpocem_jax.grpo import step as grpo_step
 from grpocem_jax.models import base as models
 from grpocem_jax.models import gpt2, likelihood, sampling
-from grpocem_jax.training import loop as training
+from grpocem_jax.training.update import update_program
 from grpocem_jax.utils.errors import InputError
 
 PROMPTS, GROUP, LENGTH, PROMPT_LENGTH = 4, 4, 6, 5
@@ -315,7 +315,7 @@ def test_updates_in_a_scan_of_a_users_program_are_those_of_calls(tiny, batch, of
     def twice(state, params):
         return jax.lax.scan(lambda x, _: step(x, params, batch, 0.7), state, length=2)
 
-    for update in (step, functools.partial(training.update_program, model=tiny.model, **hp)):
+    for update in (step, functools.partial(update_program, model=tiny.model, **hp)):
         first, metrics = update(start, tiny.factored, batch, 0.7)
         second, later = update(first, tiny.factored, batch, 0.7)
         found, both = twice(start, tiny.factored)
