@@ -28,11 +28,6 @@ from grpocem_jax.rollouts import Item
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.training.data import load_data
 
-CONFIG = flags.DEFINE_string("config", None, "The config of the training.", required=True)
-OUT = flags.DEFINE_string("out", None, "Folder for the rows.", required=True)
-SAMPLES = flags.DEFINE_integer("samples", 8, "Completions of each prompt.")
-BETA = flags.DEFINE_float("beta", 0.5, "Of the value, above 0.")
-
 
 def values(
     config: Config, policy: Policy, items: list[Item], *, samples: int, beta: float
@@ -71,11 +66,12 @@ def write(folder: Path, split: str, items: list[Item], columns: dict[str, np.nda
 def main(argv: list[str]) -> None:
     """Estimates the values and writes the rows."""
     del argv
-    config = gj.parse_config(gj.load_config(CONFIG.value))
+    given = flags.FLAGS
+    config = gj.parse_config(gj.load_config(given.config))
     policy = gj.load_policy(config)
     data = load_data(config, policy)
-    found = values(config, policy, list(data.train), samples=SAMPLES.value, beta=BETA.value)
-    folder = Path(OUT.value)
+    found = values(config, policy, list(data.train), samples=given.samples, beta=given.beta)
+    folder = Path(given.out)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, "train", list(data.train), {"optimal_value": found})
     write(folder, "test", list(data.heldout), {})
@@ -83,4 +79,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "The config of the training.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the rows.", required=True)
+    flags.DEFINE_integer("samples", 8, "Completions of each prompt.")
+    flags.DEFINE_float("beta", 0.5, "Of the value, above 0.")
     app.run(main)
