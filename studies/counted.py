@@ -1,23 +1,24 @@
 """Runs a command and counts what this process does of the work that processes divide.
 
-    python -m studies.counted COUNTS.json SCRIPT ARGUMENTS...
+    python -m studies.counted COUNTS.json train.py|adapt.py ARGUMENTS...
 
 The counts, as JSON: prompts completed, completions judged, prompts updated, candidates scored.  One
 process by itself updates and scores in programs of its own, which are not counted.
 """
 
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from grpocem_jax import rollouts
+from grpocem_jax import cli, rollouts
 from grpocem_jax.search import drivers
 from grpocem_jax.tasks import scoring
 from grpocem_jax.training import update
+
+COMMANDS = {"train.py": cli.train, "adapt.py": cli.adapt}
 
 
 def count() -> dict[str, int]:
@@ -61,6 +62,6 @@ if __name__ == "__main__":
     done = count()
     sys.argv = command
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        COMMANDS[command[0]]()
     finally:
         Path(path).write_text(json.dumps(done))
