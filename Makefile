@@ -51,9 +51,8 @@ lint: $(VENV)/.installed
 # loads exports in transformers 4, which needs one of its own; and the strategies of evosax.
 parity: $(PARITY_VENV)/.installed $(TRANSFORMERS_4_VENV)/.installed
 	TRANSFORMERS_4=$(TRANSFORMERS_4_VENV)/bin/python \
-	    $(PARITY_VENV)/bin/python -m pytest -n 2 --dist loadfile -m parity tests/parity $(ARGS)
-	$(PARITY_VENV)/bin/python -m pytest -n 2 -m evosax \
-	    tests/test_search_methods.py tests/test_search_config.py $(ARGS)
+	    $(PARITY_VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'parity or evosax' \
+	    tests/parity tests/test_search_methods.py tests/test_search_config.py $(ARGS)
 
 # Makes the figures of docs/benchmarks.md again, against PyTorch, transformers, TRL and PEFT.
 bench: $(PEERS_VENV)/.installed

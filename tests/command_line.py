@@ -42,6 +42,7 @@ COMMANDS = {
     "decode": lambda: benchmark("decode"),
     "grpo": lambda: benchmark("grpo"),
     "memory": lambda: benchmark("memory"),
+    "many_searches": lambda: benchmark("many_searches"),
     "scaling": lambda: benchmark("scaling"),
 }
 
@@ -85,19 +86,15 @@ def workdir(original, tmp_path):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """A command in this process, which must not search or train: status, stdout and stderr."""
+def run_command(capsys, monkeypatch):
+    """A command in this process: status, stdout and stderr."""
 
     def run_app(main, flags_parser):
         sys.exit(main(flags_parser(sys.argv)))
 
     monkeypatch.setattr(commands.app, "run", run_app)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-    monkeypatch.setattr(loop, "maximize", no_search)
-    monkeypatch.setattr(training.Run, "train", no_search)
-    monkeypatch.setattr(sys, "stdin", None)
 
-    def call(name, *arguments):
+    def run_command(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         before = set(flags.FLAGS)
         try:
@@ -110,7 +107,17 @@ def call(capsys, monkeypatch, tmp_path):
                 delattr(flags.FLAGS, flag)
         return status, *capsys.readouterr()
 
-    return call
+    return run_command
+
+
+@pytest.fixture
+def call(run_command, monkeypatch, tmp_path):
+    """As `run_command`, of a command that must not search or train."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    monkeypatch.setattr(loop, "maximize", no_search)
+    monkeypatch.setattr(training.Run, "train", no_search)
+    monkeypatch.setattr(sys, "stdin", None)
+    return run_command
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,17 +36,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests of whole runs compile the same programs over and over, those of commands too.
 for name, value in {
     "jax_compilation_cache_dir": str(runs.ROOT / ".pytest_cache" / "xla"),
-    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    # GPUs would otherwise round the operands of float32 products to 10 bits.
+    "jax_default_matmul_precision": "highest",
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
-# GPUs would otherwise round the operands of float32 products to 10 bits.
-jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiles quickly, to slower programs; those of tests/parity are as users have them."""
-    if config.option.markexpr != "parity":
+    """Compiles quickly, to slower programs; those of `make parity` are as users have them."""
+    if "parity" not in config.option.markexpr:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for commands
         jax.config.update("jax_disable_most_optimizations", True)
@@ -88,11 +89,12 @@ def one_policy() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def no_pictures() -> Iterator[None]:
-    """Trainings leave out their report page, which takes seconds to draw."""
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Trainings in this process leave out their report page, which takes seconds to draw."""
+    undrawn = types.SimpleNamespace(write=lambda workdir: workdir / "report")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.report, "write", lambda workdir: workdir / "report")
+        patch.setattr(training, "report", undrawn)
         yield
 
 

@@ -45,7 +45,7 @@ def test_the_fastest_type_of_a_processor(listed, expected, tmp_path):
 
 
 def test_a_run_says_what_auto_stands_for_and_continues_in_that_type_alone(
-    tmp_path, monkeypatch, capsys, no_pictures
+    tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(devices, "fast_dtype", lambda *_: "bfloat16")
     settings = {"model.dtype": "auto", "train.max_steps": 1}

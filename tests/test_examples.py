@@ -23,11 +23,10 @@ from examples.arithmetic import multiplication
 from examples.arithmetic import rewards as numbers
 from examples.own_task import rewards
 from examples.stories import rewards as stories
-from grpocem_jax import adaptation
+from grpocem_jax import adaptation, report
 from grpocem_jax.config import load_config, parse_config
 from grpocem_jax.tasks import example_of, load_examples
 from grpocem_jax.tasks.rows import file_rows
-from grpocem_jax.training import loop as training
 from grpocem_jax.training.data import load_data
 from tests.runs import ROOT, get_config, thin_model, tiny_policy, write_run
 
@@ -48,9 +47,8 @@ def short(settings, tasks=None):
 
 @pytest.fixture
 def in_root(monkeypatch):
-    """Runs from the root of the repository, without a report page."""
+    """Runs from the root of the repository."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(training.report, "write", lambda workdir: workdir / "report")
 
 
 def test_rewards_of_the_own_task():
@@ -305,6 +303,7 @@ def test_the_notebook_runs(own_run, tmp_path, monkeypatch, capsys):
     def train(settings, workdir):
         made.append(gj.parse_config(settings))
         shutil.copytree(own_run[0], workdir)  # stands for the notebook's own runs
+        report.write(workdir)
         return own_run[1]
 
     monkeypatch.chdir(tmp_path)

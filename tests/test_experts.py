@@ -22,7 +22,7 @@ from grpocem_jax.training import loop as training
 from grpocem_jax.utils.errors import InputError
 from tests.runs import ROOT, get_config, one_policy, random_offsets, thin_model, tiny_policy
 
-pytestmark = pytest.mark.usefixtures("one_policy", "no_pictures")
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 TASKS = ("qa", "sentiment", "summarization", "classification", "general")
 SMALL = {

@@ -557,8 +557,7 @@ def test_the_start_token_of_a_tokenizer_stands_before_every_text(
 # A run
 
 
-def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.report, "write", lambda *_: None)  # seconds of drawing
+def test_a_qwen2_is_trained_adapted_and_exported_by_the_same_functions(tmp_path):
     tokenizer = load_tokenizer(hub.BUILTIN)
     shape = llama.Config(
         vocab_size=2048, context_length=256, width=32, inner=48, num_layers=1, head_dim=8,

@@ -31,7 +31,7 @@ from grpocem_jax.utils.errors import InputError
 from tests.runs import OUT_OF_MEMORY, ROOT, TRAINING, read_lines, thin_model, training_config
 
 STEPS = TRAINING["train.max_steps"]
-pytestmark = pytest.mark.usefixtures("one_policy", "no_pictures")
+pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 def same_runs(one, other):

@@ -128,8 +128,7 @@ def test_an_error_in_the_rollouts_ends_the_updates_too(given, monkeypatch):
 # Whole runs
 
 
-def test_a_run_one_step_behind_continues_to_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.report, "write", lambda workdir: workdir)  # seconds of drawing
+def test_a_run_one_step_behind_continues_to_the_same_bits(tmp_path):
     whole, begun = tmp_path / "whole", tmp_path / "begun"
     training.train(training_config(**STALE), whole)
     training.train(training_config(**STALE, **{"train.max_steps": 3}), begun)

@@ -16,7 +16,6 @@ from grpocem_jax.config import load_config, parse_config
 from grpocem_jax.rollouts import Item
 from grpocem_jax.rollouts.policy import load_policy, make_adapter
 from grpocem_jax.tasks import TASKS, Example
-from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from studies import (
     adaptation,
@@ -220,7 +219,6 @@ def test_the_heap_is_what_was_not_freed():
 def test_a_short_soak_compiles_nothing_in_its_second_half(tmp_path, monkeypatch, capsys):
     # So short a run has not yet touched all the memory that it will have.
     monkeypatch.setattr(soak, "BOUND", 1.0)
-    monkeypatch.setattr(training.report, "write", lambda workdir: workdir)
     overrides = {
         "model.source": thin_model(),
         "search.buckets": (64, 127),

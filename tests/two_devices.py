@@ -66,9 +66,9 @@ def largest(tree: Any) -> float:
     return max(float(np.abs(x).max()) for x in jax.tree.leaves(tree))
 
 
-def work(function: Any, *args: Any, **kwargs: Any) -> float:
+def work(program: jax.stages.Compiled) -> float:
     """Floating-point operations of a program, on each of its devices."""
-    return function.lower(*args, **kwargs).compile().cost_analysis()["flops"]
+    return program.cost_analysis()["flops"]
 
 
 config = parse_config(settings())
@@ -120,8 +120,11 @@ def compare_update(micro_batches: int) -> dict[str, float]:
     }
     alone = (state, one.params, batch, 1.0)
     together = (devices.replicate(MESH, state), two.params, devices.divide(MESH, batch), 1.0)
-    first, second = (grpo.update(*args, **options)[0].offsets for args in (alone, together))
-    counts = [work(grpo.update, *args, **options) for args in (alone, together)]
+    programs = [grpo.update.lower(*args, **options).compile() for args in (alone, together)]
+    first, second = (
+        program(*args)[0].offsets for program, args in zip(programs, (alone, together), strict=True)
+    )
+    counts = [work(program) for program in programs]
     return {
         "moved": largest(first),
         "difference": difference(first, second),
@@ -163,14 +166,10 @@ def work_of_a_generation() -> float:
         first = kernel.begin(method, problem, generations=1)
         return kernel.advance(method, problem, first, 1, mesh=mesh)
 
+    key = jax.random.key(0)
     counts = [
-        work(
-            step,
-            fitness.Likelihood(policy.params, policy.model),
-            jax.random.key(0),
-            mesh=policy.mesh,
-        )
-        for policy in (one, two)
+        work(step.lower(fitness.Likelihood(p.params, p.model), key, mesh=p.mesh).compile())
+        for p in (one, two)
     ]
     return counts[1] / counts[0]
 
@@ -263,10 +262,8 @@ if __name__ == "__main__":
         else:
             found = {
                 "rollouts": compare_rollouts(),
-                "update": {count: compare_update(count) for count in (1, 2)},
-                "search": {
-                    chunk: compare_search(CEM(population_size=10), chunk) for chunk in (0, 3)
-                },
+                "update": compare_update(2),
+                "search": compare_search(CEM(population_size=10), 3),
                 "generation": work_of_a_generation(),
                 "sharing": [getattr(devices.sharing(count), "size", 1) for count in (1, 2, 3, 4)],
                 "one of two": screens.first(config, one, [], Path("run")).splitlines()[0],
