@@ -123,7 +123,7 @@ def test_grpo_reports_what_it_promises(measured, thin):
     assert record["tokens_per_s"] == pytest.approx(32 * 9 / record["step_seconds"])
 
 
-def test_memory_reports_what_it_promises(thin):
+def test_memory_reports_what_it_promises(measured, thin):
     sizes = ("--tokens=4", "--prompt_tokens=5")
     record = record_of("memory", thin, *sizes)
     # A trained critic brings weights, gradients of a step and of a micro-batch, and two moments.
@@ -137,7 +137,7 @@ def test_memory_reports_what_it_promises(thin):
     for name in ("grpo_peak_bytes", "ppo_separate_critic_peak_bytes", "ppo_value_head_peak_bytes"):
         assert "memory analysis" in record["how"][name]
     # The compiler says the same of shapes alone, and PPO can be left out.
-    outline = record_of("memory", thin, *sizes, "--norun", "--noppo")
+    outline = measured("memory", thin, *sizes, "--norun", "--noppo")
     for name in ("grpo_rollout_bytes", "grpo_update_bytes", "weight_bytes", "cem_generation_bytes"):
         assert outline[name] == record[name]
     for name in ("ppo_separate_critic_peak_bytes", "grpo_over_ppo_value_head"):
