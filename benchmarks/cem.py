@@ -15,7 +15,7 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import common
-from grpocem_jax.config import commands, make_method
+from grpocem_jax.config import make_method
 from grpocem_jax.search import fitness
 from grpocem_jax.utils.errors import InputError
 
@@ -164,23 +164,17 @@ def _peers(
     }
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags and measures."""
-    del argv
-    values = flags.FLAGS
-    text, record = measure(
-        values.config,
-        length=values.tokens,
-        repetitions=values.repetitions,
-        looped=values.looped,
-        peers=values.peers,
-    )
-    common.show(text, record, values.json)
-
-
 if __name__ == "__main__":
     common.define_flags()
     common.define_timing_flags()
     flags.DEFINE_integer("tokens", 12, "Tokens of the text; all but the first are scored.", 2)
     flags.DEFINE_integer("looped", 10, "Candidates of a repetition of the PyTorch loop.", 1)
-    commands.run(main)
+    common.run(
+        lambda flag: measure(
+            flag.config,
+            length=flag.tokens,
+            repetitions=flag.repetitions,
+            looped=flag.looped,
+            peers=flag.peers,
+        )
+    )

@@ -364,6 +364,20 @@ def show(text: str, record: Mapping[str, Any], as_json: bool) -> None:
         sys.stdout.flush()
 
 
+def run(measure: Callable[[flags.FlagValues], tuple[str, Mapping[str, Any]]]) -> None:
+    """A benchmark's command: what it measures by its flags, shown.
+
+    Args:
+      measure: ``(flags) -> (table, record)``.
+    """
+
+    def main(argv: Sequence[str]) -> None:
+        del argv
+        show(*measure(flags.FLAGS), as_json=flags.FLAGS.json)
+
+    commands.run(main)
+
+
 def peer_model(subject: Subject) -> Any:
     """The same model in transformers, with the same weights."""
     pretrained = subject.pretrained

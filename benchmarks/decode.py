@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import common
-from grpocem_jax.config import commands
 from grpocem_jax.models import sampling
 from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
@@ -145,24 +144,19 @@ def measure(
 
 def run(measure: Callable[..., tuple[str, dict[str, Any]]]) -> None:
     """The command of a benchmark of prompts and completions."""
-
-    def main(argv: list[str]) -> None:
-        del argv
-        values = flags.FLAGS
-        text, record = measure(
-            values.config,
-            prompt_length=values.prompt_tokens,
-            length=values.tokens,
-            repetitions=values.repetitions,
-            peers=values.peers,
-        )
-        common.show(text, record, values.json)
-
     common.define_flags()
     common.define_timing_flags()
     flags.DEFINE_integer("tokens", 32, "Tokens of each completion.", 1)
     flags.DEFINE_integer("prompt_tokens", 23, "Tokens of each prompt.", 1)
-    commands.run(main)
+    common.run(
+        lambda flag: measure(
+            flag.config,
+            prompt_length=flag.prompt_tokens,
+            length=flag.tokens,
+            repetitions=flag.repetitions,
+            peers=flag.peers,
+        )
+    )
 
 
 if __name__ == "__main__":

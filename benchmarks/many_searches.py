@@ -20,7 +20,6 @@ from absl import flags
 from benchmarks import common
 from grpocem_jax import adaptation
 from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
-from grpocem_jax.config import commands
 from grpocem_jax.runs import metrics
 from grpocem_jax.serving.searches import Searches
 from grpocem_jax.tasks import SourceConfig, load_examples
@@ -184,27 +183,20 @@ def measure(
     return "\n".join(lines), record
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags and measures."""
-    del argv
-    values = flags.FLAGS
-    text, record = measure(
-        values.config,
-        users=values.users,
-        examples=values.examples,
-        task=values.task,
-        method=values.method,
-        repetitions=values.repetitions,
-    )
-    common.show(text, record, values.json)
-
-
 if __name__ == "__main__":
-    commands.define_config("tiny")
-    flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
+    common.define_flags("tiny")
     flags.DEFINE_integer("repetitions", 3, "Timed repetitions, after one to warm up.", 1)
     flags.DEFINE_integer("users", 32, "Users who adapt.", 1)
     flags.DEFINE_integer("examples", 8, "Examples of each.", 1)
     flags.DEFINE_string("task", "sentiment", "Whose examples they are.")
     flags.DEFINE_string("method", "gradient", "gradient, cem or experts.")
-    commands.run(main)
+    common.run(
+        lambda flag: measure(
+            flag.config,
+            users=flag.users,
+            examples=flag.examples,
+            task=flag.task,
+            method=flag.method,
+            repetitions=flag.repetitions,
+        )
+    )

@@ -19,7 +19,7 @@ from absl import flags
 
 import grpocem_jax as gj
 from benchmarks import cem, common, decode, grpo, ppo
-from grpocem_jax.config import commands, make_method
+from grpocem_jax.config import make_method
 from grpocem_jax.grpo import init_state
 from grpocem_jax.models import sampling
 from grpocem_jax.search import fitness
@@ -183,21 +183,6 @@ def measure(
     return "\n".join(lines), record
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags and measures."""
-    del argv
-    values = flags.FLAGS
-    text, record = measure(
-        values.config,
-        prompt_length=values.prompt_tokens,
-        length=values.tokens,
-        text_length=values.text_tokens,
-        run=values.run,
-        compare=values.ppo,
-    )
-    common.show(text, record, values.json)
-
-
 if __name__ == "__main__":
     common.define_flags()
     flags.DEFINE_integer("tokens", 0, "Tokens of each completion; 0: as the config.", 0)
@@ -205,4 +190,13 @@ if __name__ == "__main__":
     flags.DEFINE_integer("text_tokens", 12, "Tokens of the text that CEM adapts to.", 2)
     flags.DEFINE_bool("run", True, "Run the GRPO step as well, which needs the weights.")
     flags.DEFINE_bool("ppo", True, "Compile PPO as well.")
-    commands.run(main)
+    common.run(
+        lambda flag: measure(
+            flag.config,
+            prompt_length=flag.prompt_tokens,
+            length=flag.tokens,
+            text_length=flag.text_tokens,
+            run=flag.run,
+            compare=flag.ppo,
+        )
+    )

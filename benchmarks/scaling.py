@@ -17,7 +17,6 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cem, common
-from grpocem_jax.config import commands
 from grpocem_jax.models import gpt2
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import is_folder
@@ -138,10 +137,8 @@ def plot(series: Sequence[Series], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: list[str]) -> None:
-    """Measures, prints and plots."""
-    del argv
-    values = flags.FLAGS
+def command(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
+    """Measures and plots; returns the text to show and the JSON record."""
     if values.plot is not None:
         check_plot(values.plot)
     series = measure(values.config, repetitions=values.repetitions)
@@ -152,12 +149,11 @@ def main(argv: list[str]) -> None:
             rows.append(("", f"{work:,.0f}", f"{seconds:.3f}"))
     if values.plot:
         plot(series, values.plot)
-    record = {"series": [part._asdict() for part in series]}
-    common.show(common.table(rows), record, values.json)
+    return common.table(rows), {"series": [part._asdict() for part in series]}
 
 
 if __name__ == "__main__":
     common.define_flags()
     flags.DEFINE_integer("repetitions", 3, "Timed repetitions, after one to warm up.", 1)
     flags.DEFINE_string("plot", None, "File to draw the plot to.")
-    commands.run(main)
+    common.run(command)

@@ -28,7 +28,6 @@ from absl import flags
 from benchmarks import common, load, many_searches
 from benchmarks.decode import check_length
 from benchmarks.serve_engine import RESIDENT, Bench, Load, Part, make_policy, measure_engine
-from grpocem_jax.config import commands
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.serving import Request
@@ -269,24 +268,6 @@ def measure(
     return "\n".join(lines), record
 
 
-def main(argv: list[str]) -> None:
-    """Measures and prints."""
-    del argv
-    values = flags.FLAGS
-    text, record = measure(
-        values.config,
-        slots=values.slots,
-        prompt_length=values.prompt_tokens,
-        length=values.tokens,
-        repetitions=values.repetitions,
-        parts=values.parts,
-        users=values.users,
-        examples=values.examples,
-        seconds=values.seconds,
-    )
-    common.show(text, record, values.json)
-
-
 if __name__ == "__main__":
     common.define_flags("tiny")
     flags.DEFINE_integer("repetitions", 5, "Timed repetitions, after one to warm up.", 1)
@@ -297,4 +278,16 @@ if __name__ == "__main__":
     flags.DEFINE_integer("users", 32, "Users who adapt at once.", 1)
     flags.DEFINE_integer("examples", 8, "Examples of each of them.", 1)
     flags.DEFINE_float("seconds", 10.0, "Of each loop over HTTP.", 0.1, load.MOST_SECONDS)
-    commands.run(main)
+    common.run(
+        lambda flag: measure(
+            flag.config,
+            slots=flag.slots,
+            prompt_length=flag.prompt_tokens,
+            length=flag.tokens,
+            repetitions=flag.repetitions,
+            parts=flag.parts,
+            users=flag.users,
+            examples=flag.examples,
+            seconds=flag.seconds,
+        )
+    )

@@ -22,7 +22,6 @@ from absl import flags
 
 from benchmarks import collectives, common, decode, grpo, memory
 from grpocem_jax.adapters.base import get
-from grpocem_jax.config import commands
 from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
@@ -124,24 +123,18 @@ def measure(
     return "\n".join(lines), record
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags and measures."""
-    del argv
-    values = flags.FLAGS
-    text, record = measure(
-        values.config,
-        prompt_length=values.prompt_tokens,
-        length=values.tokens,
-        text_length=values.text_tokens,
-        names=values.programs,
-    )
-    common.show(text, record, values.json)
-
-
 if __name__ == "__main__":
     common.define_flags("llama")
     flags.DEFINE_integer("prompt_tokens", 0, "Tokens of each prompt; 0: as the config.", 0)
     flags.DEFINE_integer("tokens", 0, "Tokens of each completion; 0: as the config.", 0)
     flags.DEFINE_multi_enum("programs", list(PROGRAMS), PROGRAMS, "What to compile; repeated.")
     flags.DEFINE_integer("text_tokens", 64, "Tokens of the text that CEM scores.", 2)
-    commands.run(main)
+    common.run(
+        lambda flag: measure(
+            flag.config,
+            prompt_length=flag.prompt_tokens,
+            length=flag.tokens,
+            text_length=flag.text_tokens,
+            names=flag.programs,
+        )
+    )
