@@ -20,6 +20,7 @@ from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search.cem import CEM
 from grpocem_jax.tasks import Messages
 from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.statistics import mean_of_present
 
 
 def best_perturbations(
@@ -67,10 +68,8 @@ def best_perturbations(
         num_samples=samples,
         buckets=run.config.search.buckets,
     )
-    present = ~np.isnan(rewards)
-    sums, count = np.where(present, rewards, 0.0).sum(-1), present.sum(-1)
-    mean = np.where(count > 0, sums / np.maximum(count, 1), -np.inf)
-    chosen = np.argsort(-mean, kind="stable")[:keep]
+    # NaN, where all abstain, comes last.
+    chosen = np.argsort(-mean_of_present(rewards), kind="stable")[:keep]
     return jax.tree.map(lambda x: x[chosen], drawn)
 
 

@@ -29,6 +29,7 @@ from grpocem_jax.utils import memory
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.processes import ALONE, Processes
+from grpocem_jax.utils.statistics import mean_of_present
 
 
 class SearchResult(NamedTuple):
@@ -340,15 +341,12 @@ def mean_history(histories: Sequence[History]) -> History:
     """The mean of histories of one length, on the host; of one itself."""
     if len(histories) == 1:
         return histories[0]
-    return History(*(_mean_of_present(values) for values in zip(*histories, strict=True)))
-
-
-def _mean_of_present(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean of some arrays without what is NaN in one; NaN where it is in all."""
-    stacked = np.stack(values)
-    present = ~np.isnan(stacked)
-    sums, count = np.where(present, stacked, 0).sum(0), present.sum(0)
-    return np.where(count > 0, sums / np.maximum(count, 1), np.nan).astype(np.float32)
+    return History(
+        *(
+            mean_of_present(np.stack(values), axis=0).astype(np.float32)
+            for values in zip(*histories, strict=True)
+        )
+    )
 
 
 def _host_history(history: History, done: int) -> History:

@@ -14,6 +14,7 @@ from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
 from grpocem_jax.tasks import Task
 from grpocem_jax.utils import memory
+from grpocem_jax.utils.statistics import mean_of_present
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,9 @@ def judge(
         policy, offsets, items, key, config, count, greedy=True, own_adapters=own_adapters
     )
     return Judged(
-        _mean(rewards[:, :-1]),
+        mean_of_present(rewards[:, :-1]),
         [group[:-1] for group in texts],
-        _mean(rewards[:, -1:]),
+        mean_of_present(rewards[:, -1:]),
         [group[-1:] for group in texts],
     )
 
@@ -146,20 +147,12 @@ def evaluate(
     rewards, texts = _complete(
         policy, offsets, items, key, config, count, greedy=greedy, own_adapters=own_adapters
     )
-    return _mean(rewards), texts
+    return mean_of_present(rewards), texts
 
 
 def prompt_keys(key: jax.Array, count: int) -> jax.Array:
     """The keys ``[count]`` that `evaluate` completes prompts with."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(count))
-
-
-def _mean(rewards: np.ndarray) -> np.ndarray:
-    """Mean of each row of ``[n, samples]`` without what abstained, NaN where all did."""
-    present = ~np.isnan(rewards)
-    count = present.sum(-1)
-    sums = np.where(present, rewards, 0.0).sum(-1)
-    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
 
 
 def _complete(
