@@ -36,7 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests of whole runs compile the same programs over and over, those of commands too.
 for name, value in {
     "jax_compilation_cache_dir": str(runs.ROOT / ".pytest_cache" / "xla"),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
     # GPUs would otherwise round the operands of float32 products to 10 bits.
     "jax_default_matmul_precision": "highest",
 }.items():
