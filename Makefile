@@ -5,7 +5,7 @@ PARITY_VENV ?= .venv-parity
 TRANSFORMERS_4_VENV ?= .venv-transformers-4
 PEERS_VENV ?= .venv-peers
 # Modules are compiled when they are imported, which most of them never are; and then kept, whatever
-# the environment says: a command starts in half the time.
+# the environment says, as each command would compile them again.
 PIP_FLAGS = --quiet --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -46,17 +46,19 @@ def test_rollouts_are_those_of_one_device(found):
     assert found["rollouts"]["logps"] < 1e-4
 
 
-def test_an_update_is_that_of_one_device_and_half_the_work_for_each(found):
-    update = found["update"]  # of two micro-batches
+@pytest.mark.parametrize("micro_batches", ["1", "2"])
+def test_an_update_is_that_of_one_device_and_half_the_work_for_each(found, micro_batches):
+    update = found["update"][micro_batches]
     assert update["moved"] > 1e-3
     assert update["difference"] < 1e-3 * update["moved"]
     # All of it on both would be 1.
     assert 0.4 < update["work"] < 0.65
 
 
-def test_a_search_is_that_of_one_device(found):
-    """Ten candidates in chunks of 3, which are three chunks of 4 on two devices."""
-    search = found["search"]
+@pytest.mark.parametrize("chunk", ["0", "3"])
+def test_a_search_is_that_of_one_device(found, chunk):
+    """Ten candidates, all at once or in chunks of 3, which are three chunks of 4 on two devices."""
+    search = found["search"][chunk]
     assert search["moved"] > 1e-2
     assert search["difference"] < 1e-3 * search["moved"]
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -211,7 +212,15 @@ def blind():
 
 @pytest.mark.parametrize("name", ["clipped", "cispo", "rebel"])
 def test_an_objective_with_a_ratio_is_taken(name):
-    make_algorithm(parse_config(training_config(**STALE, **{"grpo.objective": name})))
+    config = parse_config(training_config(**STALE, **{"grpo.objective": name}))
+    objective = make_algorithm(config).objective
+    tokens, present = jnp.ones((1, 2, 3), jnp.int32), jnp.ones((1, 2, 3), bool)
+    logps, advantages = jnp.full((1, 2, 3), -1.0), jnp.array([[[1.0] * 3, [-1.0] * 3]])
+    weights = grpo.token_weights(present)
+    batch = grpo.Batch(tokens[:, 0], present[:, 0], tokens, present, logps, advantages, weights)
+    older = batch._replace(old_logps=logps.at[0, 1].add(-0.05))
+    values = [np.asarray(objective(logps, x)[0]) for x in (batch, older)]
+    assert np.abs(values[0] - values[1]).max() > 1e-3
 
 
 def test_a_sweep_is_never_behind(tmp_path):

@@ -262,8 +262,10 @@ if __name__ == "__main__":
         else:
             found = {
                 "rollouts": compare_rollouts(),
-                "update": compare_update(2),
-                "search": compare_search(CEM(population_size=10), 3),
+                "update": {count: compare_update(count) for count in (1, 2)},
+                "search": {
+                    chunk: compare_search(CEM(population_size=10), chunk) for chunk in (0, 3)
+                },
                 "generation": work_of_a_generation(),
                 "sharing": [getattr(devices.sharing(count), "size", 1) for count in (1, 2, 3, 4)],
                 "one of two": screens.first(config, one, [], Path("run")).splitlines()[0],
