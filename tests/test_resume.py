@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpocem_jax import adaptation, grpo
+from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.rollouts import policy
 from grpocem_jax.runs import checkpoints, metrics, rundir
+from grpocem_jax.training import evaluation
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
@@ -367,7 +368,7 @@ def test_the_best_adapter_is_that_of_its_checkpoint_and_resuming_judges_none_aga
     tmp_path, monkeypatch
 ):
     rewards, workdir = iter([0.25, 0.75, 0.5]), tmp_path / "run"
-    monkeypatch.setattr(training.evaluation, "mean_reward", lambda *args: next(rewards))
+    monkeypatch.setattr(evaluation, "mean_reward", lambda *args: next(rewards))
     cut_off(workdir, monkeypatch, after=5, **JUDGED)
     summary = training.train(training_config(**JUDGED), workdir)
     assert next(rewards, None) is None
@@ -570,7 +571,7 @@ def test_a_second_signal_leaves_the_step_out_and_a_third_ends_the_process_at_onc
 def test_a_second_signal_during_a_reward_saves_the_steps_before(
     whole, tmp_path, monkeypatch, capsys
 ):
-    score, workdir, calls = training.rollouts.score, tmp_path / "run", []
+    score, workdir, calls = rollouts.score, tmp_path / "run", []
 
     def waits(*args, **options):
         calls.append(1)
@@ -580,7 +581,7 @@ def test_a_second_signal_during_a_reward_saves_the_steps_before(
         return score(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.rollouts, "score", waits)
+        patch.setattr(rollouts, "score", waits)
         with pytest.raises(rundir.Interrupted):
             training.train(training_config(), workdir)
     assert "a second signal leaves that step out" in capsys.readouterr().err
@@ -828,7 +829,7 @@ def test_what_to_lower_is_said_where_rollouts_run_out_of_memory(
     def complete(*args, **options):
         no_memory()
 
-    monkeypatch.setattr(training.rollouts, "complete", complete)
+    monkeypatch.setattr(rollouts, "complete", complete)
     with pytest.raises(InputError, match=f"out of device memory in a step's rollouts: {advice}"):
         training.train(training_config(**changes), tmp_path / "run")
 

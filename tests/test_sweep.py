@@ -16,7 +16,14 @@ from grpocem_jax.utils.errors import InputError
 from tests.runs import ROOT, TRAINING, read_lines, thin_model, training_config
 
 GRID = {"seed": [0, 1], "train.learning_rate": [0.01, 0.03]}
-SHORT = {"train.max_steps": 3, "data.heldout_samples": 3, "grpo.beta": 0.05}
+SHORT = {
+    "train.max_steps": 3,
+    "data.heldout_samples": 3,
+    "grpo.beta": 0.05,
+    # Whose change is not proportional to the learning rate.
+    "train.optimizer": "extrapolated",
+    "train.optimizer_options": {"every": 2, "ahead": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +164,13 @@ def test_tasks_and_random_starts_differ_too(tmp_path):
 def test_a_sweep_that_cannot_be_read_is_named(text, said):
     with pytest.raises(InputError, match=f"^--sweep={text!r}: .*{said}"):
         sweep.parse(text)
+
+
+def test_runs_of_long_seeds_and_near_rates_have_names_of_their_own():
+    grid = {"seed": [20240101, 20240102], "train.learning_rate": [0.0100000001, 0.01, 1e-5]}
+    named = sweep._settings(training_config(), grid)
+    assert len(named) == 6
+    assert "seed=20240102,learning_rate=1e-05" in named
 
 
 def test_what_runs_differ_in_is_read():

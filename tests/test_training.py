@@ -287,7 +287,7 @@ def recording(tmp_path, monkeypatch, **changes):
         metrics = dict.fromkeys(grpo.METRICS, 0.0)
         return state._replace(step=state.step + 1), metrics
 
-    monkeypatch.setattr(training.rollouts.engine, "generate", generate)
+    monkeypatch.setattr(rollouts.engine, "generate", generate)
     monkeypatch.setattr(training.stages, "update_program", update)
     items = load_data(config, policy).train
     algorithm = make_algorithm(config)
@@ -345,7 +345,7 @@ def test_of_the_groups_drawn_those_whose_rewards_differ_are_trained_on(tmp_path,
     def score(items, texts, base_logps, **options):
         return rollouts.Scores(rewards, {}, None)
 
-    monkeypatch.setattr(training.rollouts, "score", score)
+    monkeypatch.setattr(rollouts, "score", score)
     # A step takes all eight prompts, so that two epochs are two steps.
     changes = {"grpo.dynamic_sampling": 2}
     asked, updates, records = recording(tmp_path, monkeypatch, **changes)
@@ -458,7 +458,7 @@ def test_mistakes_are_named_before_compilation(changes, fragments, tmp_path, mon
     def compiled(*args, **kwargs):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(training.rollouts, "complete", compiled)
+    monkeypatch.setattr(rollouts, "complete", compiled)
     with pytest.raises(InputError) as error:
         run(get_config("tiny", **changes), tmp_path / "run")
     for fragment in fragments:

@@ -48,6 +48,12 @@ class Prepared(NamedTuple):
     rows: np.ndarray
 
 
+def total_steps(config: Config, num_items: int) -> int:
+    """Optimizer steps of a run with so many training prompts."""
+    steps = num_items // config.prompts_drawn_per_step * config.train.epochs
+    return min(steps, config.train.max_steps or steps)
+
+
 def prompts(config: Config, items: Sequence[rollouts.Item], step: int) -> list[rollouts.Item]:
     """The prompts that a step completes: a shuffle an epoch, of seed and epoch alone."""
     size = config.prompts_drawn_per_step
@@ -144,9 +150,9 @@ def prepare(
     if len(items) > config.prompts_per_step:
         rows = grpo.informative_first(rewards, config.prompts_per_step)
         items, out, rewards = [items[i] for i in rows.tolist()], out.take(rows), rewards[rows]
-    step_rewards = _step_rewards(config, policy, items, out, rewards)
     given = jnp.asarray(rewards, jnp.float32)
-    shaped = algorithm.shaping(given, out.rollouts.logps, out.rollouts.mask)
+    shaped = np.asarray(algorithm.shaping(given, out.rollouts.logps, out.rollouts.mask))
+    step_rewards = _step_rewards(config, policy, items, out, shaped)
     advantages = algorithm.advantages(shaped, step_rewards, out.tokens, out.mask)
     weights, positions = algorithm.weights(key, out.rollouts)
     batch = grpo.Batch(

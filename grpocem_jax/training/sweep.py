@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from grpocem_jax import adapters, grpo, rollouts
 from grpocem_jax.config import Config, parse_config, with_defaults
@@ -31,7 +32,7 @@ from grpocem_jax.training import evaluation, results
 from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
 from grpocem_jax.training.data import Data, load_data
-from grpocem_jax.training.loop import check_length, total_steps
+from grpocem_jax.training.loop import check_length
 from grpocem_jax.training.update import MEMORY_FIRST, repeat
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.clock import CompileClock
@@ -108,8 +109,9 @@ def sweep(
 ) -> dict[str, dict[str, Any]]:
     """Trains a run for each combination of some settings, all in one program.
 
-    An interrupted sweep goes on from its last checkpoint.  The optimizer's update must be
-    proportional to its learning rate, as that of all of optax's is.
+    An interrupted sweep goes on from its last checkpoint.  A run whose updates are skipped because
+    they are not finite goes on beside the others, whatever ``train.max_skipped_updates`` says; the
+    table and its summary count them.
 
     Args:
       settings: a config, of which all runs are made.
@@ -149,7 +151,7 @@ def sweep(
         Member(name, named[name], config, load_data(config, policy), workdir / name, *_keys(config))
         for name, config in configs.items()
     ]
-    lengths = {total_steps(member.config, len(member.data.train)) for member in members}
+    lengths = {steps.total_steps(member.config, len(member.data.train)) for member in members}
     if 0 in lengths:
         raise InputError(
             f"--sweep: a step takes {first.prompts_drawn_per_step} training prompts, and a run has "
@@ -161,7 +163,13 @@ def sweep(
             f"--sweep: its runs have {', '.join(map(str, sorted(lengths)))} steps, and go in step; "
             "set train.max_steps so that all have the same."
         )
-    algorithm = make_algorithm(first, total_steps=max(lengths))
+    total = max(lengths)
+    algorithm = make_algorithm(first, total_steps=total)
+    rates = {config.train.learning_rate: config for config in configs.values()}
+    made = {
+        rate: make_algorithm(config, total_steps=total).optimizer for rate, config in rates.items()
+    }
+    optimizers = tuple(made[config.train.learning_rate] for config in configs.values())
     with (
         writing(f"--workdir={workdir}", "make room; the same command continues the sweep"),
         rundir.Signals() as signals,
@@ -174,7 +182,7 @@ def sweep(
             claims.enter_context(
                 rundir.claim(member.workdir, with_defaults(member.settings).to_dict(), identity)
             )
-        course = _Course(policy, algorithm, members, max(lengths), workdir, signals)
+        course = _Course(policy, algorithm, optimizers, members, total, workdir, signals)
         sources = dict.fromkeys(line for member in members for line in member.data.lines)
         say("\n".join([*setting(first, policy), *(f"data      {line}" for line in sources)]))
         say(f"sweep     {len(members)} runs of {course.total} steps in {workdir}")
@@ -241,7 +249,7 @@ def _settings(
         parts = []
         for field, value in zip(grid, values, strict=True):
             own.update_from_flattened_dict({field: value})
-            text = "+".join(value) if isinstance(value, tuple) else f"{value:g}"
+            text = "+".join(value) if isinstance(value, tuple) else str(value)
             parts.append(f"{field.rpartition('.')[2]}={text}")
         named[",".join(parts)] = own
     return named
@@ -287,6 +295,7 @@ class _Course:
         self,
         policy: Policy,
         algorithm: Algorithm,
+        optimizers: tuple[optax.GradientTransformation, ...],
         members: Sequence[Member],
         total: int,
         workdir: Path,
@@ -294,16 +303,18 @@ class _Course:
     ):
         self.policy, self.algorithm, self.members = policy, algorithm, members
         self.config, self.total, self.signals = members[0].config, total, signals
-        rates = np.array([member.config.train.learning_rate for member in members])
-        self.factors = jnp.asarray(rates / self.config.train.learning_rate, jnp.float32)
+        self.optimizers = optimizers
+        self.steps_per_epoch = [
+            len(member.data.train) // member.config.prompts_drawn_per_step for member in members
+        ]
         started = [
             grpo.init_state(
                 adapters.init_adapter(
                     policy.adapter, jax.random.key(member.config.seed), policy.params, policy.sites
                 ),
-                algorithm.optimizer,
+                optimizer,
             )
-            for member in members
+            for member, optimizer in zip(members, optimizers, strict=True)
         ]
         self.states = jax.tree.map(lambda *x: jnp.stack(x), *started)
         self.digest = checkpoints.config_hash(
@@ -353,6 +364,7 @@ class _Course:
           Interrupted: a signal came; the step under way and its checkpoint were finished.
         """
         every = self.config.train.checkpoint_every_steps
+        epochs = self.config.train.save_interval * min(self.steps_per_epoch)
         minutes = self.config.train.checkpoint_every_minutes or math.inf
         saved, saved_at = self.first_step, time.monotonic()
         progress, self.signals.at_once = Progress(self.total), False
@@ -361,7 +373,8 @@ class _Course:
                 began = time.perf_counter()
                 rewards = self.step(step, began)
                 progress.update(step + 1, reward=" ".join(f"{reward:.2f}" for reward in rewards))
-                due = step + 1 == self.total or (every and (step + 1) % every == 0)
+                due = step + 1 == self.total or (step + 1) % epochs == 0
+                due = due or bool(every and (step + 1) % every == 0)
                 late = time.monotonic() - saved_at >= 60 * minutes
                 if self.signals.received or due or late:
                     self.save()
@@ -439,11 +452,10 @@ class _Course:
                 policy.params,
                 batches,
                 temperature,
-                self.factors,
                 draw_keys,
                 model=policy.model,
                 objective=self.algorithm.objective,
-                optimizer=self.algorithm.optimizer,
+                optimizers=self.optimizers,
                 beta=config.grpo.beta,
                 entropy=config.grpo.entropy,
                 micro_batch=config.train.batch_size,
@@ -460,7 +472,7 @@ class _Course:
             self.skipped[i] += int(updates["skipped"][i])
             record = {
                 "step": step + 1,
-                "epoch": (step + 1) * count / len(self.members[i].data.train),
+                "epoch": (step + 1) / self.steps_per_epoch[i],
                 **{name: float(values[i]) for name, values in updates.items()},
                 **own.metrics,
                 "temperature": temperature,
@@ -476,7 +488,10 @@ class _Course:
 
 @functools.partial(
     jax.jit,
-    static_argnames=tuple(name for name in grpo.STATIC if name != "loss"),
+    static_argnames=(
+        "optimizers",
+        *(name for name in grpo.STATIC if name not in ("loss", "optimizer")),
+    ),
     compiler_options=MEMORY_FIRST,
 )
 def _update(
@@ -484,32 +499,33 @@ def _update(
     params: Any,
     batches: grpo.Batch,
     temperature: float,
-    factors: jax.Array,
     draw_keys: jax.Array,
+    *,
+    optimizers: tuple[optax.GradientTransformation, ...],
+    beta: float,
     **options: Any,
 ) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
-    """`grpo.update` of each run, its change times the run's factor of the learning rate."""
+    """`grpo.update` of each run, by its own optimizer."""
 
-    def one(
-        state: grpo.TrainState, batch: grpo.Batch, factor: jax.Array, key: jax.Array
-    ) -> tuple[grpo.TrainState, dict[str, jax.Array]]:
-        new, metrics = grpo.update(
-            state,
-            params,
-            batch,
-            temperature,
-            key=None if options["draw"] is None else key,
-            **options,
-        )
-        offsets = jax.tree.map(lambda a, b: a + factor * (b - a), state.offsets, new.offsets)
-        if "learning_rate" in metrics:
-            metrics = {**metrics, "learning_rate": factor * metrics["learning_rate"]}
-        return new._replace(offsets=offsets), metrics
+    def gradient(
+        offsets: adapters.Offsets, batch: grpo.Batch, key: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        own = {**options, "beta": beta, "key": None if options["draw"] is None else key}
+        return grpo.gradients(offsets, params, batch, temperature, **own)
 
     # A few runs fill a processor, and more at once only crowd its caches.
-    size = 1 if jax.default_backend() == "cpu" else len(factors)
-    runs = (states, batches, factors, draw_keys)
-    return jax.lax.map(lambda run: one(*run), runs, batch_size=size)
+    size = 1 if jax.default_backend() == "cpu" else len(optimizers)
+    runs = (states.offsets, batches, draw_keys)
+    grads, metrics = jax.lax.map(lambda run: gradient(*run), runs, batch_size=size)
+    parts: list[Any] = []
+    order: list[int] = []
+    for optimizer in dict.fromkeys(optimizers):
+        rows = np.flatnonzero([each == optimizer for each in optimizers])
+        own = jax.tree.map(lambda x, rows=rows: x[rows], (states, grads, metrics))
+        parts.append(jax.vmap(functools.partial(grpo.apply, optimizer=optimizer, beta=beta))(*own))
+        order.extend(rows.tolist())
+    back = np.argsort(order)
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *parts)
 
 
 def _judge(
