@@ -36,7 +36,7 @@ WHOLE = {
 }
 LETTERS = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,", "Ġ"]
 MERGES = ["t h", "th e", "Ġ a"]
-TOKENS = ["<|end|>", *LETTERS, "th", "the", "Ġa"]
+TOKENS = ["<|end|>", *LETTERS, "th", "the", "Ġa", "<think>"]
 
 
 def permuted(array: np.ndarray, heads: int) -> np.ndarray:
@@ -117,8 +117,8 @@ def write(
     tokens = [*TOKENS, *(f"[unused{i}]" for i in range(fields["vocab_size"] - len(TOKENS)))]
     if leave_out != "tokens":
         file.add_token_list(tokens)
-    control = [token.startswith(("<|", "[")) for token in tokens]
-    file.add_token_types([TokenType.CONTROL if x else TokenType.NORMAL for x in control])
+    types = {"<|": TokenType.CONTROL, "[u": TokenType.CONTROL, "<t": TokenType.USER_DEFINED}
+    file.add_token_types([types.get(token[:2], TokenType.NORMAL) for token in tokens])
     if leave_out != "merges":
         file.add_token_merges(MERGES)
     file.add_bos_token_id(0)

@@ -96,7 +96,7 @@ def test_the_report_s_adapter_of_gpt2_124m_has_7368_parameters():
     offsets = adapters.init_adapter(
         method, jax.random.key(0), adapters.factor_params(method, params, sites), sites
     )
-    assert list(offsets) == [f"h.{i}.attn.c_proj" for i in range(12)]
+    assert list(offsets) == sorted(f"h.{i}.attn.c_proj" for i in range(12))
     assert {x.shape for x in offsets.values()} == {(614,)}  # floor(0.8 * 768); rounded up, 615
     assert adapters.num_params(offsets) == 7368
 

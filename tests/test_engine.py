@@ -49,7 +49,7 @@ def complete(policy):
     # At the temperature the small model is not of one mind.
     options = {"num_samples": 2, "temperature": 3.0, "buckets": (32,)}
 
-    def call(offsets, prompts, keys, **changes):
+    def call(offsets, prompts, keys, policy=policy, **changes):
         return rollouts.complete(
             policy, offsets, prompts, keys, generation, **{**options, **changes}
         )
@@ -73,6 +73,20 @@ def assert_same(found, other, rows=slice(None), other_rows=slice(None)):
     for name in ("logps", "entropies"):
         mine, theirs = (getattr(x.rollouts, name) for x in (found, other))
         np.testing.assert_allclose(mine[rows], theirs[other_rows], atol=1e-4)
+
+
+def test_a_stop_string_that_the_last_token_completes_is_an_end(policy, complete, prompts):
+    long = complete(policy.zero, prompts, keys())
+    found = np.argwhere(long.cut)
+    assert len(found) > 0
+    for row, sample in found:
+        stop = long.texts[row][sample][-4:]
+        stopping = dataclasses.replace(policy, stop_strings=(stop,))
+        assert stopping.stopped([long.tokens[row, sample]]) == [True]
+        assert policy.stopped([long.tokens[row, sample]]) == [False]
+    again = complete(policy.zero, prompts, keys(), policy=stopping)
+    assert not again.cut[row, sample]
+    np.testing.assert_array_equal(again.tokens, long.tokens)
 
 
 def test_a_row_with_an_adapter_of_its_own_is_completed_as_by_that_adapter_alone(

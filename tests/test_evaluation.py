@@ -31,6 +31,9 @@ def test_a_reward_of_1_or_minus_1_is_an_accuracy():
     assert found.gain_ci95 == tuple(x / 2 for x in gains["sentiment"].gain_ci95)
     other = dataclasses.replace(judged[0], rewards=(Reward(lambda **_: []),))
     assert evaluation.accuracies([other], gains) == {}
+    (reward,) = judged[0].rewards
+    double = dataclasses.replace(judged[0], rewards=(reward._replace(weight=2.0),))
+    assert evaluation.accuracies([double], gains) == {}
 
 
 def test_gains_are_paired_and_overall_weighs_tasks_alike():

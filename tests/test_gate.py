@@ -232,6 +232,14 @@ def test_without_any_score_that_counts_the_start_is_returned():
     assert float(gate.judge(values, jnp.zeros((4, 1), bool), 0.0).scale) == 0.0
 
 
+def test_a_single_score_has_no_standard_error_and_lets_nothing_pass():
+    values = jnp.array([[0.0, 9.0], [1.0, 9.0], [2.0, 9.0], [3.0, 9.0]])
+    present = jnp.array([[True, False]] * 4)
+    assert float(gate.judge(values, present, 0.0).scale) == 0.0
+    assert float(gate.judge(values[:, ::-1], ~present[:, ::-1], 0.0).scale) == 0.0
+    assert float(gate.judge(values, jnp.ones((4, 2), bool), 0.0).scale) == 1.0
+
+
 def test_the_points_judged_are_the_start_and_those_at_parts_of_the_way():
     points = gate.scaled({"a": jnp.array([4.0, 8.0]), "b": jnp.float16(2.0)})
     close(points["a"], np.array([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0], [4.0, 8.0]]))

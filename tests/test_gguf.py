@@ -90,6 +90,9 @@ def test_the_tokenizer_is_that_of_the_metadata(tmp_path):
     assert tokenizer.convert_ids_to_tokens(ids) == ["the", "Ġa", ".", "<|end|>", "b"]
     assert tokenizer.decode(ids) == "the a.<|end|>b"
     assert tokenizer.eos_token == "<|end|>"
+    # What is only never split is text, and stays when special tokens are left out.
+    ids = tokenizer.encode("the<think>a<|end|>", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the<think>a"
 
 
 @pytest.mark.parametrize(

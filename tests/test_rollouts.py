@@ -258,6 +258,18 @@ def test_step_rewards_stand_at_the_tokens_that_end_the_steps():
     np.testing.assert_array_equal(ends[0], rewards[0] != 0)
 
 
+def test_a_completion_whose_outcome_abstains_has_no_step():
+    def steps(prompts, completions, **columns):
+        return [[StepReward(len(text), 1.0)] for text in completions]
+
+    tokens, mask = completions(["ab\0", "abc"])
+    outcomes = np.array([[np.nan, -1.0]], np.float32)
+    _, ends = rollouts.score_steps(
+        POLICY, items(make_task(None, steps), "x"), [["ab", "abc"]], tokens, mask, outcomes
+    )
+    np.testing.assert_array_equal(ends[0], [[False] * 3, [False, False, True]])
+
+
 def test_without_a_process_reward_the_outcome_is_the_only_step():
     tokens, mask = completions(["ab\0", "abc"])
     outcomes = np.array([[0.25, np.nan]], np.float32)

@@ -181,6 +181,9 @@ def test_a_built_in_task_takes_other_rewards():
     settings.data.qa = {"source": "builtin", "rewards": GOOD["rewards"], "reward_weights": (2.0,)}
     (reward,) = parse_config(settings).task("qa").rewards
     assert (reward.name, reward.weight) == ("short", 2.0)
+    # They stand in place of those of the steps as well.
+    settings.data.general = {"source": "builtin", "rewards": GOOD["rewards"]}
+    assert parse_config(settings).task("general").process_reward is None
 
 
 @pytest.mark.parametrize(

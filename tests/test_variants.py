@@ -5,6 +5,7 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -503,6 +504,10 @@ def test_methods_train_search_and_export_together(name, tmp_path):
             {"grpo.supervision": "process", "grpo.shaping": "overlong"},
             "config.grpo.shaping='overlong' is for rewards of whole completions",
         ),
+        (
+            {"grpo.supervision": "process", "grpo.shaping": "mine:shaping"},
+            "config.grpo.shaping='mine:shaping' is for rewards of whole completions",
+        ),
         ({"grpo.advantages": "bnpoo"}, "config.grpo.advantages='bnpoo'.*bnpo"),
         ({"grpo.updates": 0}, "config.grpo.updates=0: must be at least 1"),
     ],
@@ -584,6 +589,15 @@ def test_stoch_grasp_draws_about_its_mean_with_its_deviation():
             close(own[part].mean(0), 0.5, atol=0.03)
             close(own[part].std(0), 0.2 * math.exp(0.5), rtol=0.06)
     assert abs(np.corrcoef(drawn["h.0"]["shift"][:, 0], drawn["h.1"]["shift"][:, 0])[0, 1]) < 0.1
+
+
+def test_a_draw_is_the_same_where_it_is_compiled():
+    """Compiled programs have the sites in another order than a model has them."""
+    adapter, sites = adapters.stoch_grasp(groups=3), {f"h.{i}": (f"h.{i}",) for i in (9, 10)}
+    params = {name: kernel_of() for name in sites}
+    start = adapters.init_adapter(adapter, jax.random.key(0), params, sites)
+    drawn = [draw(jax.random.key(1), start) for draw in (adapter.draw, jax.jit(adapter.draw))]
+    chex.assert_trees_all_close(*drawn, rtol=1e-5)
 
 
 def test_vera_is_its_formula_and_shares_what_is_random():

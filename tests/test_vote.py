@@ -53,6 +53,8 @@ def test_the_best_of_some_perturbations_are_kept_in_order(run, items):
     assert rewards.tolist() == sorted(rewards, reverse=True)
     two = best_perturbations(run, items, KEY, keep=2, **options)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:2]), two, everyone)
+    fewest = best_perturbations(run, items, KEY, keep=1, population_size=2)
+    assert len(jax.tree.leaves(fewest)[0]) == 1
 
 
 def test_the_answer_of_most_adapters_wins_and_ties_go_to_the_first(run):

@@ -35,6 +35,8 @@ def best_perturbations(
 ) -> Offsets:
     """Adapters around the run's own: of some random ones those with the largest mean reward.
 
+    All of them complete all prompts in one program, which the device has to hold.
+
     Args:
       run: what to perturb.
       items: prompts of a task, `rollouts.encode`, at least one.
@@ -57,7 +59,7 @@ def best_perturbations(
     if not items:
         raise InputError("items: there are none to choose by; give at least one prompt.")
     draw_key, reward_key = jax.random.split(key)
-    method = CEM(population_size=population_size, noise_std=noise_std)
+    method = CEM(population_size=population_size, noise_std=noise_std, elite_ratio=1.0)
     drawn = method.ask(draw_key, method.init(run.offsets))
     rewards = rollouts.population_rewards(
         run.policy,

@@ -144,8 +144,15 @@ def factor_params(
 
 
 def init_adapter(adapter: Adapter, key: jax.Array, params: Any, sites: Sites) -> Offsets:
-    """Offsets at the base model, for parameters made by `factor_params`."""
-    return adapter.init(key, {name: get(params, path) for name, path in sites.items()})
+    """Offsets at the base model, for parameters made by `factor_params`.
+
+    Their sites are in the order in which JAX flattens a dict, in which those that a compiled
+    program returns are too: `Adapter.draw` and others may go through them in order.
+    """
+    # `factor_params` takes the first keys that are folded in.
+    key = jax.random.fold_in(key, len(sites))
+    made = adapter.init(key, {name: get(params, path) for name, path in sites.items()})
+    return jax.tree.map(lambda x: x, made)
 
 
 def merge_params(adapter: Adapter, params: Any, offsets: Offsets, sites: Sites) -> Any:

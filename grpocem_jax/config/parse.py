@@ -57,10 +57,13 @@ def parse_config(config: ml_collections.ConfigDict) -> Config:
             "config.data.chat=True, or leave it empty."
         )
     if parsed.grpo.supervision == "process":
-        outcomes = {*variants.ADVANTAGES, *variants.SHAPINGS}
-        for field in ("advantages", "shaping"):
+        whole = {
+            "advantages": parsed.grpo.advantages in variants.ADVANTAGES,
+            "shaping": parsed.grpo.shaping != "none",
+        }
+        for field, of_outcomes in whole.items():
             name = getattr(parsed.grpo, field)
-            if name in outcomes:
+            if of_outcomes:
                 raise InputError(
                     f"config.grpo.{field}={name!r} is for rewards of whole completions; set "
                     "config.grpo.supervision='outcome', or take another method."

@@ -18,7 +18,7 @@ def warmup(
     """Linear warmup over ``steps`` updates, then constant, or linear to the end of training.
 
     The first update has ``learning_rate / steps``, the last of the warmup ``learning_rate``, and
-    the last of all ``final_scale * learning_rate``.
+    the last of all ``final_scale * learning_rate``, unless the warmup is as long as the training.
 
     Args:
       learning_rate: the largest, above 0.

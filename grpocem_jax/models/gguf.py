@@ -23,8 +23,8 @@ from grpocem_jax.utils.files import cache_folder, new_folder, write_json
 
 SUFFIX = ".gguf"
 
-CONTROL = (3, 4)
-"""Types of tokens that no text is made of: llama.cpp's CONTROL and USER_DEFINED."""
+CONTROL, USER_DEFINED = 3, 4
+"""Types of tokens that are never split, in llama.cpp's numbers; no text is made of the former."""
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -298,11 +298,11 @@ def _tokenizer(fields: Mapping[str, Any], where: str) -> str:
     made.pre_tokenizer = parts[0] if len(parts) == 1 else pre.Sequence(parts)
     made.decoder = decoders.ByteLevel()
     types = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    made.add_special_tokens(
+    made.add_tokens(
         [
-            AddedToken(token, normalized=False, special=True)
+            AddedToken(token, normalized=False, special=type_ == CONTROL)
             for token, type_ in zip(tokens, types, strict=True)
-            if type_ in CONTROL
+            if type_ in (CONTROL, USER_DEFINED)
         ]
     )
     if fields.get("tokenizer.ggml.add_bos_token") or (

@@ -118,12 +118,13 @@ def complete(
             own_adapters=own_adapters,
         )
         tokens, mask, logps = jax.device_get((out.tokens, out.mask, out.logps))
-        ended = np.isin(tokens[..., -1], np.asarray(policy.end_ids))
+        cut = mask[..., -1] & ~np.isin(tokens[..., -1], np.asarray(policy.end_ids))
+        cut[cut] = ~policy.stopped(tokens[cut])
         return {
             **out._asdict(),
             "lengths": mask.sum(-1, dtype=np.int32),
             "finite": np.isfinite(logps).all(-1),
-            "cut": mask[..., -1] & ~ended,
+            "cut": cut,
             "texts": decode(policy, tokens, mask),
         }
 

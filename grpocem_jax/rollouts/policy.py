@@ -119,10 +119,15 @@ class Policy:
 
     def decode_completions(self, ids: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
         """Texts of completions up to a stop string, each to stand behind its prompt as it is."""
-        texts = tokenizers.decode(
-            self.continuing, ids, keep_special_tokens=self.keep_special_tokens
-        )
-        return [text[: self._stop(text)] for text in texts]
+        return [text[: self._stop(text)] for text in self._decode(ids)]
+
+    def stopped(self, ids: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Which completions have a stop string in their text, bool ``[n]``."""
+        texts = self._decode(ids) if self.stop_strings else [""] * len(ids)
+        return np.array([self._stop(text) is not None for text in texts], bool)
+
+    def _decode(self, ids: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
+        return tokenizers.decode(self.continuing, ids, keep_special_tokens=self.keep_special_tokens)
 
     def _stop(self, text: str) -> int | None:
         """Where the first stop string of a text begins."""

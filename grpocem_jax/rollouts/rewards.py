@@ -21,6 +21,7 @@ from grpocem_jax.tasks import scoring
 from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.processes import ALONE, Processes
+from grpocem_jax.utils.statistics import mean_of_present
 from grpocem_jax.utils.terminal import say
 
 BASE_LOGPS = "base_logps"
@@ -331,7 +332,7 @@ def _score_steps(
                 ):
                     rewards[row, sample, index] += step.reward
                     ends[row, sample, index] = True
-    return rewards, ends
+    return rewards, ends & ~np.isnan(outcomes)[..., None]
 
 
 def _step_tokens(policy: Policy, ids: np.ndarray, ends: Sequence[int]) -> list[int]:
@@ -392,6 +393,4 @@ def population_rewards(
     judged = score(asked, out.texts, out.base_logps, processes=policy.processes)
     scores = np.where(out.finite, judged.total, np.nan)
     scores = scores.reshape(count, len(items), num_samples)
-    present = ~np.isnan(scores)
-    total = np.where(present, scores, 0.0).sum(-1)
-    return np.where(present.any(-1), total / np.maximum(present.sum(-1), 1), np.nan)
+    return mean_of_present(scores)

@@ -60,8 +60,9 @@ class CEM:
       population_size: candidates of a generation, of `Evosax` too.
       elite_ratio: share of them that are elites, in (0, 1]; their number is rounded down.
       noise_std: standard deviation of the first generation, of `Evosax` too.
-      momentum: weight of the old mean, in [0, 1]. At 1 the distribution never moves, and the best
-        candidate of a search is that of random search.
+      momentum: weight of the old mean, in [0, 1]. At 1 the mean never moves; with ``std_momentum``
+        at 1 too, or None, neither does the deviation, and the best candidate of a search is that of
+        random search.
       std_momentum: weight of the old standard deviation; None takes ``momentum``.
       min_std: the standard deviation falls no lower.
       threshold: the search has converged when the mean moves by less than this.

@@ -24,6 +24,7 @@ from grpocem_jax.utils import memory
 from grpocem_jax.utils.devices import map_chunks
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.processes import Processes
+from grpocem_jax.utils.statistics import mean_of_present
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,10 +161,8 @@ class OnHost:
         values = self._evaluate(
             self.fitness.function, candidates, self.problem.batch, fitness_key, self.chunk
         )
-        present = ~np.isnan(values)
-        fitness = np.where(present, values, 0).sum(-1) / np.maximum(present.sum(-1), 1)
-        fitness = np.where(present.any(-1), fitness, np.nan)
-        return _tell(self.method, state, ask_key, candidates, jnp.asarray(fitness))
+        fitness = jnp.asarray(mean_of_present(values))
+        return _tell(self.method, state, ask_key, candidates, fitness)
 
     def scores(self, points: Point, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Scores of some points on other data, and which count, ``[C, N]``."""

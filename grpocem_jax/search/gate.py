@@ -53,15 +53,19 @@ def judge(values: jax.Array, present: jax.Array, z: jax.Array | float) -> Verdic
       values: scores of the points of `scaled`, float ``[4, N]``.
       present: which of them count, bool ``[4, N]``.
       z: standard errors to take off, at least 0.
+
+    Returns:
+      the verdict; the start where no point has two scores, as one has no standard error.
     """
     present = present[1:] & present[:1]
-    n = jnp.maximum(jnp.sum(present, -1), 1)
+    count = jnp.sum(present, -1)
+    n = jnp.maximum(count, 1)
     difference = jnp.where(present, values[1:] - values[:1], 0.0)
     gain = jnp.sum(difference, -1) / n
     spread = jnp.where(present, difference - gain[:, None], 0.0)
     variance = jnp.sum(spread**2, -1) / jnp.maximum(n - 1, 1)
     bound = gain - z * jnp.sqrt(variance / n)
-    bound = jnp.where(jnp.isnan(bound), -jnp.inf, bound)
+    bound = jnp.where(jnp.isnan(bound) | (count < 2), -jnp.inf, bound)
     best = jnp.argmax(bound)
     found = Verdict(jnp.array(SCALES)[best], bound[best], gain[best])
     return jax.tree.map(lambda x: jnp.where(bound[best] > 0, x, 0.0), found)

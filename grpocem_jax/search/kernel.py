@@ -200,7 +200,7 @@ def _record(state: State, fitness: jax.Array, change: jax.Array) -> History:
     square = sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves) / sum(x.size for x in leaves)
     return History(
         best=jnp.max(jnp.where(finite, fitness, -jnp.inf)),
-        mean=jnp.sum(jnp.where(finite, fitness, 0.0)) / jnp.maximum(jnp.sum(finite), 1),
+        mean=jnp.sum(jnp.where(finite, fitness, 0.0)) / jnp.sum(finite),
         std=jnp.sqrt(square),
         change=change,
     )

@@ -70,7 +70,7 @@ def make_task(name: str, source: SourceConfig) -> Task:
     if name in TASKS:
         task = TASKS[name]
         if rewards:
-            task = dataclasses.replace(task, rewards=rewards)
+            task = dataclasses.replace(task, rewards=rewards, process_reward=None)
         return _with_template(task, source.template, fields) if fields else task
     if name == "overall" or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise InputError(

@@ -116,7 +116,7 @@ class Task:
     @property
     def is_right_or_wrong(self) -> bool:
         """Whether the reward is 1 for the right answer and -1 for any other: an accuracy."""
-        return [reward.function for reward in self.rewards] == [label_reward]
+        return list(self.rewards) == [Reward(label_reward)]
 
     @property
     def is_free_text(self) -> bool:
