@@ -11,38 +11,26 @@ tables and the plot again.
 """
 
 import itertools
-import json
 import operator
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from grpocem_jax import adaptation
-from grpocem_jax.adaptation import Adaptation, Text, TrainedRun
+from grpocem_jax.adaptation import TrainedRun
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
 from grpocem_jax.models.tokenizer import continuing, load_tokenizer
 from grpocem_jax.rollouts.policy import load_policy
 from studies import common
-from studies.common import interval, mean_ci, prompt_table, say, searching, table
+from studies.common import interval, mean_ci, prompt_table, say, table
+from studies.passages import GRADIENT, KINDS, Study, read
 
 RESULTS = Path("studies/pretrained.json")
 PLOT = Path("studies/pretrained.png")
-KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "stories": ("tinystories", lambda row: row["text"]),
-    "mathematics": ("svamp", lambda row: f"{row['Body'].rstrip('. ')}. {row['Question']}"),
-    "news": ("ag_news", lambda row: row["text"]),
-    "restaurants": ("e2e_nlg", lambda row: row["ref"]),
-    "abstracts": ("scitldr_a", lambda row: row["source"]),
-    "encyclopedia": ("squad", lambda row: row["context"]),
-}
-"""Kinds of text: the folder, and the text of a row."""
 FOREIGN = tuple(kind for kind in KINDS if kind != "stories")
 SITES = {
     "one": ("self_attn.o_proj",),
@@ -51,85 +39,24 @@ SITES = {
         *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
     ),
 }
-PROMPT, FOLLOWING, PASSAGE = 40, 64, 32
-"""Tokens of a prompt, at most of what follows it, and of a passage."""
 JUDGES = 48
 """Passages that judge."""
-GRADIENT: dict[str, Any] = {"method": "gradient", "generations": 25}
 
 
-class Study:
+def load(model: Path, texts: Path, seeds: int) -> Study:
     """The model with a zero adapter at one site of each layer and at all, and the texts."""
-
-    def __init__(self, model: Path, texts: Path, seeds: int):
-        self.seeds = seeds
-        model = _without_a_leading_space(model)
-        config = load_config("llama")
-        config.model.source = str(model)
-        config.data.max_prompt_tokens = 128
-        config.search.buckets = (16, 32, 48, 64, 112)
-        self.runs = {}
-        for name, sites in SITES.items():
-            config.adapter.sites = sites
-            parsed = parse_config(config)
-            policy = load_policy(parsed)
-            self.runs[name] = TrainedRun(parsed, policy, policy.zero)
-        self.texts = {
-            kind: _read(texts / folder / "train.jsonl", text)
-            for kind, (folder, text) in KINDS.items()
-        }
-
-    def adapt(
-        self, sites: str, texts: Text | Sequence[Text], seed: int, **changes: Any
-    ) -> Adaptation:
-        """`adaptation.adapt` at some sites, without a gate and with other changes."""
-        run = self.runs[sites]
-        run = run._replace(config=searching(run.config, **{"gate": False, **changes}))
-        return adaptation.adapt(run, texts, key=jax.random.key(seed))
-
-    def gain(self, sites: str, found: Adaptation, judges: Sequence[Text]) -> float:
-        """Gain of log-likelihood per token on texts, nats."""
-        run = self.runs[sites]
-        values = [
-            adaptation.log_likelihoods(run, offsets, judges).mean()
-            for offsets in (found.offsets, run.offsets)
-        ]
-        return float(values[0] - values[1])
-
-    def cut(self, text: str, count: int) -> tuple[str, str]:
-        """The most whole words, each with the space after it, in ``count`` tokens, and the rest."""
-        words, encode = re.findall(r"[^ ]+ *", text), self.runs["one"].policy.encode
-        end = next(
-            (n for n in range(1, len(words)) if len(encode("".join(words[: n + 1]))) > count),
-            len(words),
-        )
-        return "".join(words[:end]), "".join(words[end:])
-
-    def prompts(self, kind: str, count: int) -> list[tuple[Text, Text]]:
-        """Openings of texts, each with what follows it as the completion."""
-        found = []
-        for text in self.shuffled(kind, 0):
-            prompt, rest = self.cut(text, PROMPT)
-            following = self.cut(rest, FOLLOWING)[0]
-            if len(following.split(" ")) >= 12:
-                found.append((Text(prompt), Text(prompt, following)))
-            if len(found) == count:
-                return found
-        raise ValueError(
-            f"there are only {len(found)} texts of the kind {kind} that are long enough"
-        )
-
-    def passages(self, kind: str, count: int, seed: int) -> tuple[list[Text], list[Text]]:
-        """Passages to adapt to, and others to judge by, the same for any ``count``."""
-        texts = [
-            Text(self.cut(x, PASSAGE)[0]) for x in self.shuffled(kind, seed + 1)[: JUDGES + 32]
-        ]
-        return texts[JUDGES : JUDGES + count], texts[:JUDGES]
-
-    def shuffled(self, kind: str, seed: int) -> list[str]:
-        """All texts of a kind in random order."""
-        order = np.random.default_rng(seed).permutation(len(self.texts[kind]))
-        return [self.texts[kind][i] for i in order]
+    model = _without_a_leading_space(model)
+    config = load_config("llama")
+    config.model.source = str(model)
+    config.data.max_prompt_tokens = 128
+    config.search.buckets = (16, 32, 48, 64, 112)
+    runs = {}
+    for name, sites in SITES.items():
+        config.adapter.sites = sites
+        parsed = parse_config(config)
+        policy = load_policy(parsed)
+        runs[name] = TrainedRun(parsed, policy, policy.zero)
+    return Study(runs, read(texts), seeds, JUDGES)
 
 
 def _without_a_leading_space(model: Path) -> Path:
@@ -141,12 +68,6 @@ def _without_a_leading_space(model: Path) -> Path:
     folder = shutil.copytree(model, Path(tempfile.mkdtemp()) / model.name)
     continuing(load_tokenizer(model)).save_pretrained(folder)
     return folder
-
-
-def _read(path: Path, text: Callable[[dict[str, Any]], str]) -> list[str]:
-    """The different texts of at least 10 words in a file."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [x for x in dict.fromkeys(map(text, rows)) if len(x.split()) >= 10]
 
 
 def prompts(study: Study) -> dict[str, Any]:
@@ -329,7 +250,7 @@ def main() -> None:
         "Adaptation of a real pretrained model, behind studies/adaptation.md.",
         PARTS,
         tables,
-        lambda args: Study(args.model, args.texts, args.seeds),
+        lambda args: load(args.model, args.texts, args.seeds),
         results=RESULTS,
         needed=("--model", "--texts"),
     )

@@ -21,7 +21,9 @@ from studies import (
     adaptation,
     common,
     communication,
+    domains,
     methods,
+    passages,
     pretrained,
     real,
     soak,
@@ -36,6 +38,7 @@ from tests.runs import ROOT, thin_model
     [
         (adaptation, "studies/adaptation.md"),
         (pretrained, "studies/adaptation.md"),
+        (domains, "studies/domains.md"),
         (stories, "docs/reproduction.md"),
         (real, "studies/real.md"),
         (methods, "docs/methods.md"),
@@ -54,7 +57,7 @@ def test_the_document_shows_the_figures_that_are_kept(study, name, tmp_path, mon
 
 def test_a_real_model_is_adapted_to_passages_and_judged_by_others(shared):
     model = shared / "models" / "tinystories-656k"
-    study = pretrained.Study(model, shared / "data", 1)
+    study = pretrained.load(model, shared / "data", 1)
     support, judges = study.passages("mathematics", 4, 0)
     assert study.passages("mathematics", 2, 0) == (support[:2], judges)
     assert len({x.prompt for x in support + judges}) == 4 + pretrained.JUDGES
@@ -64,8 +67,23 @@ def test_a_real_model_is_adapted_to_passages_and_judged_by_others(shared):
     # Prompt and what follows are tokens of one text: no space is put between them.
     whole = encode(judge.prompt + judge.completion)
     assert whole[: len(encode(prompt.prompt))] == encode(prompt.prompt)
-    found = study.adapt("one", support, 0, **pretrained.GRADIENT)
+    found = study.adapt("one", support, 0, **passages.GRADIENT)
     assert study.gain("one", found, judges) > 0.1
+
+
+def test_slot_adds_one_vector_to_the_last_states(shared):
+    study = domains.load(thin_model(), "attn.c_proj", shared / "data", 1)
+    run = study.runs[domains.RUN]
+    slot = domains.Slot(run.policy.params, run.policy.model)
+    given, _ = study.passages("restaurants", 4, 0)
+    hidden, tokens = domains.states(run, given[:1])
+    assert len(hidden) == len(tokens) == len(run.policy.encode(given[0].prompt)) - 1
+    # Nothing added is the model itself.
+    logps = slot.logps(jnp.zeros(hidden.shape[1]), hidden, tokens)
+    assert float(logps.mean()) == pytest.approx(study.before(domains.RUN, (given[0],)), abs=1e-5)
+    assert domains._slot(study, 5)(given, given, 0) > 0
+    search = domains._search(study, {**domains.METHODS["random search"], "generations": 1})
+    assert search(given, given, 0) >= 0
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
