@@ -2,8 +2,8 @@
 
     python train.py --config configs/tiny.py
 
-About two minutes on 2 CPU cores. Held-out reward rises by 0.22 sampled and by 0.50 to 0.58 greedy,
-with three seeds (docs/reproduction.md).  Settings that are not here have the defaults of
+Under three minutes on 2 CPU cores.  Held-out reward rises by 0.22 sampled and by 0.50 to 0.58
+greedy, with three seeds (docs/reproduction.md).  Settings that are not here have the defaults of
 docs/config.md.
 """
 

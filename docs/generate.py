@@ -24,14 +24,16 @@ A config is a Python file whose `get_config()` returns an `ml_collections.Config
 sections below. `--config` takes such a file, or the name of one that comes with the package:
 `tiny` (built-in model and data), `gpt2` (GPT-2 124M with the report's values), `gpt2:tuned` (ours),
 `smollm2` (SmolLM2-135M from the Python package index on real reviews and news; `smollm2:FOLDER`
-with data from a folder) or `llama` (a Llama, Qwen2 or Mistral on the built-in data). Every field is
-a flag as well, whether the config file has it or not, and all are checked before any work starts:
+with data from a folder) or `llama` (a Llama, Qwen2, Qwen3 or Mistral on the built-in data). Every
+field is a flag as well, whether the config file has it or not, and all are checked before any work
+starts:
 
     python train.py --config configs/tiny.py --config.train.learning_rate=1e-2 \\
         --config.data.tasks="('qa','sentiment')" --config.search.gate=False
 
 The last columns of a table are the values in `tiny`, `gpt2` and `gpt2:tuned`; `llama` is `tiny`
-with another model and its sites, and more room for prompts.
+with another model and its sites, longer prompts and completions, and no experts; for `smollm2` see
+[configs/smollm2.py](../configs/smollm2.py).
 """
 
 
