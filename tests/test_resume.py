@@ -605,7 +605,8 @@ def test_whatever_ends_a_run_its_last_step_is_saved_first(
     where, error, whole, tmp_path, monkeypatch, capsys
 ):
     module, name = where.split(".")
-    module, workdir, calls = getattr(training, module), tmp_path / "run", []
+    module = {"rollouts": rollouts, "steps": training.steps}[module]
+    workdir, calls = tmp_path / "run", []
     original = getattr(module, name)
 
     def fails(*args, **options):

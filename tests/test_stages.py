@@ -63,7 +63,7 @@ def distance(one, other):
 )
 def test_rollouts_apart_are_the_run_one_step_behind(given, alone, count, apart, tolerance):
     """Bit for bit, but where the rows of a stage are divided, which is rounded otherwise."""
-    found = together(count, lambda processes: course(given, processes, apart), end_s=120)
+    found = together(count, lambda processes: course(given, processes, apart), 110, 120)
     assert distance(alone[-1][0].offsets, alone[0][0].offsets) > 1e-2
     for own in found:
         assert not isinstance(own, BaseException), own
