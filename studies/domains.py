@@ -209,6 +209,17 @@ def states(run: TrainedRun, given: Sequence[Text]) -> tuple[jax.Array, jax.Array
     return hidden[scored], batch.tokens[:, 1:][scored]
 
 
+FEW = 3
+"""So many gains are shown one by one."""
+
+
+def _gains(values: Sequence[float]) -> str:
+    """Gains of some draws or prompts: each of them, or their mean and its interval."""
+    if len(values) <= FEW:
+        return ", ".join(f"{value:+.3f}" for value in values)
+    return interval(mean_ci(values))
+
+
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """The document's tables by the name of their markers."""
     made = {}
@@ -226,8 +237,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
                 {
                     "text": lambda r: r["text"],
                     "likelihood before": lambda r: f"{r['before']:.2f}",
-                    "gain": lambda r: interval(mean_ci(r["free"])),
-                    "gain behind the gate": lambda r: interval(mean_ci(r["gated"])),
+                    "gain": lambda r: _gains(r["free"]),
+                    "gain behind the gate": lambda r: _gains(r["gated"]),
                     "adapted": lambda r: f"{r['gated_adapted']} of {len(r['gated'])}",
                 },
             )
@@ -237,7 +248,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
             {
                 "method": lambda r: r["method"],
                 **{
-                    kind: lambda r, kind=kind: interval(mean_ci(r[kind]))  # type: ignore[misc]
+                    kind: lambda r, kind=kind: _gains(r[kind])  # type: ignore[misc]
                     for kind in COMPARED
                 },
             },

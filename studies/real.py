@@ -57,7 +57,7 @@ LONGER: dict[str, Any] = {
     "grpo.group_size": 8,
     "grpo.dynamic_sampling": 1,
     "train.eval_samples": 2,
-    "train.max_steps": 100,
+    "train.max_steps": 60,
 }
 """What the five tasks need: longer prompts and completions."""
 RECIPES: dict[str, dict[str, Any]] = {
