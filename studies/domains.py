@@ -110,7 +110,11 @@ def support(study: Study, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, 
         yield {"rows": rows}
 
 
-POPULATION: dict[str, Any] = {"population_size": 15, "generations": FORWARDS // 15}
+POPULATION: dict[str, Any] = {
+    "method": "cem",
+    "population_size": 15,
+    "generations": FORWARDS // 15,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "gradient": GRADIENT,
     "cem, sigma 0.1": {**POPULATION, "noise_std": 0.1},

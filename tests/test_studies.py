@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from grpocem_jax.adaptation import Text, TrainedRun, log_likelihoods
-from grpocem_jax.config import load_config, parse_config
+from grpocem_jax.config import load_config, make_method, parse_config
 from grpocem_jax.rollouts import Item
 from grpocem_jax.rollouts.policy import load_policy, make_adapter
 from grpocem_jax.tasks import TASKS, Example
@@ -85,6 +85,20 @@ def test_slot_adds_one_vector_to_the_last_states(shared):
     assert domains._slot(study, 5)(given, given, 0) > 0
     search = domains._search(study, {**domains.METHODS["random search"], "generations": 1})
     assert search(given, given, 0) >= 0
+
+
+def test_the_methods_of_a_study_are_what_they_are_called():
+    config = parse_config(load_config("smollm2:builtin"))
+    found = {
+        name: common.searching(config, **changes)
+        for name, changes in domains.METHODS.items()
+        if name != "sep_cma_es"  # which needs evosax
+    }
+    assert [config.search.method for config in found.values()] == ["gradient"] + ["cem"] * 3
+    assert make_method(found["cem, sigma 0.3"]).noise_std == 0.3
+    assert make_method(found["gradient"]) == config.gradient
+    random = make_method(found["random search"])
+    assert (random.momentum, random.std_momentum) == (1.0, 1.0)
 
 
 def test_what_was_kept_of_a_study_is_not_searched_again():
