@@ -80,12 +80,11 @@ def prompts(study: Study, done: Sequence[dict[str, Any]]) -> Iterator[dict[str, 
             "before": float(np.mean([study.before(RUN, (judge,)) for _, judge in pairs])),
         }
         for name, gate in (("free", False), ("gated", True)):
-            gains, adapted = [], 0
+            row[name], row["gated_adapted"] = [], 0
             for i, (prompt, judge) in enumerate(pairs):
                 found = study.adapt(RUN, prompt, i, **GRADIENT, gate=gate)
-                gains.append(study.gain(RUN, found, [judge]))
-                adapted += found.returned != "start"
-            row[name], row[f"{name}_adapted"] = gains, adapted
+                row[name].append(study.gain(RUN, found, [judge]))
+                row["gated_adapted"] += found.returned != "start"
         rows.append(row)
         say(row)
         yield {"rows": rows}

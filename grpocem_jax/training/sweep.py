@@ -164,12 +164,10 @@ def sweep(
             "set train.max_steps so that all have the same."
         )
     total = max(lengths)
-    algorithm = make_algorithm(first, total_steps=total)
     rates = {config.train.learning_rate: config for config in configs.values()}
-    made = {
-        rate: make_algorithm(config, total_steps=total).optimizer for rate, config in rates.items()
-    }
-    optimizers = tuple(made[config.train.learning_rate] for config in configs.values())
+    made = {rate: make_algorithm(config, total_steps=total) for rate, config in rates.items()}
+    algorithm = made[first.train.learning_rate]
+    optimizers = tuple(made[config.train.learning_rate].optimizer for config in configs.values())
     with (
         writing(f"--workdir={workdir}", "make room; the same command continues the sweep"),
         rundir.Signals() as signals,
