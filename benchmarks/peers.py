@@ -148,7 +148,7 @@ def torch_batched(
                 logits = model(inputs.expand(size, -1), use_cache=False).logits
             losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(size), reduction="none")
             scores.append(-losses.view(size, -1).mean(1))
-        return torch.cat(scores).cpu().numpy()
+        return torch.cat(scores).float().cpu().numpy()
 
     return score
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from gguf.quants import dequantize, quantize
 
 import grpocem_jax as gj
 from grpocem_jax import adapters
-from grpocem_jax.models import hub
+from grpocem_jax.models import gguf, hub
 from grpocem_jax.utils.errors import InputError
 from tests import gguf_files
 from tests.parity import weights
@@ -46,6 +47,27 @@ def test_a_file_gives_the_parameters_of_the_checkpoint_it_was_made_from(case, tm
         if hasattr(config, name):
             assert getattr(found.config, name) == pytest.approx(getattr(config, name))
     assert (found.kind, found.end_ids) == ("gguf", (0,))
+
+
+def test_processes_that_read_a_file_at_once_share_what_the_first_of_them_made(
+    tmp_path, monkeypatch
+):
+    path = str(gguf_files.write(tmp_path / "model.gguf", CASES["llama"]))
+    write = gguf.write_json
+
+    def beside_another(file, content):
+        monkeypatch.setattr(gguf, "write_json", write)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 0)
+            made.append(gj.load_model(path).folder)
+        write(file, content)
+
+    made: list[Path] = []
+    monkeypatch.setattr(gguf, "write_json", beside_another)
+    found = gj.load_model(path)
+    assert made == [found.folder]
+    assert (found.folder / "tokenizer.json").is_file()
+    assert list(found.folder.parent.iterdir()) == [found.folder]
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3"])

@@ -246,9 +246,14 @@ def _folder(config: Mapping[str, Any], fields: Mapping[str, Any], where: str) ->
     folder = (root or _temporary()) / "gguf" / digest
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder) as made:
-            for name, content in files.items():
-                write_json(made / name, content)
+        try:
+            with new_folder(folder) as made:
+                for name, content in files.items():
+                    write_json(made / name, content)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # Another process made the same one meanwhile.
     return folder
 
 
