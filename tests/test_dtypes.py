@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import pytest
 
 from grpocem_jax.training import loop as training
@@ -11,22 +12,38 @@ from tests.runs import training_config
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "expected"),
+    ("platform", "capability", "fastest", "products"),
     [
-        ("tpu", None, "bfloat16"),
-        ("gpu", "9.0", "bfloat16"),
-        ("gpu", "8.0", "bfloat16"),
-        ("gpu", "7.5", "float16"),  # a T4
-        ("gpu", "6.1", "float32"),
-        ("gpu", "gfx90a", "float32"),
-        ("METAL", None, "float32"),
+        ("tpu", None, "bfloat16", "bfloat16"),
+        ("gpu", "9.0", "bfloat16", "tf32"),
+        ("gpu", "8.0", "bfloat16", "tf32"),
+        ("gpu", "7.5", "float16", "float32"),  # a T4
+        ("gpu", "6.1", "float32", "float32"),
+        ("gpu", "gfx90a", "float32", "float32"),
+        ("METAL", None, "float32", "float32"),
     ],
 )
-def test_the_fastest_type_of_a_device(platform, capability, expected, tmp_path):
+def test_the_types_in_which_a_device_multiplies(platform, capability, fastest, products, tmp_path):
     device = types.SimpleNamespace(platform=platform)
     if capability is not None:
         device.compute_capability = capability
-    assert devices.fast_dtype(device, tmp_path / "cpuinfo") == expected
+    assert devices.fast_dtype(device, tmp_path / "cpuinfo") == fastest
+    with jax.default_matmul_precision(None):
+        assert devices.float32_products(device) == products
+    for exact in ("highest", "float32"):
+        with jax.default_matmul_precision(exact):
+            assert devices.float32_products(device) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [("float32", "float32, products in tf32"), ("bfloat16", "bfloat16")]
+)
+def test_a_run_says_in_which_type_products_are(dtype, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "float32_products", lambda _: "tf32")
+    settings = {"model.dtype": dtype, "train.max_steps": 1}
+    summary = training.train(training_config(**settings), tmp_path)
+    assert capsys.readouterr().out.splitlines()[0].endswith(f", {said}")
+    assert summary["float32_products"] == "tf32"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from grpocem_jax.utils import devices
 from grpocem_jax.utils.errors import InputError
 
 
@@ -183,6 +184,7 @@ def environment() -> dict[str, Any]:
         "platform": device.platform,
         "device": device.device_kind,
         "device_count": jax.device_count(),
+        "float32_products": devices.float32_products(device),
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -12,6 +12,7 @@ from grpocem_jax import adapters
 from grpocem_jax.config import AdapterConfig, Config
 from grpocem_jax.models import hub
 from grpocem_jax.rollouts.policy import Policy
+from grpocem_jax.utils import devices
 
 
 def setting(config: Config, policy: Policy) -> list[str]:
@@ -25,6 +26,8 @@ def setting(config: Config, policy: Policy) -> list[str]:
     shards = config.model.weight_shards
     parts = f", weights in {shards} parts" if shards > 1 else ""
     asked = ", by model.dtype=auto" if config.model.dtype == "auto" else ""
+    short = devices.float32_products(device) if policy.dtype == "float32" else "float32"
+    products = "" if short == "float32" else f", products in {short}"
     packaged = hub.PACKAGED.get(pretrained.source)
     source = {
         "builtin": "the built-in tiny model",
@@ -37,7 +40,7 @@ def setting(config: Config, policy: Policy) -> list[str]:
     }[pretrained.kind]
     return [
         f"device    {several}{count}{device.platform} ({device.device_kind}), "
-        f"{policy.dtype}{asked}{parts}",
+        f"{policy.dtype}{products}{asked}{parts}",
         f"model     {source}, {total:,} parameters, frozen",
         f"adapter   {trainable:,} {trained(config.adapter)} ({100 * trainable / total:.3f}%)",
     ]

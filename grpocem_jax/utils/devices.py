@@ -94,11 +94,34 @@ def fast_dtype(device: jax.Device, processor: Path) -> str:
             return "bfloat16" if "amx_bf16" in processor.read_text().split() else "float32"
         except OSError:
             return "float32"
-    try:
-        capability = float(device.compute_capability)
-    except (AttributeError, ValueError):  # no GPU of NVIDIA's
-        return "float32"
+    capability = _compute_capability(device)
     return "bfloat16" if capability >= 8 else "float16" if capability >= 7 else "float32"
+
+
+def _compute_capability(device: jax.Device) -> float:
+    """That of one of NVIDIA's GPUs; 0 of other devices."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):
+        return 0.0
+
+
+EXACT = ("float32", "highest", "F32_F32_F32")
+"""Values of ``jax_default_matmul_precision`` with which products of float32 are not shortened."""
+
+
+def float32_products(device: jax.Device) -> str:
+    """The type in which a device multiplies matrices of float32; sums are float32 in any case.
+
+    JAX takes a shorter one where ``jax_default_matmul_precision`` (in the environment
+    ``JAX_DEFAULT_MATMUL_PRECISION``) does not ask for `EXACT` products: TF32, with 10 bits behind
+    the point instead of 23, on GPUs of compute capability 8.0 and above, bfloat16 on TPUs.
+    """
+    if jax.config.jax_default_matmul_precision in EXACT:  # type: ignore[attr-defined]
+        return "float32"
+    if device.platform == "tpu":
+        return "bfloat16"
+    return "tf32" if _compute_capability(device) >= 8 else "float32"
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
