@@ -26,8 +26,8 @@ def setting(config: Config, policy: Policy) -> list[str]:
     shards = config.model.weight_shards
     parts = f", weights in {shards} parts" if shards > 1 else ""
     asked = ", by model.dtype=auto" if config.model.dtype == "auto" else ""
-    short = devices.float32_products(device) if policy.dtype == "float32" else "float32"
-    products = "" if short == "float32" else f", products in {short}"
+    taken = devices.float32_products(device) if policy.dtype == "float32" else policy.dtype
+    products = "" if taken == policy.dtype else f", products in {taken}"
     packaged = hub.PACKAGED.get(pretrained.source)
     source = {
         "builtin": "the built-in tiny model",
