@@ -84,7 +84,7 @@ def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(workdir):
     assert isinstance(text, str)
     assert result.returned in ("mean", "start")
     assert result.search.generations == 2
-    assert result.search.candidates == 16  # of both halves
+    assert result.search.candidates == 24  # of both halves and of all
     # The settings came from the run's config.json, not from the defaults.
     assert run.config == parse_config(get_config())
 
@@ -501,7 +501,8 @@ def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
     assert found.compile_seconds > 0
     assert seen == [1, 2]
     assert found.generations == 2
-    assert found.candidates == 16  # of both halves
+    # Of both halves and, where they pass, of all.
+    assert found.candidates == 8 * (3 if result.returned == "mean" else 2)
     assert result.returned in ("mean", "start")
     assert (found.held_back_gain > 0) == (result.returned == "mean")
     assert np.all(found.history.best >= found.history.mean)

@@ -115,8 +115,15 @@ def test_searches_are_the_same(tiny, method, space):
         on = jnp.ones(tokens.shape, bool)
         texts = fitness.Texts(jnp.asarray(tokens), on, on)
         likelihood = fitness.Likelihood(tiny.factored, tiny.model)
-        halves = (texts, texts)
-        found = loop.cross_fit(method, likelihood, made, halves, jax.random.key(0), generations=2)
+        found = loop.cross_fit(
+            method,
+            likelihood,
+            made,
+            texts,
+            jax.random.key(0),
+            halves=(texts, texts),
+            generations=2,
+        )
         return found.final, found.history
 
     single, double = both(search)

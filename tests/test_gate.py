@@ -1,4 +1,4 @@
-"""The gate: halves of the data, searched by themselves, that judge each other."""
+"""The gate: halves of the data, searched by themselves, that judge each other; then all of them."""
 
 import dataclasses
 import re
@@ -30,28 +30,36 @@ from tests.searches import (
 
 AGREEING = targets(1.0, 1.1, 0.9), targets(1.0, 0.95, 1.2)
 CONTRADICTING = targets(1.0, 1.0, 1.0), targets(-1.0, -1.2, -0.8)
-FIRST, SECOND, JUDGING = jax.random.split(KEY, 3)
+FIRST, SECOND, JUDGING, LAST = jax.random.split(KEY, 4)
+
+
+def together(halves):
+    """Both halves as one: of batches of targets all of them, of single targets their mean."""
+    if isinstance(halves[0], tuple):
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *halves)
+    return (halves[0] + halves[1]) / 2
 
 
 def crossed(halves, function=None, method=METHOD, **options):
     function = function or Quadratic(jnp.float32(1.0))
-    return loop.cross_fit(method, function, SPACE, halves, KEY, **{**SETTINGS, **options})
+    options = {**SETTINGS, **options, "halves": halves}
+    return loop.cross_fit(method, function, SPACE, together(halves), KEY, **options)
 
 
 def alone(half, key, function=None, **options):
     return run(function or Quadratic(jnp.float32(1.0)), half, key, **options)
 
 
-def test_each_half_is_searched_as_if_alone_and_the_mean_is_returned():
+def test_where_the_halves_agree_all_of_the_data_are_searched_as_if_alone():
     found = crossed(AGREEING, gate_z=0.0)
-    parts = [alone(half, key) for half, key in zip(AGREEING, (FIRST, SECOND), strict=True)]
-    mean = np.mean([part.offsets[SITE] for part in parts], axis=0)
+    whole = alone(together(AGREEING), LAST)
     assert found.returned == "mean"
-    close(found.final[SITE], mean)
-    close(found.offsets[SITE], mean)
-    close(found.history.best, np.mean([part.history.best for part in parts], axis=0))
-    assert (found.generations, found.candidates) == (30, 2 * 30 * 40)
-    # Each one's gain on the other half.
+    close(found.final[SITE], whole.offsets[SITE])
+    close(found.offsets[SITE], whole.offsets[SITE])
+    close(found.history.best, whole.history.best)
+    assert (found.generations, found.candidates) == (30, 3 * 30 * 40)
+    # Each half's gain on the other one.
+    parts = [alone(half, key) for half, key in zip(AGREEING, (FIRST, SECOND), strict=True)]
     gains = []
     for part, (goals, _) in zip(parts, AGREEING[::-1], strict=True):
         for goal in np.asarray(goals):
@@ -72,6 +80,8 @@ def test_the_start_is_returned_exactly_where_the_halves_contradict_each_other():
     assert found.history.best[-1] > -0.1
     parts = [alone(half, key) for half, key in zip(CONTRADICTING, (FIRST, SECOND), strict=True)]
     close(found.final[SITE], np.mean([part.offsets[SITE] for part in parts], axis=0))
+    close(found.history.best, np.mean([part.history.best for part in parts], axis=0))
+    assert found.candidates == 2 * 30 * 40
     plain = crossed((TARGET, targets(-1.0)[0][0]), quadratic)
     assert plain.returned == "start"
     same(plain.offsets, START)
@@ -156,16 +166,18 @@ def test_a_search_that_converges_waits_for_the_other():
     each = [part.generations for part in parts]
     assert each[0] != each[1]
     calls = []
-    found = crossed(halves, method=method, on_chunk=lambda done, history: calls.append(done))
+    found = crossed(
+        halves, method=method, gate_z=1e6, on_chunk=lambda done, history: calls.append(done)
+    )
     assert found.converged == all(part.converged for part in parts)
     assert found.generations == max(each) == calls[-1]
     assert found.candidates == 40 * sum(each)
     close(found.final[SITE], np.mean([part.offsets[SITE] for part in parts], axis=0), 1e-4)
 
 
-def test_a_budget_ends_both_searches():
-    found = crossed(AGREEING, budget_s=1e-9)
-    assert (found.generations, found.candidates) == (1, 80)
+def test_a_budget_ends_all_searches():
+    found = crossed(AGREEING, budget_s=1e-9, gate_z=0.0)
+    assert (found.generations, found.candidates) == (1, 3 * 40)
 
 
 @pytest.mark.parametrize(("field", "value"), [("gate_z", -1.0), ("generations", 0)])
@@ -285,7 +297,7 @@ def test_on_the_host_what_is_judged_has_one_key_and_each_generation_its_own():
         return evaluate
 
     crossed((0, 1), HostFitness(remember(keys), remember(judging)), generations=4)
-    assert len(set(keys)) == 2 * 4
+    assert len(set(keys)) == 3 * 4
     assert len(judging) == 2
     assert len(set(judging)) == 1
     assert not set(judging) & set(keys)

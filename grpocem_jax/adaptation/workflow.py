@@ -99,7 +99,8 @@ class _Subject(NamedTuple):
 
     Attributes:
       fitness: what is maximised.
-      data: its data; with the gate in two halves, None where they are too few for that.
+      data: its data.
+      halves: the same in two parts for the gate; None without it, or where they are too few.
       value: the fitness of one adapter on all that was given.
       name: the setting that names the fitness.
       fix: what to do where it is not finite.
@@ -108,6 +109,7 @@ class _Subject(NamedTuple):
 
     fitness: loop.Fitness | loop.HostFitness
     data: Any
+    halves: tuple[Any, Any] | None
     value: Callable[[Offsets], float]
     name: str
     fix: str
@@ -131,7 +133,8 @@ def adapt(
     gradient.
 
     With the gate, the texts or prompts are split into halves, a single text at its middle; each
-    half is searched by itself and judged by the other, see `search.cross_fit`. Where the texts are
+    half is searched by itself and judged by the other, and where both agree that it helps all of
+    them are searched, see `search.cross_fit`. Where the texts are
     too short for that, they are left alone, as is a text of one token, of which nothing can be
     scored.
 
@@ -171,11 +174,11 @@ def adapt(
         check_method(method, space.origin, name=name)
     fix = subject.fix
     before = check_finite(subject.value(run.offsets), subject.name, "to start from", fix)
-    if subject.data is None:
+    if settings.gate and subject.halves is None:
         return Adaptation(run.offsets, before, before, None, TOO_FEW_TOKENS)
     search: Callable[..., loop.SearchResult] = loop.maximize
     if settings.gate:
-        search = functools.partial(loop.cross_fit, gate_z=settings.gate_z)
+        search = functools.partial(loop.cross_fit, halves=subject.halves, gate_z=settings.gate_z)
     with section("search", SearchConfig):
         found = search(
             method,
@@ -259,14 +262,14 @@ def _written(
             return float(_value(score, offsets, batch=everything, key=key))
 
     own = user_code.is_reference(settings.fitness)
-    parts = halves(encoded, settings) if settings.gate else None
     return _Subject(
         fitness=score,
-        data=parts if settings.gate else everything,
+        data=everything,
+        halves=halves(encoded, settings) if settings.gate else None,
         value=value,
         name=settings.fitness if own else "likelihood",
         fix="return a finite number for it" if own else likelihood_fix(run.policy),
-        chunk=fitness.population_chunk(method.population_size, parts[0] if parts else everything),
+        chunk=fitness.population_chunk(method.population_size, everything),
     )
 
 
@@ -310,7 +313,8 @@ def _rewarded(
 
     return _Subject(
         fitness=loop.HostFitness(functools.partial(rewards, settings.samples), closely),
-        data=(items[::2], items[1::2]) if settings.gate else items,
+        data=items,
+        halves=(items[::2], items[1::2]) if settings.gate else None,
         value=value,
         name="reward",
         fix="correct the reward function, which abstained each time, or give other examples",

@@ -4,12 +4,13 @@ What fits a text need not help with the next one: on text like its training text
 a prompt does worse on the continuation (studies/adaptation.md).  So the data are split into halves,
 each is searched by itself, and what was found is judged on the other half, as in cross-fitting
 (Chernozhukov et al. 2018, arXiv 1608.00060): all of the data judge, and none what was fitted to
-them.  The result is the mean of the two points, at 1/4, 1/2 or the whole of the way from the start.
-It is the one with the largest lower confidence bound of the gain,
+them.  The points are judged at 1/4, 1/2 and the whole of their way from the start, by the lower
+confidence bound of the gain over the scores of both halves,
 
-    mean(d) - z std(d) / sqrt(n),   d_i = score of the point - score of the start, i = 1..n,
+    mean(d) - z std(d) / sqrt(n),   d_i = score of the point - score of the start, i = 1..n.
 
-over the scores of both halves, or the start, whose bound is zero, where none is above it.
+Where the largest bound is above zero, all of the data are searched, and the result is the point at
+that part of the way to what is found.  Otherwise it is the start.
 """
 
 from typing import NamedTuple
@@ -71,8 +72,11 @@ def judge(values: jax.Array, present: jax.Array, z: jax.Array | float) -> Verdic
     return jax.tree.map(lambda x: jnp.where(bound[best] > 0, x, 0.0), found)
 
 
-def follow(verdict: Verdict, point: Point, start: Point) -> tuple[Point, bool]:
-    """Where the verdict leads, and whether that is another point than the start."""
-    if not float(verdict.bound) > 0:
-        return start, False
-    return jax.tree.map(lambda x: (verdict.scale * x).astype(x.dtype), point), True
+def passes(verdict: Verdict) -> bool:
+    """Whether the verdict leads away from the start."""
+    return float(verdict.bound) > 0
+
+
+def part(verdict: Verdict, point: Point) -> Point:
+    """As much of the way to a point as the verdict says."""
+    return jax.tree.map(lambda x: (verdict.scale * x).astype(x.dtype), point)

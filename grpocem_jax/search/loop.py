@@ -1,8 +1,9 @@
 """The search of one problem, with a clock around the kernel.
 
-`maximize` drives one search, `cross_fit` two on halves of the data that judge each other (`gate`):
-they compile the kernel (`kernel.advance`), and return to Python between chunks of generations only
-where a time budget or a live view asks for it.  A fitness that judges in Python, such as the reward
+`maximize` drives one search; `cross_fit` drives two, on halves of the data that judge each other
+(`gate`), and where they agree a third on all of them.  They compile the kernel (`kernel.advance`),
+and return to Python between chunks of generations only where a time budget or a live view asks for
+it.  A fitness that judges in Python, such as the reward
 of completions (`HostFitness`), goes through the same loop, a generation at a time (`drivers`).
 """
 
@@ -31,6 +32,9 @@ from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.processes import ALONE, Processes
 from grpocem_jax.utils.statistics import mean_of_present
 
+MOMENT_S = 1e-9
+"""What is left at least of a budget of time: a generation is run in any case."""
+
 
 class SearchResult(NamedTuple):
     """What a search found.
@@ -41,12 +45,12 @@ class SearchResult(NamedTuple):
       returned: "mean" or "best", or "start" where the gate let nothing pass.
       held_back_gain: gain of each half's point on the other half; 0 for the start, NaN of
         `maximize`, which has no gate.
-      generations: how many were run; of two searches, by the longer.
-      candidates: how many candidates the method scored, without those of the gate.
-      converged: whether the method stopped before the generations were used up.
-      history: the generations, arrays on the host, as long as there were generations; of two
-        searches the mean.
-      seconds: of the search, without compilation.
+      generations: how many the last search had: that by all of the data or, where the gate let
+        nothing pass, the longer one of those by halves.
+      candidates: how many candidates the method scored in all searches, without those of the gate.
+      converged: whether the method stopped before the generations were used up, in the last search.
+      history: its generations, arrays on the host; of those by halves the mean.
+      seconds: of all searches, without compilation.
       compile_seconds: spent to compile, or to find the compiled program.
       population_chunk: candidates scored at a time in the end.
     """
@@ -129,9 +133,10 @@ def cross_fit(
     method: SearchMethod,
     fitness: Fitness | HostFitness,
     space: Space,
-    halves: tuple[Any, Any],
+    batch: Any,
     key: jax.Array,
     *,
+    halves: tuple[Any, Any],
     gate_z: float = 1.0,
     generations: int = 50,
     returned: str = "mean",
@@ -142,14 +147,15 @@ def cross_fit(
     budget_s: float | None = None,
     on_chunk: Callable[[int, History], None] | None = None,
 ) -> SearchResult:
-    """Searches by each half of some data, and returns the mean or the start, as `gate` has it.
+    """Searches by each half of some data, and by all of them where the `gate` lets that pass.
 
     Args:
       method: as in `maximize`.
       fitness: as in `maximize`; of its ``scores`` the gate takes those of single tokens or samples.
       space: as in `maximize`.
-      halves: data for the fitness, twice; of one shape, they are searched by one program.
+      batch: data for the fitness.
       key: PRNG key; consumed. Each search has a key of its own, and all that is judged another.
+      halves: the same data in two parts; of one shape, they are searched by one program.
       gate_z: standard errors that the gate takes off, at least 0.
       generations: at most so many of each search.
       returned: which point of each is followed: "mean", or "best" ever scored.
@@ -157,30 +163,42 @@ def cross_fit(
       fit_memory: as in `maximize`.
       mesh: as in `maximize`.
       processes: as in `maximize`.
-      budget_s: seconds for both searches.
-      on_chunk: as in `maximize`, with the mean of the two histories.
+      budget_s: seconds for all searches; those of the halves have half of them.
+      on_chunk: as in `maximize`, with the mean of the histories of the halves, and then again for
+        the search by all of the data.
 
     Raises:
       InputError: as `maximize`.
     """
     if not gate_z >= 0:
         raise InputError(f"gate_z={gate_z}: must be at least 0.")
-    *keys, gate_key = jax.random.split(key, 3)
-    found = _Searches(
+    *keys, gate_key, last = jax.random.split(key, 4)
+    search = functools.partial(
+        _Searches,
         method,
         fitness,
         space,
-        list(zip(halves, keys, strict=True)),
         returned=returned,
-        population_chunk=population_chunk,
         fit_memory=fit_memory,
         mesh=mesh,
         processes=processes,
     )
-    found.run(generations, budget_s, on_chunk)
-    verdict = gate.judge(*found.scores(halves[::-1], gate_key), gate_z)
-    point, passed = gate.follow(verdict, found.point(), space.origin)
-    return found.result(decode(space, point), returned if passed else "start", float(verdict.gain))
+    parts = search(list(zip(halves, keys, strict=True)), population_chunk=population_chunk)
+    parts.run(generations, budget_s and budget_s / 2, on_chunk)
+    verdict = gate.judge(*parts.scores(halves[::-1], gate_key), gate_z)
+    gain = float(verdict.gain)
+    if not gate.passes(verdict):
+        return parts.result(decode(space, space.origin), "start", gain)
+    whole = search([(batch, last)], population_chunk=parts.chunk.size)
+    whole.run(generations, budget_s and max(budget_s - parts.seconds, MOMENT_S), on_chunk)
+    found = whole.result(decode(space, gate.part(verdict, whole.point())), returned, gain)
+    before = parts.result(found.offsets, returned, gain)
+    return found._replace(
+        **{
+            name: getattr(before, name) + getattr(found, name)
+            for name in ("candidates", "seconds", "compile_seconds")
+        }
+    )
 
 
 class _Searches:

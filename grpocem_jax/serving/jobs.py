@@ -119,6 +119,11 @@ class Job:
             if not self._curve or progress.generation > self._curve[-1].generation:
                 self._curve.append(progress)
 
+    def restart(self) -> None:
+        """Forgets the generations of searches by halves, before that by all texts."""
+        with self._lock:
+            self._curve = []
+
     def end(self, state: str, result: Adaptation | None = None, error: str | None = None) -> bool:
         """Ends the job.
 

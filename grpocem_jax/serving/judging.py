@@ -19,7 +19,16 @@ from grpocem_jax.utils.errors import InputError
 
 
 class Running:
-    """A job in its lanes, one for each part of its texts."""
+    """A job in its lanes: one for each half of its texts or, once they passed, one for all.
+
+    Attributes:
+      job: the job.
+      lanes: where its searches are.
+      places: which of them are its own.
+      rows: the texts of each of these.
+      verdict: the gate's, where it let the searches by halves pass.
+      spent: candidates of searches that are over.
+    """
 
     def __init__(
         self, job: Job, lanes: Lanes, places: Sequence[int], parts: Sequence[Sequence[Encoded]]
@@ -31,6 +40,16 @@ class Running:
         self.left = set(places)
         self.began = time.perf_counter()
         self.compiled = 0.0
+        self.verdict: gate.Verdict | None = None
+        self.spent = 0
+
+    def join(self, verdict: gate.Verdict, spent: int) -> None:
+        """Makes one part of all texts, after the halves passed."""
+        self.verdict, self.spent = verdict, spent
+        self.places, self.rows = self.places[:1], [[row for part in self.rows for row in part]]
+        self.start_scores = [np.concatenate(self.start_scores)]
+        self.left = set(self.places)
+        self.job.restart()
 
     @property
     def asked(self) -> list[tuple[int, rows.Row]]:
@@ -52,20 +71,38 @@ class Judge:
 
     def conclude(
         self, lanes: Lanes, through: list[Running], converged: dict[Running, bool]
-    ) -> None:
-        """Judges what was found, and ends the jobs."""
-        settings = self._settings
-        points = lanes.points(settings.returned)
-        found = self._judged(lanes, through, points)
-        passed = [each for each in through if found[each].passed]
-        after = {each: np.concatenate(each.start_scores) for each in through}
+    ) -> list[Running]:
+        """Judges what was found, and ends the jobs but for those that are to search all texts.
+
+        Returns:
+          these, joined.
+        """
+        points = lanes.points(self._settings.returned)
+        halves = [each for each in through if len(each.places) == 2]
+        verdicts = dict(zip(halves, self._verdicts(lanes, halves, points), strict=True))
+        joined, found = [], {}
+        for each in through:
+            verdict = verdicts.get(each, each.verdict)
+            at = [jax.tree.map(lambda x, i=i: x[i], points) for i in each.places]
+            mean = loop.mean_point(at)
+            if each in verdicts and gate.passes(verdict):
+                joined.append(each)
+            elif each in verdicts:
+                found[each] = _Found(lanes.space.origin, mean, False, float(verdict.gain))
+            elif verdict is not None:
+                part = gate.part(verdict, mean)
+                found[each] = _Found(part, mean, True, float(verdict.gain))
+            else:
+                found[each] = _Found(mean, mean, True, float("nan"))
+        passed = [each for each in found if found[each].passed]
+        after = {each: np.concatenate(each.start_scores) for each in found}
         if passed:
-            at = lanes.spread({each.places[0]: found[each].point for each in passed})
+            spread = lanes.spread({each.places[0]: found[each].point for each in passed})
             asked = [(each.places[0], row) for each in passed for _, row in each.asked]
-            scores = iter(lanes.scores(at, asked))
+            scores = iter(lanes.scores(spread, asked))
             for each in passed:
                 after[each] = np.concatenate([next(scores) for _ in each.asked])
-        for each in through:
+        for each in found:
             try:
                 value = self.checked([after[each]], "found")
             except InputError as error:
@@ -74,29 +111,26 @@ class Judge:
             before = self.checked(each.start_scores, "to start from")
             result = self._result(lanes, each, found[each], converged[each])
             each.job.end("done", Adaptation(result.offsets, before, value, result))
+        for each in joined:
+            each.join(verdicts[each], self._candidates(lanes, each))
+        return joined
 
-    def _judged(
-        self, lanes: Lanes, through: list[Running], points: Point
-    ) -> dict[Running, "_Found"]:
-        """Where each job ends: as `loop.cross_fit` and `loop.maximize` have it."""
-        means = {
-            each: loop.mean_point([jax.tree.map(lambda x, i=i: x[i], points) for i in each.places])
-            for each in through
-        }
-        if not self._settings.gate:
-            return {each: _Found(means[each], means[each], True, float("nan")) for each in through}
+    def _verdicts(
+        self, lanes: Lanes, halves: Sequence[Running], points: Point
+    ) -> list[gate.Verdict]:
+        """What the gate says of jobs by halves, as in `loop.cross_fit`."""
         own: dict[int, Sequence[rows.Row]] = {}
         before: dict[int, np.ndarray] = {}
-        for each in through:
+        for each in halves:
             own.update(zip(each.places, each.rows, strict=True))
             before.update(zip(each.places, each.start_scores, strict=True))
-        pairs = [(each.places[0], each.places[1]) for each in through]
-        verdicts = lanes.judge(pairs, points, own, before, self._settings.gate_z)
-        found = {}
-        for each, verdict in zip(through, verdicts, strict=True):
-            point, passed = gate.follow(verdict, means[each], lanes.space.origin)
-            found[each] = _Found(point, means[each], passed, float(verdict.gain))
-        return found
+        pairs = [(each.places[0], each.places[1]) for each in halves]
+        return lanes.judge(pairs, points, own, before, self._settings.gate_z) if pairs else []
+
+    def _candidates(self, lanes: Lanes, each: Running) -> int:
+        """How many candidates a job's searches have scored."""
+        done = sum(len(lanes.history(place).best) for place in each.places)
+        return each.spent + done * lanes.method.population_size
 
     def _result(
         self, lanes: Lanes, each: Running, found: "_Found", converged: bool
@@ -110,7 +144,7 @@ class Judge:
             returned=self._settings.returned if found.passed else "start",
             held_back_gain=found.gain,
             generations=max(done),
-            candidates=sum(done) * lanes.method.population_size,
+            candidates=self._candidates(lanes, each),
             converged=converged,
             history=loop.mean_history([_extend(x, max(done)) for x in histories]),
             seconds=max(0.0, seconds - each.compiled),

@@ -300,11 +300,18 @@ class Searches:
                 note = workflow.TOO_FEW_TOKENS
                 each.job.end("done", Adaptation(run.offsets, before, before, None, note))
                 continue
-            key = jax.random.key(each.job.seed)
-            keys = jax.random.split(key, 3)[:2] if self.settings.gate else [key]
-            for place, part, own in zip(each.places, each.rows, keys, strict=True):
-                lanes.place(place, part, own, each.job.generations)
+            self._search(lanes, each)
         return len(fresh)
+
+    def _search(self, lanes: Lanes, each: Running) -> None:
+        """Puts the searches of a job into its lanes, with the keys of `search.cross_fit`."""
+        key = jax.random.key(each.job.seed)
+        keys = [key]
+        if self.settings.gate:
+            first, second, _, last = jax.random.split(key, 4)
+            keys = [first, second] if each.verdict is None else [last]
+        for place, part, own in zip(each.places, each.rows, keys, strict=True):
+            lanes.place(place, part, own, each.job.generations)
 
     def _follow(self, lanes: Lanes, own: list[Running]) -> None:
         """Tells jobs where they are, and ends those whose searches are through."""
@@ -323,4 +330,5 @@ class Searches:
                 through.append(each)
         if through:
             ended = {x: bool(seen.ended[list(x.places)].all()) for x in through}
-            self._judge.conclude(lanes, through, ended)
+            for each in self._judge.conclude(lanes, through, ended):
+                self._search(lanes, each)
