@@ -102,7 +102,8 @@ def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(work
     assert record.keys() >= RESULT_KEYS
     assert record["prompt"] == PROMPT
     assert record["generations"] == 2
-    assert record["candidates"] == 16  # 8 for each half
+    # 8 for each half and, where they agree, for all.
+    assert record["candidates"] == 16 * (3 if record["adapted"] else 2) // 2
     assert record["adapted"] == (record["returned"] != "start")
     assert record["seconds"] > 0
     assert record["compile_seconds"] > 0
@@ -116,7 +117,7 @@ def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(work
 def test_the_text_before_and_after_is_printed(adapt):
     _, out, err = adapt(prompt=PROMPT)
     lines = out.splitlines()
-    for start in ("fitness ", "search    2 generations, 16 candidates", "result ", "prompt "):
+    for start in ("fitness ", "search    2 generations, ", "result ", "prompt "):
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert sum(line.startswith("before   >") for line in lines) == 1
     assert sum(line.startswith(("after    >", "after     the same")) for line in lines) == 1
@@ -265,7 +266,8 @@ def test_one_search_for_many_prompts_is_described_once(adapt, tmp_path):
 
 
 def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
-    settings = parse_config(get_config(**{"search.generations": 20})).search
+    changes = {"search.generations": 20, "search.gate": False}
+    settings = parse_config(get_config(**changes)).search
     monkeypatch.setattr(inference._LiveView, "interval_s", (0.01, 0.01))
     with inference._LiveView("examples", settings):
         time.sleep(0.1)
@@ -279,6 +281,22 @@ def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
     start = "examples  7 s since generation 4/20, at about 10 s for each  best -2.000"
     assert said.startswith(start)
     assert said.endswith("mean -3.000 (nats/token)  sigma 0.100")
+
+
+def test_searches_by_halves_and_by_all_are_told_apart(capsys):
+    settings = parse_config(get_config(**{"search.generations": 4})).search
+    view = inference._LiveView("examples", settings)
+    history = loop.History(*(np.float32([value]) for value in (-2.0, -3.0, 0.1, 0.0)))
+    for done in (2, 4):
+        view.show(done, history)
+    view.reported -= 40.0
+    view.show(2, history)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("examples  by halves  generation 2/4  best -2.000")
+    assert second.startswith("examples  by halves  generation 4/4")
+    assert third.startswith("examples  by all  generation 2/4")
+    # What was spent on the halves is no measure of the rest.
+    assert "at about 20 s for each" in view.under_way(view.reported)
 
 
 def test_a_prompt_that_the_gate_cannot_judge_says_so(adapt, monkeypatch):
@@ -298,7 +316,7 @@ def test_each_prompt_of_a_file_has_a_result(adapt, tmp_path):
     assert [result["prompt"] for result in results] == prompts
     assert all(result.keys() >= RESULT_KEYS for result in results)
     assert results[0]["fitness_before"] != results[1]["fitness_before"]
-    assert "prompt 1/2  generation" in err
+    assert "prompt 1/2  by halves  generation" in err
     assert "prompt 2/2  generation" in err
 
 

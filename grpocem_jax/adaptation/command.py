@@ -502,6 +502,7 @@ class _LiveView:
         # Of many prompts a file gets the last line of each.
         self.sparse = not self.terminal and title.startswith("prompt")
         self.done, self.line = 0, ""
+        self.stage = "by halves" if settings.gate else ""
         self.started = self.reported = time.monotonic()
         self.lock, self.closed = threading.Lock(), threading.Event()
 
@@ -518,6 +519,8 @@ class _LiveView:
                 print(file=sys.stderr)
 
     def show(self, done: int, history: History) -> None:
+        if done <= self.done:  # the halves have passed the gate
+            self.stage, self.started = "by all", self.reported
         self.line = (
             f"best {history.best[-1]:.3f}  mean {history.mean[-1]:.3f} ({self.unit})"
             # A gradient has none.
@@ -552,7 +555,7 @@ class _LiveView:
                 self._print(self.under_way(now))
 
     def _title(self) -> str:
-        return f"{self.title}  " if self.title else ""
+        return "".join(f"{part}  " for part in (self.title, self.stage) if part)
 
     def _print(self, line: str) -> None:
         with self.lock, unread(sys.stderr):

@@ -174,10 +174,10 @@ def adapt(
         check_method(method, space.origin, name=name)
     fix = subject.fix
     before = check_finite(subject.value(run.offsets), subject.name, "to start from", fix)
-    if settings.gate and subject.halves is None:
-        return Adaptation(run.offsets, before, before, None, TOO_FEW_TOKENS)
     search: Callable[..., loop.SearchResult] = loop.maximize
     if settings.gate:
+        if subject.halves is None:
+            return Adaptation(run.offsets, before, before, None, TOO_FEW_TOKENS)
         search = functools.partial(loop.cross_fit, halves=subject.halves, gate_z=settings.gate_z)
     with section("search", SearchConfig):
         found = search(

@@ -26,7 +26,7 @@ class Running:
       lanes: where its searches are.
       places: which of them are its own.
       rows: the texts of each of these.
-      verdict: the gate's, where it let the searches by halves pass.
+      verdict: the gate's on the searches by halves, once they are over.
       spent: candidates of searches that are over.
     """
 
@@ -43,9 +43,9 @@ class Running:
         self.verdict: gate.Verdict | None = None
         self.spent = 0
 
-    def join(self, verdict: gate.Verdict, spent: int) -> None:
+    def join(self, spent: int) -> None:
         """Makes one part of all texts, after the halves passed."""
-        self.verdict, self.spent = verdict, spent
+        self.spent = spent
         self.places, self.rows = self.places[:1], [[row for part in self.rows for row in part]]
         self.start_scores = [np.concatenate(self.start_scores)]
         self.left = set(self.places)
@@ -79,21 +79,21 @@ class Judge:
         """
         points = lanes.points(self._settings.returned)
         halves = [each for each in through if len(each.places) == 2]
-        verdicts = dict(zip(halves, self._verdicts(lanes, halves, points), strict=True))
+        for each, judged in zip(halves, self._verdicts(lanes, halves, points), strict=True):
+            each.verdict = judged
         joined, found = [], {}
         for each in through:
-            verdict = verdicts.get(each, each.verdict)
             at = [jax.tree.map(lambda x, i=i: x[i], points) for i in each.places]
-            mean = loop.mean_point(at)
-            if each in verdicts and gate.passes(verdict):
-                joined.append(each)
-            elif each in verdicts:
-                found[each] = _Found(lanes.space.origin, mean, False, float(verdict.gain))
-            elif verdict is not None:
-                part = gate.part(verdict, mean)
-                found[each] = _Found(part, mean, True, float(verdict.gain))
-            else:
+            mean, verdict = loop.mean_point(at), each.verdict
+            if verdict is None:
                 found[each] = _Found(mean, mean, True, float("nan"))
+            elif not gate.passes(verdict):
+                found[each] = _Found(lanes.space.origin, mean, False, float(verdict.gain))
+            elif each in halves:
+                joined.append(each)
+            else:
+                point = gate.part(verdict, mean)
+                found[each] = _Found(point, mean, True, float(verdict.gain))
         passed = [each for each in found if found[each].passed]
         after = {each: np.concatenate(each.start_scores) for each in found}
         if passed:
@@ -112,7 +112,7 @@ class Judge:
             result = self._result(lanes, each, found[each], converged[each])
             each.job.end("done", Adaptation(result.offsets, before, value, result))
         for each in joined:
-            each.join(verdicts[each], self._candidates(lanes, each))
+            each.join(self._candidates(lanes, each))
         return joined
 
     def _verdicts(
