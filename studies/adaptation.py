@@ -64,8 +64,8 @@ class Study:
         )
 
     def settings(self, space: str = "full", **changes: Any) -> Config:
-        """The default of configs/tiny.py in a space, with z = 1 in the gate, and with changes."""
-        return searching(self.run.config, **{"gate_z": 1.0, **SPACES[space], **changes})
+        """The default of configs/tiny.py in a space, with changes."""
+        return searching(self.run.config, **{**SPACES[space], **changes})
 
     def adapt(
         self, texts: str | Sequence[Text], seed: int, settings: Config, space: str = "full"
@@ -152,7 +152,7 @@ def gate(study: Study) -> dict[str, Any]:
     """The same with more prompts: how many standard errors the gate should ask for."""
     rows = []
     for kind in ("familiar", "foreign"):
-        for name, asked in (("gradient", (0.0, 0.5, 1.0, 1.5, 2.0)), ("cem", (1.0,))):
+        for name, asked in (("gradient", (0.0, 1.0, 1.5, 2.0, 3.0)), ("cem", (2.0,))):
             count = 48 if name == "gradient" else 24
             texts = (
                 study.texts(kind, count, 7, 40)

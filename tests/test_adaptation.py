@@ -257,6 +257,17 @@ def test_several_texts_are_dealt_in_turn_and_the_last_of_an_odd_number_is_shared
         np.testing.assert_array_equal((last[0] | last[1])[: len(encoded[-1][1])], encoded[-1][1])
 
 
+def test_both_halves_have_their_share_of_each_label(run):
+    labels = [" good", " bad", " cold", " good", " bad", " cold", " good", " bad"]
+    texts = [Text(f"{OTHER} {i}", label) for i, label in enumerate(labels)]
+    encoded = [adaptation.encode(run.policy, text, run.config.search) for text in texts]
+    rows = rows_of(adaptation.batch(encoded, run.config.search))
+    first, second = adaptation.halves(encoded, run.config.search)
+    # good 0, 3, 6; bad 1, 4, 7; cold 2, 5
+    assert rows_of(first) == [rows[i] for i in (0, 6, 4, 2)]
+    assert rows_of(second) == [rows[i] for i in (3, 1, 7, 5)]
+
+
 @pytest.mark.parametrize(
     ("texts", "states"),
     [
@@ -588,7 +599,13 @@ def test_several_texts_are_adapted_to_together(run, questions):
     assert result.fitness_after > result.fitness_before
 
 
-def test_the_halves_of_the_prompts_are_searched_and_judge_each_other(run, questions, monkeypatch):
+@pytest.mark.parametrize(
+    ("answers", "first", "second"),
+    [("abcd", [0, 2], [1, 3]), ("abab", [0, 1], [2, 3])],  # each half has its share of both
+)
+def test_the_halves_of_the_prompts_are_searched_and_judge_each_other(
+    run, questions, answers, first, second, monkeypatch
+):
     asked = []
 
     def record(prompts, completions, **columns):
@@ -596,12 +613,16 @@ def test_the_halves_of_the_prompts_are_searched_and_judge_each_other(run, questi
         return [0.0] * len(prompts)
 
     task = dataclasses.replace(TASKS["qa"], rewards=(Reward(record),))
-    items = [item._replace(task=task) for item in questions]
+    items = [
+        item._replace(task=task, example=item.example._replace(columns={"answers": answer}))
+        for item, answer in zip(questions, answers, strict=True)
+    ]
     by_prompt = {item.example.prompt: row for row, item in enumerate(items)}
     monkeypatch.setattr(workflow, "JUDGED_SAMPLES", 1)
     adaptation.adapt(run, items, settings=reward_settings(run, generations=1))
     # Before; the candidates of each half; the points of each by the other; after.
-    assert asked == [[0, 1, 2, 3], [0, 2], [1, 3], [1, 3], [0, 2], [0, 1, 2, 3]]
+    everything = [0, 1, 2, 3]
+    assert asked == [everything, first, second, second, first, everything]
 
 
 def test_the_spread_over_prompts_decides_what_passes_the_gate(run, questions, monkeypatch):

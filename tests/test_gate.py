@@ -217,18 +217,22 @@ def bound(gains, z):
 
 
 @pytest.mark.parametrize(
-    ("z", "scale", "gain", "largest"),
+    ("z", "scale", "gain", "lower"),
     [
         (0.0, 0.25, 2.0, 2.0),
-        # 2 - 1 < 1.2 - 0.1. With ddof 0 the first would win, 2 - 0.707 > 1.2 - 0.071; so it would
-        # with all four tokens counted, or without the root of n.
-        (1.0, 0.5, 1.2, 1.1),
+        # Both pass, by 2 - 1 and 1.2 - 0.1, and the first gains more.
+        (1.0, 0.25, 2.0, 1.0),
+        # 2 - 2.5 < 0. With ddof 0 the first would pass, 2 - 1.77 > 0.
+        (2.5, 0.5, 1.2, 0.95),
         (20.0, 0.0, 0.0, 0.0),
     ],
 )
-def test_the_verdict_is_by_the_lower_confidence_bound_of_the_gain(z, scale, gain, largest):
-    assert largest == pytest.approx(max(bound(GAINS[0], z), bound(GAINS[1], z), 0.0))
-    close(tuple(gate.judge(VALUES, PRESENT, z)), (scale, largest, gain))
+def test_the_verdict_is_the_largest_gain_of_those_above_zero_by_standard_errors(
+    z, scale, gain, lower
+):
+    own = {0.25: bound(GAINS[0], z), 0.5: bound(GAINS[1], z), 0.0: 0.0}
+    assert lower == pytest.approx(own[scale])
+    close(tuple(gate.judge(VALUES, PRESENT, z)), (scale, lower, gain))
 
 
 def test_a_point_with_a_bound_that_is_no_number_is_never_chosen():

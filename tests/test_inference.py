@@ -317,7 +317,7 @@ def test_each_prompt_of_a_file_has_a_result(adapt, tmp_path):
     assert all(result.keys() >= RESULT_KEYS for result in results)
     assert results[0]["fitness_before"] != results[1]["fitness_before"]
     assert "prompt 1/2  by halves  generation" in err
-    assert "prompt 2/2  generation" in err
+    assert "prompt 2/2  by halves  generation" in err
 
 
 def test_each_line_of_a_text_file_is_a_prompt(adapt, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Texts to adapt to, as arrays: what counts, and what is held back."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -107,15 +107,25 @@ def halves(
     return first, second
 
 
+def together(answers: Sequence[Hashable]) -> list[int]:
+    """Rows in their order, but for those with equal answers, which come one after another."""
+    first: dict[Hashable, int] = {}
+    places = [first.setdefault(answer, i) for i, answer in enumerate(answers)]
+    return sorted(range(len(places)), key=places.__getitem__)
+
+
 def deal(encoded: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]] | None:
     """Splits encoded texts into halves that judge each other.
 
-    The texts are dealt in turn.  Of an odd number the last goes to both, scored in its first half
-    in one, and in its second in the other, so that the two have one shape.
+    The texts are dealt in turn, those with the same completion one after another, so that of each
+    label both halves have their share.  Of an odd number the last goes to both, scored in its first
+    half in one, and in its second in the other, so that the two have one shape.
 
     Returns:
       the two; None where either would have fewer than 2 scored tokens.
     """
+    answers = [tuple(tokens[scored].tolist()) for tokens, scored in encoded]
+    encoded = [encoded[i] for i in together(answers)]
     even = len(encoded) // 2 * 2
     first, second = list(encoded[0:even:2]), list(encoded[1:even:2])
     for tokens, scored in encoded[even:]:

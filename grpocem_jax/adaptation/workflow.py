@@ -25,6 +25,7 @@ from grpocem_jax.adaptation.texts import (
     batch,
     encode,
     halves,
+    together,
     tokenize,
     within_context,
 )
@@ -301,6 +302,8 @@ def _rewarded(
             buckets=settings.buckets,
         )
 
+    answers = [item.task.completion(item.example) for item in items]
+    dealt = [items[i] for i in together(answers)]
     # What is compared with the start is paired with it, and looked at more closely.
     closely = functools.partial(rewards, JUDGED_SAMPLES * settings.samples)
 
@@ -314,7 +317,7 @@ def _rewarded(
     return _Subject(
         fitness=loop.HostFitness(functools.partial(rewards, settings.samples), closely),
         data=items,
-        halves=(items[::2], items[1::2]) if settings.gate else None,
+        halves=(dealt[::2], dealt[1::2]) if settings.gate else None,
         value=value,
         name="reward",
         fix="correct the reward function, which abstained each time, or give other examples",

@@ -433,7 +433,7 @@ class SearchConfig:
         "the other half.",
         default=True,
     )
-    gate_z: float = setting("Standard errors by which it must be better.", at_least(0), default=1.0)
+    gate_z: float = setting("Standard errors by which it must be better.", at_least(0), default=2.0)
     budget_s: float | None = setting(
         "Seconds for the search, or None for no bound.", above(0), default=None
     )

@@ -4,13 +4,13 @@ What fits a text need not help with the next one: on text like its training text
 a prompt does worse on the continuation (studies/adaptation.md).  So the data are split into halves,
 each is searched by itself, and what was found is judged on the other half, as in cross-fitting
 (Chernozhukov et al. 2018, arXiv 1608.00060): all of the data judge, and none what was fitted to
-them.  The points are judged at 1/4, 1/2 and the whole of their way from the start, by the lower
-confidence bound of the gain over the scores of both halves,
+them.  The points are judged at 1/4, 1/2 and the whole of their way from the start.  Those pass
+whose gain over the scores of both halves is above zero by z standard errors,
 
-    mean(d) - z std(d) / sqrt(n),   d_i = score of the point - score of the start, i = 1..n.
+    mean(d) - z std(d) / sqrt(n) > 0,   d_i = score of the point - score of the start, i = 1..n.
 
-Where the largest bound is above zero, all of the data are searched, and the result is the point at
-that part of the way to what is found.  Otherwise it is the start.
+Where any passes, all of the data are searched, and the result is as far along the way to what is
+found as the point of the largest gain among them.  Where none does, it is the start.
 """
 
 from typing import NamedTuple
@@ -66,10 +66,10 @@ def judge(values: jax.Array, present: jax.Array, z: jax.Array | float) -> Verdic
     spread = jnp.where(present, difference - gain[:, None], 0.0)
     variance = jnp.sum(spread**2, -1) / jnp.maximum(n - 1, 1)
     bound = gain - z * jnp.sqrt(variance / n)
-    bound = jnp.where(jnp.isnan(bound) | (count < 2), -jnp.inf, bound)
-    best = jnp.argmax(bound)
+    passed = (bound > 0) & (count > 1)
+    best = jnp.argmax(jnp.where(passed, gain, -jnp.inf))
     found = Verdict(jnp.array(SCALES)[best], bound[best], gain[best])
-    return jax.tree.map(lambda x: jnp.where(bound[best] > 0, x, 0.0), found)
+    return jax.tree.map(lambda x: jnp.where(passed[best], x, 0.0), found)
 
 
 def passes(verdict: Verdict) -> bool:

@@ -137,7 +137,7 @@ def cross_fit(
     key: jax.Array,
     *,
     halves: tuple[Any, Any],
-    gate_z: float = 1.0,
+    gate_z: float = 2.0,
     generations: int = 50,
     returned: str = "mean",
     population_chunk: int = 0,
