@@ -429,8 +429,8 @@ class SearchConfig:
         "Which point: `mean` or `best` ever seen.", one_of(*FOLLOWED), default="mean"
     )
     gate: bool = setting(
-        "Search by each half of the texts, and return the start unless what was found is better on "
-        "the other half.",
+        "Search by each half of the texts, and by all of them if what was found is better on the "
+        "other half; if not, return the start.",
         default=True,
     )
     gate_z: float = setting("Standard errors by which it must be better.", at_least(0), default=2.0)
