@@ -135,9 +135,8 @@ def adapt(
 
     With the gate, the texts or prompts are split into halves, a single text at its middle; each
     half is searched by itself and judged by the other, and where both agree that it helps all of
-    them are searched, see `search.cross_fit`. Where the texts are
-    too short for that, they are left alone, as is a text of one token, of which nothing can be
-    scored.
+    them are searched, see `search.cross_fit`. Where the texts are too short for that, they are left
+    alone, as is a text of one token, of which nothing can be scored.
 
     Args:
       run: what to adapt.

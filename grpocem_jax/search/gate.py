@@ -24,7 +24,7 @@ SCALES = (0.25, 0.5, 1.0)
 
 
 class Verdict(NamedTuple):
-    """What the gate says, each float32 ``[]``.
+    """What the gate says, each float32 ``[]`` or a number.
 
     Attributes:
       scale: how far to go from the start to the point; 0 for the start itself.
@@ -32,9 +32,9 @@ class Verdict(NamedTuple):
       gain: the mean gain; 0 for the start.
     """
 
-    scale: jax.Array
-    bound: jax.Array
-    gain: jax.Array
+    scale: jax.Array | float
+    bound: jax.Array | float
+    gain: jax.Array | float
 
 
 @jax.jit

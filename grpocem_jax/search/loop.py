@@ -3,8 +3,8 @@
 `maximize` drives one search; `cross_fit` drives two, on halves of the data that judge each other
 (`gate`), and where they agree a third on all of them.  They compile the kernel (`kernel.advance`),
 and return to Python between chunks of generations only where a time budget or a live view asks for
-it.  A fitness that judges in Python, such as the reward
-of completions (`HostFitness`), goes through the same loop, a generation at a time (`drivers`).
+it.  A fitness that judges in Python, such as the reward of completions (`HostFitness`), goes
+through the same loop, a generation at a time (`drivers`).
 """
 
 import functools
@@ -185,19 +185,21 @@ def cross_fit(
     )
     parts = search(list(zip(halves, keys, strict=True)), population_chunk=population_chunk)
     parts.run(generations, budget_s and budget_s / 2, on_chunk)
-    verdict = gate.judge(*parts.scores(halves[::-1], gate_key), gate_z)
+    scores = parts.scores(halves[::-1], gate_key)
+    # All processes go on, or none: by the rounding and the clock of the first.
+    judged = processes.first(lambda: [float(x) for x in gate.judge(*scores, gate_z)])
+    verdict = gate.Verdict(*judged)
     gain = float(verdict.gain)
     if not gate.passes(verdict):
         return parts.result(decode(space, space.origin), "start", gain)
     whole = search([(batch, last)], population_chunk=parts.chunk.size)
-    whole.run(generations, budget_s and max(budget_s - parts.seconds, MOMENT_S), on_chunk)
+    left = budget_s and processes.first(lambda: max(budget_s - parts.seconds, MOMENT_S))
+    whole.run(generations, left, on_chunk)
     found = whole.result(decode(space, gate.part(verdict, whole.point())), returned, gain)
-    before = parts.result(found.offsets, returned, gain)
     return found._replace(
-        **{
-            name: getattr(before, name) + getattr(found, name)
-            for name in ("candidates", "seconds", "compile_seconds")
-        }
+        candidates=parts.candidates + whole.candidates,
+        seconds=parts.seconds + whole.seconds,
+        compile_seconds=parts.compile_seconds + whole.compile_seconds,
     )
 
 
@@ -299,6 +301,11 @@ class _Searches:
         return [int(state.generation) for state in self.states]
 
     @property
+    def candidates(self) -> int:
+        """How many candidates they have scored in all."""
+        return sum(self.generations) * self.method.population_size
+
+    @property
     def converged(self) -> bool:
         """Whether no search has anything left to do."""
         return all(bool(self.method.converged(state.state)) for state in self.states)
@@ -341,7 +348,7 @@ class _Searches:
             returned=returned,
             held_back_gain=gain,
             generations=done,
-            candidates=sum(self.generations) * self.method.population_size,
+            candidates=self.candidates,
             converged=self.converged,
             history=self.history(done),
             seconds=self.seconds,
