@@ -43,7 +43,7 @@ def test_tensorboard_gets_every_value_of_every_step(tmp_path):
 
 
 def test_without_a_key_weights_and_biases_stays_on_disk_and_asks_for_nothing(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
@@ -52,6 +52,7 @@ def test_without_a_key_weights_and_biases_stays_on_disk_and_asks_for_nothing(tmp
     assert "offline (no key)" in log.where
     log.log(VALUES, 1)
     log.close()
+    wandb.teardown()  # finish() does not wait for its service to write the file, this does
     (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     written = run.read_bytes()
     for text in (b"train/reward", b"0.25", b"some-project", b"seed"):

@@ -186,7 +186,11 @@ class WeightsAndBiases:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Waits until everything is written, and uploaded where that is possible."""
+        """Ends the run, and waits until everything is uploaded where that is possible.
+
+        The file of a run on disk is complete when the process ends: W&B's service writes the rest
+        of it after ``finish`` and is waited for at exit.
+        """
         try:
             self._run.finish()
         except Exception as error:  # of many kinds
