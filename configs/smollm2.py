@@ -89,5 +89,5 @@ def get_config(data: str = "hub") -> ml_collections.ConfigDict:
     config.search.task = "classification"
     config.search.method = "gradient"
     config.search.generations = 8
-    config.search.buckets = (32, 48, 64, 96, 128)
+    config.search.buckets = (24, 32, 48, 64, 96, 128)
     return config

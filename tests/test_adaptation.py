@@ -13,9 +13,10 @@ import pytest
 
 from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import Text, workflow
+from grpocem_jax.adaptation import texts as adaptation_texts
 from grpocem_jax.config import parse_config
 from grpocem_jax.runs import checkpoints
-from grpocem_jax.search import GradientAscent, loop
+from grpocem_jax.search import GradientAscent, fitness, loop
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
@@ -268,10 +269,40 @@ def test_both_halves_have_their_share_of_each_label(run):
     assert rows_of(second) == [rows[i] for i in (3, 1, 7, 5)]
 
 
+def test_copies_of_a_text_are_in_one_half(run):
+    """Or each half would be judged by what it was fitted to."""
+    texts = [OTHER, PROMPT, OTHER, OTHER, PROMPT]
+    encoded = [adaptation.encode(run.policy, text, run.config.search) for text in texts]
+    rows = rows_of(adaptation.batch(encoded, run.config.search))
+    first, second = adaptation.halves(encoded, run.config.search)
+    assert rows_of(first) == [rows[0]] * 3
+    assert rows_of(second)[:2] == [rows[1]] * 2
+    assert np.asarray(second.scored).any(axis=1).tolist() == [True, True, False]
+    assert first.tokens.shape == second.tokens.shape
+    # A text alone is split in its middle, each copy alike.
+    first, second = adaptation.halves(encoded[:1] * 2, run.config.search)
+    assert first.tokens.shape == (2, 16)
+    np.testing.assert_array_equal(first.scored[0], first.scored[1])
+    assert not np.any(np.asarray(first.scored) & np.asarray(second.scored))
+
+
+def test_copies_of_a_prompt_are_in_one_half(run, questions):
+    settings = reward_settings(run, gate=True)
+    subject = workflow._rewarded(run, [*questions[:4], *questions[:2]], settings, jax.random.key(0))
+    halves = [[item.tokens.tolist() for item in half] for half in subject.halves]
+    assert sorted(map(len, halves)) == [2, 4] or sorted(map(len, halves)) == [3, 3]
+    assert not [tokens for tokens in halves[0] if tokens in halves[1]]
+    assert len(halves[0]) + len(halves[1]) == 6
+    with pytest.raises(
+        InputError, match=r"^6 prompts to adapt to: .* 4 that differ; these are 3\."
+    ):
+        workflow._rewarded(run, [*questions[:3], *questions[:3]], settings, jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("texts", "states"),
     [
-        ([Text(OTHER, " bad")] * 4, 1),
+        ([Text(f"{OTHER} {i}", " bad") for i in range(4)], 1),
         ([OTHER, OTHER, Text(OTHER, " bad"), Text(OTHER, " bad")], None),
         ([OTHER], None),
     ],
@@ -291,6 +322,66 @@ def test_no_more_states_predict_than_there_are_scored_tokens_in_a_text(run, text
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     if len(texts) == 1:
         assert parts[0].places.shape == parts[1].places.shape == (1, 8)  # of 15
+
+
+def labelled(instruction):
+    words = "soup tea milk rice bread corn salt fish".split()
+    return [Text(f"{instruction} {word} was cold.", " bad") for word in words]
+
+
+def test_what_texts_begin_with_alike_is_a_prefix_up_to_before_what_counts(run):
+    settings = run.config.search
+
+    def prefix(texts):
+        encoded = [adaptation.encode(run.policy, text, settings) for text in texts]
+        batch = adaptation.batch(encoded, settings, prefix=True)
+        for part in adaptation.halves(encoded, settings, prefix=True) or ():
+            assert (part.prefix is None) == (batch.prefix is None)
+            assert part.tokens.shape[1] == batch.tokens.shape[1]
+        return [] if batch.prefix is None else batch.prefix.tolist(), batch
+
+    texts = labelled(OTHER)
+    own, others = (run.policy.encode(f"{OTHER}{end}") for end in ("", " soup was"))
+    found, batch = prefix(texts)
+    assert found == own[: len(own) // 4 * 4]
+    assert len(found) >= 8
+    # Padded to the bucket of what is behind it.
+    assert batch.tokens.shape == (8, len(found) + 16)
+    # Texts that are the same: the last token before what counts has to be behind the prefix.
+    found, _ = prefix(texts[:1] * 8)
+    before = len(run.policy.encode(texts[0].prompt))
+    assert found == others[: (before - 1) // 4 * 4]
+    # Where all of a text counts, and where it does not pay, there is none.
+    assert prefix([*texts, OTHER])[0] == []
+    assert prefix(texts[:7])[0] == []
+    long = [Text(f"Review: The soup was {i} {OTHER}", " bad") for i in range(8)]
+    start = len(run.policy.encode("Review: The soup was"))
+    assert 4 <= start < len(run.policy.encode(long[0].prompt)) / 4
+    assert prefix(long)[0] == []
+
+
+@pytest.mark.parametrize("method", ["cem", "gradient"])
+def test_a_search_over_texts_with_a_prefix_finds_what_one_over_whole_texts_does(
+    run, method, monkeypatch
+):
+    settings = cem(run, method=method, gate_z=0.0, buckets=(16, 32, 64))
+    texts = labelled(OTHER)
+
+    def found():
+        result = adaptation.adapt(run, texts, settings=settings)
+        return result, adaptation.log_likelihoods(run, result.offsets, texts)
+
+    (short, after), seen = found(), []
+    chunk = fitness.population_chunk
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptation_texts, "PREFIX_STEP", 10_000)
+        patch.setattr(fitness, "population_chunk", lambda n, x: seen.append(x) or chunk(n, x))
+        whole, expected = found()
+    assert [x.prefix for x in seen] == [None]
+    assert short.returned == whole.returned == "mean"
+    assert distance(short.offsets, run.offsets) > 1e-2
+    assert distance(short.offsets, whole.offsets) < 1e-3
+    np.testing.assert_allclose(after, expected, rtol=1e-4)
 
 
 def rows_of(batch):
@@ -699,3 +790,8 @@ def test_a_prompt_of_a_task_that_leaves_no_room_is_refused(run, questions, monke
     items = rollouts.encode(run.policy, TASKS["qa"], [long] * 4)
     with pytest.raises(InputError, match="shorten it"):
         adaptation.adapt(run, items, settings=reward_settings(run))
+
+
+def test_likelihoods_of_no_texts_are_refused(run):
+    with pytest.raises(InputError, match="there are no texts"):
+        adaptation.log_likelihoods(run, run.offsets, [])

@@ -146,6 +146,35 @@ def test_states_that_predict_nothing_are_not_needed(tiny, likelihood, most):
     assert max(np.abs(x).max() for x in gradient.values()) > 1e-2
 
 
+@pytest.mark.parametrize("places", [False, True])
+def test_a_common_prefix_is_run_over_once_to_the_same_scores(tiny, likelihood, places):
+    batch = texts()
+    common = batch.tokens[0, :4]
+    scored = batch.scored.at[:, :5].set(False)
+    whole = batch._replace(tokens=batch.tokens.at[:, :4].set(common), scored=scored)
+    batch = whole._replace(prefix=common)
+    if places:
+        found = 4 + fitness.predicting(np.asarray(scored)[:, 4:], 5)
+        batch = batch._replace(places=jnp.asarray(found))
+
+    @jax.jit
+    def measured(offsets, batch):
+        gradient = jax.grad(lambda x: likelihood(x, batch, KEY))(offsets)
+        return gradient, *likelihood.scores(offsets, batch, KEY)
+
+    gradient, logps, marks = measured(tiny.adapted(), batch)
+    expected, every, everywhere = measured(tiny.adapted(), whole)
+    assert logps.shape == marks.shape == (3 * (5 if places else 12 - 1 - 4),)
+    assert marks.sum() == everywhere.sum() == 4 + 2 + 4
+    np.testing.assert_allclose(logps[marks], every[everywhere], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(logps[~marks], 0)
+    for name, value in gradient.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
+    assert max(np.abs(x).max() for x in gradient.values()) > 1e-2
+    # 4 and then 3 times 7 tokens, not 3 times 11.
+    assert (batch.num_tokens, whole.num_tokens) == (4 + 3 * 7, 3 * 11)
+
+
 def test_predicting_states_are_in_order_and_come_before_what_is_scored():
     scored = np.zeros((3, 6), bool)
     scored[0, [0, 2, 5]] = scored[1, 3] = True

@@ -70,6 +70,11 @@ def test_where_the_halves_agree_all_of_the_data_are_searched_as_if_alone():
     close(found.held_back_gain, np.mean(gains), 1e-4)
 
 
+def test_a_budget_that_is_none_is_named_as_given():
+    with pytest.raises(InputError, match=r"budget_s=-1\.0: must be above 0"):
+        crossed(AGREEING, budget_s=-1.0)
+
+
 @pytest.mark.slow
 def test_the_start_is_returned_exactly_where_the_halves_contradict_each_other():
     found = crossed(CONTRADICTING)

@@ -4,16 +4,13 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax import rollouts
 from grpocem_jax.adaptation.texts import (
     Text,
-    bucket,
+    batch,
     encode,
-    most_scored,
-    to_arrays,
     tokenize,
     within_context,
 )
@@ -104,21 +101,21 @@ def log_likelihoods(
       own_adapters: whether each text has an adapter of its own.
 
     Raises:
-      InputError: a text that cannot be used, or logits that are not finite.
+      InputError: no text, one that cannot be used, or logits that are not finite.
     """
+    if not texts:
+        raise InputError("there are no texts to judge; give at least one.")
     settings = run.config.search
     encoded = [encode(run.policy, text, settings) for text in texts]
     settings = within_context(settings, run.policy)
-    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
-    most = most_scored(encoded)
-    arrays = [to_arrays([text], length, most) for text in encoded]
+    everything = batch(encoded, settings, prefix=not own_adapters)
     score = fitness.Likelihood(run.policy.params, run.policy.model)
     values = []
     for start in range(0, len(texts), 16):
         # The last batch repeats its last text: one compiled shape.
         rows = np.minimum(np.arange(start, start + 16), len(texts) - 1)
-        part = jax.tree.map(lambda *x: jnp.stack(x), *(arrays[i] for i in rows))
-        part = devices.divide(run.policy.mesh, part)
+        part = jax.tree.map(lambda x, rows=rows: x[rows], everything._replace(prefix=None))
+        part = devices.divide(run.policy.mesh, part)._replace(prefix=everything.prefix)
         own = jax.tree.map(lambda x, rows=rows: x[rows], offsets) if own_adapters else offsets
         values.append(np.asarray(_values(score, own, part, own_adapters=own_adapters)))
     found = np.concatenate(values)[: len(texts)]
@@ -129,7 +126,10 @@ def log_likelihoods(
 
 
 @functools.partial(jax.jit, static_argnames="own_adapters")
-def _values(score, offsets, batches, *, own_adapters):
-    key = jax.random.key(0)
-    axes = (0 if own_adapters else None, 0)
-    return jax.vmap(lambda own, batch: score(own, batch, key), axes)(offsets, batches)
+def _values(score, offsets, texts, *, own_adapters):
+    if own_adapters:
+        logps, scored = jax.vmap(score.of_text)(offsets, texts)
+    else:
+        flat = score.scores(offsets, texts, jax.random.key(0))
+        logps, scored = (x.reshape(len(texts.tokens), -1) for x in flat)
+    return logps.sum(axis=1) / scored.sum(axis=1)

@@ -66,7 +66,9 @@ def _found(record: dict[str, Any]) -> list[str]:
     if before is not None:
         lines.append(f"fitness   {before:.3f} before, {after:.3f} after ({what})")
     if gain:
-        lines.append(f"held back {gain:+.3f} on the part that judged the search ({what})")
+        lines.append(
+            f"judged    {gain:+.3f} on the half that each of two searches had not seen ({what})"
+        )
     if record.get("heldout_reward_before") is not None:
         low, high = record["heldout_reward_gain_ci95"]
         lines.append(

@@ -88,47 +88,95 @@ def encode(policy: Policy, text: str | Messages | Text, settings: SearchConfig) 
     return tokens, np.arange(len(tokens)) >= first
 
 
-def batch(encoded: Sequence[Encoded], settings: SearchConfig) -> fitness.Texts:
-    """Encoded texts as arrays, padded to the bucket of the longest."""
-    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
-    return to_arrays(encoded, length, most_scored(encoded))
+def batch(
+    encoded: Sequence[Encoded], settings: SearchConfig, *, prefix: bool = False
+) -> fitness.Texts:
+    """Encoded texts as arrays, padded to the bucket of the longest.
+
+    Args:
+      encoded: the texts.
+      settings: of the search; its buckets are those of what is behind a prefix.
+      prefix: whether a prefix of all texts is given as such, see `Texts`.
+    """
+    start = common_prefix(encoded) if prefix else 0
+    return to_arrays(encoded, padded(encoded, settings, start), most_scored(encoded), start)
 
 
 def halves(
-    encoded: Sequence[Encoded], settings: SearchConfig
+    encoded: Sequence[Encoded], settings: SearchConfig, *, prefix: bool = False
 ) -> tuple[fitness.Texts, fitness.Texts] | None:
-    """As `deal`, padded alike to the bucket of the longest."""
+    """As `deal`, padded alike and with the same prefix as all of them in `batch`.
+
+    With copies of a text one half may have fewer; texts of which nothing is scored fill it up.
+    """
     parts = deal(encoded)
     if parts is None:
         return None
-    length = max(bucket(len(tokens), settings) for tokens, _ in encoded)
+    for part in parts:
+        tokens, scored = part[0]
+        part += [(tokens, np.zeros_like(scored))] * (max(map(len, parts)) - len(part))
+    start = common_prefix(encoded) if prefix else 0
+    length = padded(encoded, settings, start)
     most = max(map(most_scored, parts))
-    first, second = (to_arrays(part, length, most) for part in parts)
+    first, second = (to_arrays(part, length, most, start) for part in parts)
     return first, second
 
 
-def together(answers: Sequence[Hashable]) -> list[int]:
-    """Rows in their order, but for those with equal answers, which come one after another."""
-    first: dict[Hashable, int] = {}
-    places = [first.setdefault(answer, i) for i, answer in enumerate(answers)]
-    return sorted(range(len(places)), key=places.__getitem__)
+PREFIX_STEP = 4
+"""Of its length, as each is a program of its own."""
+
+PREFIX_TEXTS = 8
+"""Fewer do not make up for compiling the model a second time, for the prefix."""
+
+
+def common_prefix(encoded: Sequence[Encoded]) -> int:
+    """Tokens that texts begin with alike, and behind which one more is not scored.
+
+    A multiple of `PREFIX_STEP`; 0 where they are less than a quarter of the longest text, or the
+    texts fewer than `PREFIX_TEXTS`.
+    """
+    if len(encoded) < PREFIX_TEXTS:
+        return 0
+    unscored = min(int(np.argmax(counts)) for _, counts in encoded) - 1
+    rows = np.array([tokens[:unscored] for tokens, _ in encoded])
+    alike = (rows == rows[0]).all(axis=0)
+    start = int(np.argmin(np.append(alike, False))) // PREFIX_STEP * PREFIX_STEP
+    return start if 4 * start >= max(len(tokens) for tokens, _ in encoded) else 0
+
+
+def padded(encoded: Sequence[Encoded], settings: SearchConfig, start: int) -> int:
+    """The length that texts with a prefix of ``start`` tokens are padded to."""
+    longest = max(len(tokens) for tokens, _ in encoded)
+    return min(start + bucket(longest - start, settings), settings.buckets[-1])
+
+
+def together(answers: Sequence[Hashable], texts: Sequence[Hashable]) -> list[list[int]]:
+    """Rows to be dealt: those with equal answers one after another, copies of a text as one."""
+    rows: dict[Hashable, dict[Hashable, list[int]]] = {}
+    for i, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+        rows.setdefault(answer, {}).setdefault(text, []).append(i)
+    return [copies for own in rows.values() for copies in own.values()]
 
 
 def deal(encoded: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]] | None:
     """Splits encoded texts into halves that judge each other.
 
     The texts are dealt in turn, those with the same completion one after another, so that of each
-    label both halves have their share.  Of an odd number the last goes to both, scored in its first
-    half in one, and in its second in the other, so that the two have one shape.
+    label both halves have their share; copies of a text go to the same half, which the other must
+    not have been fitted to.  Of an odd number the last goes to both, scored in its first half in
+    one, and in its second in the other.
 
     Returns:
       the two; None where either would have fewer than 2 scored tokens.
     """
-    answers = [tuple(tokens[scored].tolist()) for tokens, scored in encoded]
-    encoded = [encoded[i] for i in together(answers)]
-    even = len(encoded) // 2 * 2
-    first, second = list(encoded[0:even:2]), list(encoded[1:even:2])
-    for tokens, scored in encoded[even:]:
+    groups = together(
+        [tokens[scored].tobytes() for tokens, scored in encoded],
+        [(tokens.tobytes(), scored.tobytes()) for tokens, scored in encoded],
+    )
+    even = len(groups) // 2 * 2
+    first = [encoded[i] for copies in groups[0:even:2] for i in copies]
+    second = [encoded[i] for copies in groups[1:even:2] for i in copies]
+    for tokens, scored in (encoded[i] for copies in groups[even:] for i in copies):
         places = np.flatnonzero(scored)
         middle = len(places) // 2
         for part, own in ((first, places[:middle]), (second, places[middle:])):
@@ -161,11 +209,12 @@ def bucket(length: int, settings: SearchConfig) -> int:
     return rollouts.bucket_length(length, settings.buckets)
 
 
-def to_arrays(encoded: Sequence[Encoded], length: int, most: int) -> fitness.Texts:
+def to_arrays(encoded: Sequence[Encoded], length: int, most: int, start: int = 0) -> fitness.Texts:
     """Encoded texts as arrays of ``length`` tokens, of which no text has more than ``most`` scored.
 
-    States that predict are as many as that, or somewhat more: ``length - 1``, or what is left of
-    it by halving, so that the programs for texts of one length are few.
+    States that predict are as many as that, or somewhat more: all behind a prefix of ``start``
+    tokens, or what is left of them by halving, so that the programs for texts of one length are
+    few.
     """
     tokens = np.zeros((len(encoded), length), np.int32)
     mask = np.zeros((len(encoded), length), bool)
@@ -174,8 +223,11 @@ def to_arrays(encoded: Sequence[Encoded], length: int, most: int) -> fitness.Tex
         tokens[row, : len(own)] = own
         mask[row, : len(own)] = True
         scored[row, : len(own)] = counts
-    states = length - 1
+    everywhere = states = length - 1 - start
     while (states + 1) // 2 >= most and states > 1:
         states = (states + 1) // 2
-    places = fitness.predicting(scored, states) if states < length - 1 else None
-    return jax.tree.map(jnp.asarray, fitness.Texts(tokens, mask, scored, places))
+    places = None
+    if states < everywhere:
+        places = start + fitness.predicting(scored[:, start:], states)
+    prefix = tokens[0, :start] if start else None
+    return jax.tree.map(jnp.asarray, fitness.Texts(tokens, mask, scored, places, prefix))

@@ -2,7 +2,7 @@
 
     run = load_run("runs/tiny")
     result = adapt(run, "Review: The soup was cold.")
-    print(complete(run, result.adapter, ["Review: The soup was cold."]))
+    print(complete(run, result.offsets, ["Review: The soup was cold."]))
 
 The model's parameters and the trained adapter are never changed; the result is a new adapter.
 """
@@ -254,18 +254,18 @@ def _written(
     """Texts, by likelihood or by a fitness of the user's own."""
     encoded = [encode(run.policy, text, settings) for text in texts]
     settings = within_context(settings, run.policy)
-    everything = batch(encoded, settings)
+    own = user_code.is_reference(settings.fitness)  # sees each text as a whole
+    everything = batch(encoded, settings, prefix=not own)
     score = make_fitness(run.policy, settings, everything)
 
     def value(offsets: Offsets) -> float:
         with memory.advise("the fitness of one adapter", "give shorter texts or fewer"):
             return float(_value(score, offsets, batch=everything, key=key))
 
-    own = user_code.is_reference(settings.fitness)
     return _Subject(
         fitness=score,
         data=everything,
-        halves=halves(encoded, settings) if settings.gate else None,
+        halves=halves(encoded, settings, prefix=not own) if settings.gate else None,
         value=value,
         name=settings.fitness if own else "likelihood",
         fix="return a finite number for it" if own else likelihood_fix(run.policy),
@@ -282,13 +282,17 @@ def _rewarded(
             "config.search.fitness='reward': a text has no reward; give prompts of a task "
             "(grpocem_jax.encode), or set config.search.fitness='likelihood'."
         )
-    if len(items) < (4 if settings.gate else 1):
-        raise InputError(
-            f"{len(items)} prompts to adapt to: give at least 1, and with search.gate=True, which "
-            "judges by halves of at least 2, at least 4."
-        )
     for item in items:
         check_room(run, len(item.tokens))
+    groups = together(
+        [item.task.completion(item.example) for item in items],
+        [tuple(item.tokens) for item in items],
+    )
+    if len(groups) < (4 if settings.gate else 1):
+        raise InputError(
+            f"{len(items)} prompts to adapt to: give at least 1, and with search.gate=True, which "
+            f"judges by halves of at least 2, at least 4 that differ; these are {len(groups)}."
+        )
 
     def rewards(num_samples, offsets, items, key):
         return rollouts.population_rewards(
@@ -301,8 +305,7 @@ def _rewarded(
             buckets=settings.buckets,
         )
 
-    answers = [item.task.completion(item.example) for item in items]
-    dealt = [items[i] for i in together(answers)]
+    dealt = [[items[i] for copies in groups[start::2] for i in copies] for start in (0, 1)]
     # What is compared with the start is paired with it, and looked at more closely.
     closely = functools.partial(rewards, JUDGED_SAMPLES * settings.samples)
 
@@ -316,7 +319,7 @@ def _rewarded(
     return _Subject(
         fitness=loop.HostFitness(functools.partial(rewards, settings.samples), closely),
         data=items,
-        halves=(dealt[::2], dealt[1::2]) if settings.gate else None,
+        halves=(dealt[0], dealt[1]) if settings.gate else None,
         value=value,
         name="reward",
         fix="correct the reward function, which abstained each time, or give other examples",

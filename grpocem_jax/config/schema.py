@@ -449,7 +449,8 @@ class SearchConfig:
         default=False,
     )
     buckets: tuple[int, ...] = setting(
-        "Lengths to which texts are padded, each a compiled program; the last is the limit.",
+        "Lengths to which texts are padded, without what several begin with alike; each is a "
+        "compiled program, and the last is the limit.",
         ascending(2),
         default=(16, 32, 64, 128, 256, 512, 1024),
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpocem_jax.models.base import AdapterParams, Model, Params
+from grpocem_jax.models.base import AdapterParams, Context, Model, Params
 from grpocem_jax.models.likelihood import token_logps
 
 
@@ -29,12 +29,33 @@ class Texts(NamedTuple):
       places: int32 ``[K, M]`` from 0 to ``T - 2``, different ones in a text: the tokens before
         those that are scored, and others where they are fewer than ``M``, see `predicting`. None
         for all. A likelihood takes no more states of a text than these.
+      prefix: int32 ``[S]``, the first ``S`` tokens of every text, where they are the same and
+        neither they nor the next are scored. A likelihood runs the model over them once, and over
+        the rest of each text. None for each text by itself.
     """
 
     tokens: Any
     mask: Any
     scored: Any
     places: Any = None
+    prefix: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model runs over, padding included."""
+        texts, length = self.tokens.shape
+        start = 0 if self.prefix is None else len(self.prefix)
+        return start + texts * (length - 1 - start)
+
+    @property
+    def rest(self) -> "Texts":
+        """The texts without their prefix."""
+        if self.prefix is None:
+            return self
+        start = len(self.prefix)
+        places = None if self.places is None else self.places - start
+        tokens, mask, scored = (x[:, start:] for x in (self.tokens, self.mask, self.scored))
+        return Texts(tokens, mask, scored, places)
 
 
 def predicting(scored: np.ndarray, most: int) -> np.ndarray:
@@ -66,7 +87,7 @@ def population_chunk(population_size: int, texts: Texts) -> int:
       a divisor of the population where there is one of about that size: a last chunk of another
       size is a program of its own.
     """
-    return chunk(population_size, texts.tokens.shape[0] * (texts.tokens.shape[1] - 1))
+    return chunk(population_size, texts.num_tokens)
 
 
 def chunk(population_size: int, tokens: int) -> int:
@@ -136,27 +157,35 @@ class Likelihood:
           key: not used.
 
         Returns:
-          float32 ``[K * (T - 1)]`` or ``[K * M]``, zero where not scored, and where they are,
-          bool.
+          float32 ``[K * (T - 1 - S)]`` or ``[K * M]``, text by text, zero where not scored, and
+          where they are, bool.
         """
         del key
 
-        logps, scored = jax.vmap(functools.partial(self.of_text, offsets))(batch)
+        context = None
+        if batch.prefix is not None:
+            everywhere = jnp.ones(len(batch.prefix), bool)
+            _, context = self.model.prefill(self.params, offsets, batch.prefix, everywhere)
+        of_text = functools.partial(self.of_text, offsets, context=context)
+        logps, scored = jax.vmap(of_text)(batch.rest)
         return logps.ravel(), scored.ravel()
 
-    def of_text(self, offsets: AdapterParams, text: Texts) -> tuple[jax.Array, jax.Array]:
+    def of_text(
+        self, offsets: AdapterParams, text: Texts, *, context: Context | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Log-likelihood of each token of one text, or of those of its ``places``.
 
         Args:
           offsets: offsets.
-          text: a text, without the leading axis.
+          text: a text, without the leading axis and without a prefix.
+          context: what is before it.
 
         Returns:
           float32 ``[T - 1]`` or ``[M]``, zero where not scored, and where they are, bool.
         """
         tokens, scored = text.tokens[1:], text.scored[1:] & text.mask[1:]
         hidden = self.model.forward(
-            self.params, offsets, text.tokens[:-1], text.mask[:-1], places=text.places
+            self.params, offsets, text.tokens[:-1], text.mask[:-1], context, places=text.places
         )
         if text.places is not None:
             tokens, scored = tokens[text.places], scored[text.places]

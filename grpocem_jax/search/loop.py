@@ -172,6 +172,7 @@ def cross_fit(
     """
     if not gate_z >= 0:
         raise InputError(f"gate_z={gate_z}: must be at least 0.")
+    _check_budget(budget_s)
     *keys, gate_key, last = jax.random.split(key, 4)
     search = functools.partial(
         _Searches,
@@ -255,8 +256,7 @@ class _Searches:
         """Runs the generations, or those for which there is time."""
         if generations < 1:
             raise InputError(f"generations={generations}: must be at least 1.")
-        if budget_s is not None and not budget_s > 0:
-            raise InputError(f"budget_s={budget_s}: must be above 0; leave it out for no budget.")
+        _check_budget(budget_s)
         clock = CompileClock.start()
         try:
             started = time.perf_counter()
@@ -357,9 +357,16 @@ class _Searches:
         )
 
 
+def _check_budget(budget_s: float | None) -> None:
+    if budget_s is not None and not budget_s > 0:
+        raise InputError(f"budget_s={budget_s}: must be above 0; leave it out for no budget.")
+
+
 def mean_point(points: Sequence[Point]) -> Point:
-    """The mean of the points of some searches; of one its own."""
-    return jax.tree.map(lambda *x: sum(x) / len(x), *points) if len(points) > 1 else points[0]
+    """The mean of the points of some searches, on the host; of one its own."""
+    if len(points) == 1:
+        return points[0]
+    return jax.tree.map(lambda *x: np.mean(x, axis=0, dtype=x[0].dtype), *jax.device_get(points))
 
 
 def mean_history(histories: Sequence[History]) -> History:
