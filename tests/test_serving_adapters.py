@@ -5,6 +5,7 @@ import json
 import zipfile
 
 import pytest
+from safetensors import SafetensorError
 
 from grpocem_jax import adaptation
 from grpocem_jax.runs import checkpoints
@@ -189,6 +190,20 @@ def test_an_adapter_is_uploaded_from_any_folder_of_a_zip(served, files, place):
     assert found.status_code == 201
     assert found.json()["status"] == "ready"
     assert served.server.catalogue.load(found.json()["id"]).keys() == thin_run().policy.zero.keys()
+
+
+def test_an_upload_to_a_full_disk_leaves_nothing_and_may_be_tried_again(served, files, monkeypatch):
+    def full_disk(*arguments, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    before = served("GET", "/v1/adapters").json()
+    with monkeypatch.context() as patch:
+        patch.setattr("grpocem_jax.utils.files.save_file", full_disk)
+        found = send(served, zipped(files))
+    assert found.status_code == 503, found.text
+    assert "the store fails (SafetensorError); try again later" in found.text
+    assert served("GET", "/v1/adapters").json() == before
+    assert send(served, zipped(files)).status_code == 201
 
 
 def changed(**fields):

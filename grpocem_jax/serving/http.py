@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -329,7 +330,7 @@ class Gate:
             except InputError as error:
                 if not status:
                     await error_response(ApiError(400, str(error)))(scope, receive, watched)
-            except (sqlite3.Error, OSError) as error:
+            except (sqlite3.Error, OSError, SafetensorError) as error:
                 log.exception("the store fails")
                 if not status:
                     text = f"the store fails ({type(error).__name__}); try again later."

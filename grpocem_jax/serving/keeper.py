@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -69,7 +68,7 @@ class Keeper:
                 if time.monotonic() - looked > OTHERS_S:
                     looked = time.monotonic()
                     self._store.mark_interrupted()
-            except (OSError, sqlite3.Error):  # such as a full disk: tried again
+            except Exception:  # such as a full disk, by many names: tried again
                 log.exception("the store fails")
                 self._ended.wait(OTHERS_S)
 
