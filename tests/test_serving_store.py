@@ -23,6 +23,10 @@ def save(folder):
     return "a hash"
 
 
+def no_save(folder):
+    raise AssertionError(folder)
+
+
 @pytest.fixture
 def store(tmp_path):
     opened = Store(tmp_path)
@@ -134,6 +138,34 @@ def test_a_save_that_fails_leaves_nothing_and_may_be_tried_again(store):
     assert not list(store.path(record).parent.iterdir())
     assert store.find(record.id).status == "queued"
     assert store.keep(record, save, RESULT, 7)
+
+
+def test_an_index_that_fails_after_the_folder_is_there_may_be_tried_again(store, monkeypatch):
+    record = store.add("alice", **ADD)
+
+    def save_first(folder):
+        (folder / "left over").touch()
+        return save(folder)
+
+    def locked():
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._writing, "transaction", locked)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            store.keep(record, save_first, RESULT, 7)
+    assert store.find(record.id).status == "queued"
+    assert store.keep(record, save, RESULT, 7)
+    assert store.find(record.id).status == "ready"
+    (folder,) = store.path(record).parent.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors"}
+
+
+def test_what_has_been_kept_is_not_replaced(store):
+    record = ready(store)
+    assert store.keep(record, no_save, RESULT, 8)
+    assert store.find(record.id) == record
+    assert (store.path(record) / "adapter_model.safetensors").read_bytes() == b"numbers"
 
 
 def test_two_servers_see_each_others_adapters_and_leave_their_searches_alone(tmp_path, store):

@@ -64,26 +64,38 @@ class Keeper:
         looked = time.monotonic()
         while not self._ended.wait(INTERVAL_S):
             try:
-                self.look()
-                if time.monotonic() - looked > OTHERS_S:
-                    looked = time.monotonic()
-                    self._store.mark_interrupted()
+                try:
+                    self.look()
+                finally:
+                    if time.monotonic() - looked > OTHERS_S:
+                        looked = time.monotonic()
+                        self._store.mark_interrupted()
             except Exception:  # such as a full disk, by many names: tried again
                 log.exception("the store fails")
                 self._ended.wait(OTHERS_S)
 
     def look(self) -> None:
-        """Writes what has changed since the last look."""
+        """Writes what has changed since the last look.
+
+        Raises:
+          Exception: the first for which a search that has ended could not be written; all others
+            were, and the next look tries again.
+        """
         with self._lock:
             jobs = dict(self._jobs)
-        changed = {}
+        changed: dict[str, tuple[str, int]] = {}
+        failure: Exception | None = None
         for id, (record, job) in jobs.items():
             state = job.state
             if state in ("queued", "running"):
                 if self._written.get(id, ("queued", 0)) != (state, job.generation):
                     changed[id] = (state, int(job.generation))
                 continue
-            self._end(record, job, state)
+            try:
+                self._end(record, job, state)
+            except Exception as error:
+                failure = failure or error
+                continue
             with self._lock:
                 self._jobs.pop(id, None)
                 self._written.pop(id, None)
@@ -93,6 +105,8 @@ class Keeper:
                 self.cancel(id)
             with self._lock:
                 self._written |= {id: x for id, x in changed.items() if id in self._jobs}
+        if failure is not None:
+            raise failure
 
     def _end(self, record: Record, job: Any, state: str) -> None:
         last = {record.id: ("running", int(job.generation))}

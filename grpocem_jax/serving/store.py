@@ -313,7 +313,7 @@ class Store:
     def keep(
         self, record: Record, save: Callable[[Path], str], result: dict[str, Any], generation: int
     ) -> bool:
-        """Keeps an adapter that was found or uploaded.
+        """Keeps an adapter that was found or uploaded; where that fails, it may be tried again.
 
         Args:
           record: from `add`.
@@ -325,6 +325,10 @@ class Store:
           whether it was kept; False where it has been deleted meanwhile.
         """
         folder = self.path(record)
+        if self._read("id = ? AND status = 'ready'", (record.id,)):
+            return True
+        # There is one where the index did not take the row after the folder had its name.
+        shutil.rmtree(folder, ignore_errors=True)
         with new_folder(folder) as partial:
             sha256 = save(partial)
             for path in (*partial.iterdir(), partial):
