@@ -5,6 +5,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from grpocem_jax import adaptation, rollouts
@@ -134,6 +135,28 @@ def rewarded(monkeypatch):
     made = Rewarded(run, run.config.search, max_queue=2)
     yield made
     made.close()
+
+
+def test_a_search_by_all_data_begins_again_at_generation_1_with_the_best_so_far(
+    rewarded, items, monkeypatch
+):
+    """As `adapt` calls back behind the gate: first for the halves, then for the search by all."""
+    parts = [[0.5, 0.25, 0.75], [1.0, 3.0, 2.0]]
+
+    def adapt(run, items, *, key, settings, on_chunk):
+        for best in parts:
+            for done in range(1, len(best) + 1):
+                on_chunk(done, History(*([np.asarray(best[:done])] * len(History._fields))))
+        return Adaptation(run.offsets, 0.0, 1.0, None)
+
+    monkeypatch.setattr(adaptation, "adapt", adapt)
+    job, seen = submit(rewarded, items, 3), []
+    while not job.ended:
+        rewarded.step()
+        seen.append([tuple(x) for x in job.curve])
+    halves = [(1, 0.5, 0.5), (2, 0.5, 0.25), (3, 0.75, 0.75)]
+    whole = [(1, 1.0, 1.0), (2, 3.0, 3.0), (3, 3.0, 2.0)]
+    assert seen == [halves[:1], halves[:2], halves, whole[:1], whole[:2], whole, whole]
 
 
 def submit(rewarded, items, generations=2):

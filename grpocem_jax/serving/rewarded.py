@@ -100,7 +100,9 @@ class Rewarded:
         """The thread of a search."""
 
         def turn_is_over(done: int, history: History) -> None:
-            job.note(Progress(done, float(history.best[-1]), float(history.mean[-1])))
+            if done <= job.generation:
+                job.restart()
+            job.note(Progress(done, float(max(history.best)), float(history.mean[-1])))
             self._goes_on.put(True)
             self._go.acquire()
             if job.ended:
