@@ -290,6 +290,23 @@ def test_an_error_in_a_generation_fails_the_jobs_in_it(run, monkeypatch):
     assert job.state == "done"
 
 
+def test_a_bug_as_some_jobs_begin_fails_them_alone_and_is_raised(run, searches, monkeypatch):
+    beside = Searches(run, users=2)
+    job, other = (beside.submit(POSITIVE, method=x) for x in ("gradient", "cem"))
+
+    def fail(*args):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(beside._lanes_of("gradient"), "scores", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        beside.step()
+    assert (job.state, job.error) == ("failed", "a bug")
+    for _ in range(20):  # more than it takes
+        beside.step()
+    assert other.state == "done"
+    assert_same(other.result, adapted(searches, POSITIVE, "cem"))
+
+
 def test_the_queue_has_an_end(run):
     searches = Searches(run, users=1, max_queue=2)
     jobs = [searches.submit(NEGATIVE) for _ in range(2)]

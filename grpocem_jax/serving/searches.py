@@ -194,8 +194,7 @@ class Searches:
                     self._leave()
                     fresh = self._admit()
                     self._round = list({id(x.lanes): x.lanes for x in self._running}.values())
-                    for lanes in self._round:
-                        self._guarded(lanes, self._begin, [x for x in fresh if x.lanes is lanes])
+                    self._begin_all(fresh)
                 if not self._round:
                     return False
                 left = pieces
@@ -281,6 +280,17 @@ class Searches:
             lanes.reset()
         self._round.remove(lanes)
         return used
+
+    def _begin_all(self, fresh: list[Running]) -> None:
+        """Lets the searches of new jobs begin, also those after one that fails by a bug."""
+        failure: Exception | None = None
+        for lanes in self._round:
+            try:
+                self._guarded(lanes, self._begin, [x for x in fresh if x.lanes is lanes])
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _begin(self, lanes: Lanes, fresh: list[Running]) -> int:
         """Scores the start by the texts of new jobs, and lets their searches begin."""
