@@ -190,6 +190,15 @@ def test_a_server_without_keys_answers_to_this_machines_names_alone(tmp_path):
             ("[::1]:1", 200),
             ("evil.example", 403),
             ("127.0.0.1.evil.example:8000", 403),
+            ("LOCALHOST:8000", 200),
+            ("evil.example/localhost", 403),
+            ("localhost@evil.example", 403),
+            ("evil.example@localhost", 403),
+            ("localhost:x", 403),
+            ("[::1", 403),
+            ("::1", 403),
+            ("a]b", 403),
+            ("", 403),
         ):
             found = served("GET", "/v1/adapters", None, headers={"Host": host})
             assert found.status_code == status, (host, found.text)

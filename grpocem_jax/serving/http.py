@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -25,8 +26,8 @@ T = TypeVar("T")
 
 log = logging.getLogger("grpocem_jax.serving")
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Names by which a server without keys may be called."""
+LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+"""The header Host of a server without keys: a name of this machine, perhaps with a port."""
 
 MOST_TENANTS = 10_000
 """Whose meters are kept; those of tenants that have nothing under way go first."""
@@ -245,11 +246,12 @@ class Gate:
         Raises:
           ApiError: nobody that is known, or a name of another machine where there are no keys.
         """
-        if self._keys.are_open and request.url.hostname not in LOOPBACK:
+        host = request.headers.get("host", "")
+        if self._keys.are_open and not LOOPBACK.fullmatch(host):
             # Else a web page could reach the server through a name of its own.
             raise ApiError(
                 403,
-                f"the header Host is {request.headers.get('host', '')[:80]!r}, but a server "
+                f"the header Host is {host[:80]!r}, but a server "
                 "without keys is for this machine alone; ask for 127.0.0.1, or give it --keys.",
                 param="Host",
             )
