@@ -192,6 +192,22 @@ def test_what_is_too_short_to_search_by_comes_back_with_a_note(searches, monkeyp
     assert_same(job.result, adapted(searches, [text]))
 
 
+def test_what_is_compiled_in_the_last_step_is_no_time_of_the_search(run, monkeypatch):
+    settings = dataclasses.replace(run.config.search, gate=False)
+    searches = Searches(run, users=2, settings=settings)
+    job = searches.submit(POSITIVE, generations=1)
+    conclude = searches._judge.conclude
+
+    def compiles(*arguments):
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 9e9)
+        return conclude(*arguments)
+
+    monkeypatch.setattr(searches._judge, "conclude", compiles)
+    finish(searches)
+    assert job.result.search.seconds == 0
+    assert job.result.search.compile_seconds > 0
+
+
 # Failure, and leaving
 
 

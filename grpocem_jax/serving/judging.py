@@ -15,6 +15,7 @@ from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search import Point, SearchResult, decode, gate, loop, rows
 from grpocem_jax.search.lanes import Lanes
 from grpocem_jax.serving.jobs import Job
+from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 
 
@@ -27,6 +28,7 @@ class Running:
       places: which of them are its own.
       rows: the texts of each of these.
       verdict: the gate's on the searches by halves, once they are over.
+      compiled: seconds of compilation in the steps that are over.
       spent: candidates of searches that are over.
     """
 
@@ -70,9 +72,19 @@ class Judge:
         self._run, self._settings = run, settings
 
     def conclude(
-        self, lanes: Lanes, through: list[Running], converged: dict[Running, bool]
+        self,
+        lanes: Lanes,
+        through: list[Running],
+        converged: dict[Running, bool],
+        clock: CompileClock,
     ) -> list[Running]:
         """Judges what was found, and ends the jobs but for those that are to search all texts.
+
+        Args:
+          lanes: where the searches are.
+          through: the jobs.
+          converged: whether their searches stopped before the generations were used up.
+          clock: of this step.
 
         Returns:
           these, joined.
@@ -109,7 +121,8 @@ class Judge:
                 each.job.end("failed", error=str(error))
                 continue
             before = self.checked(each.start_scores, "to start from")
-            result = self._result(lanes, each, found[each], converged[each])
+            compiled = each.compiled + clock.seconds
+            result = self._result(lanes, each, found[each], converged[each], compiled)
             each.job.end("done", Adaptation(result.offsets, before, value, result))
         for each in joined:
             each.join(self._candidates(lanes, each))
@@ -133,7 +146,7 @@ class Judge:
         return each.spent + done * lanes.method.population_size
 
     def _result(
-        self, lanes: Lanes, each: Running, found: "_Found", converged: bool
+        self, lanes: Lanes, each: Running, found: "_Found", converged: bool, compiled: float
     ) -> SearchResult:
         histories = [lanes.history(place) for place in each.places]
         done = [len(history.best) for history in histories]
@@ -147,8 +160,8 @@ class Judge:
             candidates=self._candidates(lanes, each),
             converged=converged,
             history=loop.mean_history([_extend(x, max(done)) for x in histories]),
-            seconds=max(0.0, seconds - each.compiled),
-            compile_seconds=min(seconds, each.compiled),
+            seconds=max(0.0, seconds - compiled),
+            compile_seconds=min(seconds, compiled),
             population_chunk=lanes.at_once,
         )
 

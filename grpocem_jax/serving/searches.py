@@ -93,6 +93,7 @@ class Searches:
         self._round: list[Lanes] = []
         self._lock = threading.Lock()
         self._stepping = threading.Lock()
+        self._clock = CompileClock()
 
     def settings_of(self, method: str, generations: int | None = None) -> SearchConfig:
         """The settings with which `grpocem_jax.adaptation.adapt` finds what a job finds.
@@ -188,7 +189,7 @@ class Searches:
         if pieces is not None and pieces < 1:
             raise InputError(f"pieces={pieces}: must be at least 1, or None for all.")
         with self._stepping:
-            clock = CompileClock.start()
+            self._clock = CompileClock.start()
             try:
                 if not self._round:
                     self._leave()
@@ -204,9 +205,9 @@ class Searches:
                 if not self._round:
                     self._leave()
             finally:
-                clock.stop()
+                self._clock.stop()
                 for each in self._running:
-                    each.compiled += clock.seconds
+                    each.compiled += self._clock.seconds
             return True
 
     def _lanes_of(self, method: str) -> Lanes:
@@ -340,5 +341,5 @@ class Searches:
                 through.append(each)
         if through:
             ended = {x: bool(seen.ended[list(x.places)].all()) for x in through}
-            for each in self._judge.conclude(lanes, through, ended):
+            for each in self._judge.conclude(lanes, through, ended, self._clock):
                 self._search(lanes, each)
