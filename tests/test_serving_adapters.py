@@ -249,6 +249,22 @@ def test_an_upload_that_is_no_adapter_of_this_model_is_refused(served, files, ch
     assert "/tmp" not in error["message"].replace(str(thin_run().policy.pretrained.source), "")
 
 
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_a_damaged_zip_is_refused_however_it_is_compressed(served, files, compression):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    data = bytearray(content.getvalue())
+    first = data.index(b"adapter_model.safetensors") + len("adapter_model.safetensors")
+    data[first + 9 : first + 49] = b"\xff" * 40  # behind the settings of LZMA
+    found = send(served, bytes(data))
+    assert found.status_code == 400, found.text
+    assert "the body is no zip of an adapter" in found.json()["error"]["message"]
+
+
 def test_an_upload_that_is_too_large_is_refused(served):
     found = send(served, b"a" * 10**6)
     assert found.status_code == 413

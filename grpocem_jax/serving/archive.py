@@ -1,6 +1,7 @@
 """An adapter's folder as one file: a zip of the files that `checkpoints.save_adapter` writes."""
 
 import io
+import lzma
 import zipfile
 import zlib
 from pathlib import Path
@@ -60,6 +61,7 @@ def unpack(content: bytes, folder: Path, *, most: int) -> None:
         OSError,
         RuntimeError,
         ValueError,
+        lzma.LZMAError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
