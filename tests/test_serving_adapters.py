@@ -103,6 +103,14 @@ def test_a_page_of_adapters_at_a_time(tmp_path):
         assert not second["has_more"]
 
 
+@pytest.mark.parametrize("limit", ["", "0", "-1", "2.5", "a", "1001", "0" * 8 + "1999", "1" * 5000])
+def test_another_limit_than_1_to_1000_is_refused(served, limit):
+    found = served("GET", f"/v1/adapters?limit={limit}")
+    assert found.status_code == 400, found.text
+    assert found.json()["error"]["param"] == "limit"
+    assert "must be an integer from 1 to 1000" in found.json()["error"]["message"]
+
+
 LONG = "soup " * 3000
 
 

@@ -135,7 +135,8 @@ class Adapters:
         """GET: the tenant's own adapters and the public ones, the newest first."""
         query = call.request.query_params
         limit, after = query.get("limit", "100"), query.get("after")
-        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= MOST_LISTED):
+        is_number = limit.isascii() and limit.isdecimal() and len(limit) < 10
+        if not (is_number and 1 <= int(limit) <= MOST_LISTED):
             raise ApiError(
                 400,
                 f"limit={brief(limit)}: must be an integer from 1 to {MOST_LISTED}.",
