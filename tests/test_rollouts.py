@@ -270,6 +270,23 @@ def test_a_completion_whose_outcome_abstains_has_no_step():
     np.testing.assert_array_equal(ends[0], [[False] * 3, [False, False, True]])
 
 
+def test_a_completion_that_ends_at_once_is_worth_its_outcome():
+    def steps(prompts, completions, **columns):
+        return [[StepReward(len(text), 1.0)] if text else [] for text in completions]
+
+    tokens, mask = completions(["\0", "ab\0"])
+    rewards, ends = rollouts.score_steps(
+        POLICY,
+        items(make_task(None, steps), "x"),
+        [["", "ab"]],
+        tokens,
+        mask,
+        np.array([[-1.0, 0.5]], np.float32),
+    )
+    np.testing.assert_array_equal(rewards[0], [[-1, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(ends[0], rewards[0] != 0)
+
+
 def test_without_a_process_reward_the_outcome_is_the_only_step():
     tokens, mask = completions(["ab\0", "abc"])
     outcomes = np.array([[0.25, np.nan]], np.float32)

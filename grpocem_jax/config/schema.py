@@ -293,7 +293,9 @@ class TrainConfig:
         "Keywords of the optimizer: `b1`, `b2`, `eps` of `adamw`, or those of a function."
     )
     learning_rate: float = setting("Peak learning rate.", above(0), default=1e-2)
-    warmup_steps: int = setting("Steps of linear warmup.", at_least(0), default=10)
+    warmup_steps: int = setting(
+        "Updates of linear warmup; a step makes `grpo.updates` of them.", at_least(0), default=10
+    )
     final_lr_scale: float = setting(
         "Factor of the learning rate at the last step; linear after the warmup.",
         within(0, 1),

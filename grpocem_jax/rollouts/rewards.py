@@ -275,7 +275,8 @@ def score_steps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of the steps of completions, for `grpo.process_advantages`.
 
-    A task without a process reward has one step a completion, worth its outcome.
+    A task without a process reward has one step a completion, worth its outcome, and so has a
+    completion without steps of its own: one that ends at once.
 
     Args:
       policy: for its tokenizer.
@@ -312,20 +313,27 @@ def _score_steps(
     rewards = np.zeros(mask.shape, np.float32)
     ends = np.zeros(mask.shape, bool)
     lengths = mask.sum(-1)
+
+    def one_step(row: int, sample: int) -> None:
+        last = int(lengths[row, sample]) - 1
+        rewards[row, sample, last] = outcomes[row, sample]
+        ends[row, sample, last] = True
+
     for rows in _by_task(items).values():
         function = items[rows[0]].task.process_reward
         if function is None:
             for row in rows:
                 for sample in np.flatnonzero(~np.isnan(outcomes[row])).tolist():
-                    last = int(lengths[row, sample]) - 1
-                    rewards[row, sample, last] = outcomes[row, sample]
-                    ends[row, sample, last] = True
+                    one_step(row, sample)
             continue
         (found,) = scoring.call([_call(function, *_of_rows(rows, items, texts, base_logps))])
+        if found is None:
+            continue
         samples = len(texts[0])
         for number, row in enumerate(rows):
-            group = [()] * samples if found is None else found[number * samples :][:samples]
-            for sample, steps in enumerate(group):
+            for sample, steps in enumerate(found[number * samples :][:samples]):
+                if not steps and not np.isnan(outcomes[row, sample]):
+                    one_step(row, sample)
                 ids = tokens[row, sample, : lengths[row, sample]]
                 for step, index in zip(
                     steps, _step_tokens(policy, ids, [s.end for s in steps]), strict=True

@@ -257,7 +257,8 @@ def text_process_reward(
 
     Returns:
       For each completion its steps in order.  The ends rise strictly to the completion's length.
-      A completion of zero characters has no steps; one without a word has one, with reward -1.
+      A completion of zero characters has none, and is worth its outcome; one without a word has
+      one, with reward -1.
     """
     del columns
     return [
