@@ -43,7 +43,8 @@ class ModelConfig:
     """The frozen base model."""
 
     source: str = setting(
-        "Hub id, local folder, GGUF file, `builtin`, or `random:SHAPE` for random weights.",
+        "Hub id, local folder, GGUF file, `builtin`, `smollm2` from the package index, or "
+        "`random:SHAPE` for random weights.",
         NOT_EMPTY,
         default="openai-community/gpt2",
         alters="nothing",
