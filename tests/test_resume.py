@@ -268,10 +268,12 @@ def test_checkpoints_of_other_settings_than_config_json_are_refused(tmp_path, mo
     workdir = tmp_path / "run"
     cut_off(workdir, monkeypatch, after=3)
     stored = json.loads((workdir / "config.json").read_text())
-    stored["train"]["learning_rate"] = 0.5
+    # With which the arrays have other shapes.
+    stored["adapter"]["sites"] = ["mlp.c_fc"]
     (workdir / "config.json").write_text(json.dumps(stored))
     with pytest.raises(InputError, match="checkpoints are of other settings"):
-        training.train(training_config(**{"train.learning_rate": 0.5}), workdir)
+        training.train(training_config(**{"adapter.sites": ("mlp.c_fc",)}), workdir)
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
 
 
 def test_a_second_process_in_the_run_directory_is_refused(tmp_path):

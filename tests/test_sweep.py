@@ -1,6 +1,7 @@
 """Sweeps: many runs in one program are what each is by itself."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -200,6 +201,29 @@ def test_what_runs_differ_in_is_read():
 def test_a_sweep_that_cannot_be_run_is_named(changes, grid, said, tmp_path):
     with pytest.raises(InputError, match=said):
         sweep.sweep(training_config(**{**SHORT, **changes}), grid, tmp_path)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_a_sweep_of_fewer_runs_is_refused_and_left_as_it_is(swept, tmp_path):
+    folder = shutil.copytree(swept[0], tmp_path / "sweep")
+    for path in folder.glob("*/summary.json"):
+        path.unlink()  # as one that was interrupted
+    before = contents(folder)
+    with pytest.raises(InputError, match="holds the checkpoints of another sweep; give another"):
+        sweep.sweep(training_config(**SHORT), {**GRID, "seed": [0, 1, 2]}, folder)
+    assert contents(folder) == before
+
+
+def test_the_folder_of_a_single_run_is_refused_and_left_as_it_is(tmp_path):
+    config = training_config(**{**SHORT, "train.max_steps": 1})
+    training.train(config, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="holds a single run; give another folder"):
+        sweep.sweep(config, GRID, tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_of_another_sweep_is_refused(swept):

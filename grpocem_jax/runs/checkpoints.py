@@ -185,9 +185,26 @@ class Checkpoints:
 
 def last_step(workdir: Path) -> int:
     """The step of the last checkpoint of a run directory, whole or not; 0 where there is none."""
+    return max(_saved_steps(workdir), default=0)
+
+
+def last_position(workdir: Path) -> dict[str, Any] | None:
+    """The position saved with the last checkpoint whose position can be read; None without one.
+
+    It says whose the checkpoints are, and nothing is changed or moved to read it.
+    """
+    for step in sorted(_saved_steps(workdir), reverse=True):
+        path = workdir / "checkpoints" / str(step) / "position" / "metadata"
+        with contextlib.suppress(InputError):
+            return read_object(path, fix="delete the checkpoint")
+    return None
+
+
+def _saved_steps(workdir: Path) -> list[int]:
+    """The steps that have a checkpoint, whole or not."""
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    return [int(name) for name in names if name.isdecimal()]
 
 
 @contextlib.contextmanager

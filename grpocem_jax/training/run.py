@@ -17,7 +17,7 @@ from grpocem_jax import grpo, rollouts
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.config import Config
 from grpocem_jax.rollouts.policy import Policy
-from grpocem_jax.runs import metrics, rundir, trackers
+from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
 from grpocem_jax.runs.shared import SharedCheckpoints
 from grpocem_jax.training import evaluation, screens, stages
 from grpocem_jax.training import step as steps
@@ -76,6 +76,13 @@ class Run:
         )
         # As a checkpoint has it, and what is read from one.
         self.template = stages.checkpointed(config, self.state, self.state.offsets)
+        # Before arrays are read: those of another run would pass for damaged ones.
+        last = self.processes.first(lambda: checkpoints.last_position(workdir))
+        if last is not None and last.get("config_hash") != config_hash:
+            raise InputError(
+                f"--workdir={workdir}: its checkpoints are of other settings than its "
+                "config.json; give another folder."
+            )
         found, damaged = self.checkpoints.restore_latest(self.template)
         for sentence in damaged:
             say(f"passed over: {sentence}", sys.stderr)
@@ -83,11 +90,6 @@ class Run:
         restored = self.template
         if found is not None:
             restored, self.key, position = found
-            if position.get("config_hash") != config_hash:
-                raise InputError(
-                    f"--workdir={workdir}: its checkpoints are of other settings than its "
-                    "config.json; give another folder."
-                )
         self.state, self.behind = stages.from_checkpoint(
             config, devices.replicate(policy.mesh, restored)
         )
@@ -112,10 +114,10 @@ class Run:
         self.completions = log("completions.jsonl", shown)
         self.shown_before = shown
         self.nonfinite = log("nonfinite.jsonl", position.get("nonfinite_bytes", 0))
-        last = self.processes.first(
+        lines = self.processes.first(
             lambda: metrics.last_lines(workdir / "metrics.jsonl", metrics.WINDOW)
         )
-        self.recent = collections.deque(last, maxlen=metrics.WINDOW)
+        self.recent = collections.deque(lines, maxlen=metrics.WINDOW)
         self.without_signal: set[str] = set()
         self.differences: list[str] = list(position.get("differences", []))
         planned = position.get("total_steps", self.total_steps)

@@ -143,6 +143,7 @@ def sweep(
     if done is not None:
         say(f"the sweep in {workdir} is complete")
         return done
+    digest = _check_folder(workdir, named)
     policy = load_policy(first)
     check_length(first, policy)
     if any(config.seed != first.seed for config in others):
@@ -180,7 +181,7 @@ def sweep(
             claims.enter_context(
                 rundir.claim(member.workdir, with_defaults(member.settings).to_dict(), identity)
             )
-        course = _Course(policy, algorithm, optimizers, members, total, workdir, signals)
+        course = _Course(policy, algorithm, optimizers, members, total, workdir, digest, signals)
         sources = dict.fromkeys(line for member in members for line in member.data.lines)
         say("\n".join([*setting(first, policy), *(f"data      {line}" for line in sources)]))
         say(f"sweep     {len(members)} runs of {course.total} steps in {workdir}")
@@ -253,6 +254,22 @@ def _settings(
     return named
 
 
+def _check_folder(workdir: Path, named: Mapping[str, ml_collections.ConfigDict]) -> str:
+    """The hash of the sweep's settings; refuses a folder that another sweep or run is in."""
+    if is_file(workdir / "config.json"):
+        raise InputError(f"--workdir={workdir}: holds a single run; give another folder.")
+    trained = {
+        name: rundir.trained_settings(with_defaults(settings).to_dict())
+        for name, settings in named.items()
+    }
+    digest, last = checkpoints.config_hash(trained), checkpoints.last_position(workdir)
+    if last is not None and last.get("digest") != digest:
+        raise InputError(
+            f"--workdir={workdir}: holds the checkpoints of another sweep; give another folder."
+        )
+    return digest
+
+
 def _complete(
     workdir: Path, named: Mapping[str, ml_collections.ConfigDict]
 ) -> dict[str, dict[str, Any]] | None:
@@ -297,10 +314,12 @@ class _Course:
         members: Sequence[Member],
         total: int,
         workdir: Path,
+        digest: str,
         signals: rundir.Signals,
     ):
         self.policy, self.algorithm, self.members = policy, algorithm, members
-        self.config, self.total, self.signals = members[0].config, total, signals
+        self.config, self.total, self.digest = members[0].config, total, digest
+        self.signals = signals
         self.optimizers = optimizers
         self.steps_per_epoch = [
             len(member.data.train) // member.config.prompts_drawn_per_step for member in members
@@ -315,12 +334,6 @@ class _Course:
             for member, optimizer in zip(members, optimizers, strict=True)
         ]
         self.states = jax.tree.map(lambda *x: jnp.stack(x), *started)
-        self.digest = checkpoints.config_hash(
-            {
-                member.name: rundir.trained_settings(with_defaults(member.settings).to_dict())
-                for member in members
-            }
-        )
         self.checkpoints = checkpoints.Checkpoints(workdir, keep=self.config.train.keep_checkpoints)
         found, damaged = self.checkpoints.restore_latest(self._saved(self.states))
         for sentence in damaged:
@@ -328,11 +341,6 @@ class _Course:
         position: dict[str, Any] = {}
         if found is not None:
             saved, _, position = found
-            if position.get("digest") != self.digest:
-                raise InputError(
-                    f"--workdir={workdir}: holds the checkpoints of another sweep; give another "
-                    "folder."
-                )
             step = jnp.full(len(members), saved.step, jnp.int32)
             self.states = jax.tree.map(jnp.asarray, saved._replace(step=step))
         self.first_step = int(self.states.step[0])
