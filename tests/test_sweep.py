@@ -38,6 +38,10 @@ def difference(one, two):
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_each_run_of_a_sweep_is_what_it_is_by_itself(swept, tmp_path):
     folder, summaries = swept
     assert list(summaries) == [
@@ -132,6 +136,48 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(swept, tmp_path, monkeypa
         assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
 
 
+def test_a_complete_sweep_goes_on_to_the_bits_of_one_that_had_all_steps_at_once(swept, tmp_path):
+    folder, summaries = swept
+    sweep.sweep(training_config(**{**SHORT, "train.max_steps": 2}), GRID, tmp_path)
+    found = sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    for name in summaries:
+        assert (found[name]["resumed_after_step"], found[name]["steps"]) == (2, 3)
+        assert found[name]["continued"] == []
+        one, two = (gj.load_run(where / name).offsets for where in (folder, tmp_path))
+        assert difference(one, two) == 0
+
+
+def test_what_differs_in_a_sweep_that_goes_on_is_said(tmp_path, capsys):
+    changes = {**SHORT, "generation.final_temperature": 0.5}
+    for length in (1, 2):
+        config = training_config(**{**changes, "train.max_steps": length})
+        found = sweep.sweep(config, {"seed": [0, 1]}, tmp_path)
+    said = "the temperatures of steps 1 to 1 were those of a run of 1 steps, not of 2"
+    assert [one["continued"] for one in found.values()] == [[said]] * 2
+    assert f"differs   {said}" in capsys.readouterr().out
+
+
+def test_fewer_steps_than_a_sweep_has_done_are_refused(swept, tmp_path):
+    folder = shutil.copytree(swept[0], tmp_path / "sweep")
+    fewer = training_config(**{**SHORT, "train.max_steps": 2})
+    for _ in ("complete", "interrupted"):
+        before = contents(folder)
+        with pytest.raises(InputError, match=r"has done 3 steps, but train.max_steps=2 .* give 2"):
+            sweep.sweep(fewer, GRID, folder)
+        assert contents(folder) == before
+        for path in folder.glob("*/summary.json"):
+            path.unlink()
+
+
+def test_a_complete_sweep_without_its_checkpoints_is_not_started_over(swept, tmp_path):
+    folder = shutil.copytree(swept[0], tmp_path / "sweep")
+    shutil.rmtree(folder / "checkpoints")
+    before = contents(folder)
+    with pytest.raises(InputError, match=r"ended after 3 steps, but its checkpoint .* not there"):
+        sweep.sweep(training_config(**{**SHORT, "train.max_steps": 4}), GRID, folder)
+    assert contents(folder) == before
+
+
 def test_tasks_and_random_starts_differ_too(tmp_path):
     changes = {
         **SHORT,
@@ -201,10 +247,6 @@ def test_what_runs_differ_in_is_read():
 def test_a_sweep_that_cannot_be_run_is_named(changes, grid, said, tmp_path):
     with pytest.raises(InputError, match=said):
         sweep.sweep(training_config(**{**SHORT, **changes}), grid, tmp_path)
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_of_a_sweep_of_fewer_runs_is_refused_and_left_as_it_is(swept, tmp_path):

@@ -122,27 +122,9 @@ class Run:
         self.differences: list[str] = list(position.get("differences", []))
         planned = position.get("total_steps", self.total_steps)
         if planned != self.total_steps:
-            self.differences += self._differences(planned)
-
-    def _differences(self, planned: int) -> list[str]:
-        """What a run begun with another length did otherwise than one of this length does."""
-        generation, every, done = self.config.generation, self.config.train, self.first_step
-        found = []
-        if generation.temperature != generation.final_temperature:
-            found.append(
-                f"the temperatures of steps 1 to {done} were those of a run of {planned} steps, "
-                f"not of {self.total_steps}"
+            self.differences += steps.differences(
+                config, planned, self.total_steps, self.first_step
             )
-        if every.final_lr_scale < 1:
-            found.append(
-                f"the learning rates of steps 1 to {done} were those of a run of {planned} steps, "
-                f"not of {self.total_steps}"
-            )
-        if every.evaluate_every_steps and done == planned and done % every.evaluate_every_steps:
-            found.append(
-                f"the adapter of step {done} was judged by the validation prompts as the last one"
-            )
-        return found
 
     def train(self) -> grpo.TrainState:
         """Runs the steps that are left and returns the last state.

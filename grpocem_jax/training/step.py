@@ -76,6 +76,28 @@ def temperature(config: Config, step: int, total: int) -> float:
     return sampling.anneal(first, last, step / max(total - 1, 1))
 
 
+def differences(config: Config, planned: int, total: int, done: int) -> list[str]:
+    """What ``done`` steps of a run planned otherwise differ in from those of one of ``total``."""
+    generation, train = config.generation, config.train
+    found = []
+    if generation.temperature != generation.final_temperature:
+        found.append(
+            f"the temperatures of steps 1 to {done} were those of a run of {planned} steps, "
+            f"not of {total}"
+        )
+    if train.final_lr_scale < 1:
+        found.append(
+            f"the learning rates of steps 1 to {done} were those of a run of {planned} steps, "
+            f"not of {total}"
+        )
+    every = train.evaluate_every_steps
+    if every and done == planned and done % every:
+        found.append(
+            f"the adapter of step {done} was judged by the validation prompts as the last one"
+        )
+    return found
+
+
 def with_likelihoods(
     config: Config,
     policy: Policy,

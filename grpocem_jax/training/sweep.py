@@ -109,9 +109,10 @@ def sweep(
 ) -> dict[str, dict[str, Any]]:
     """Trains a run for each combination of some settings, all in one program.
 
-    An interrupted sweep goes on from its last checkpoint.  A run whose updates are skipped because
-    they are not finite goes on beside the others, whatever ``train.max_skipped_updates`` says; the
-    table and its summary count them.
+    An interrupted sweep goes on from its last checkpoint, and so does a complete one where
+    ``train.max_steps`` or ``train.epochs`` are larger than before.  A run whose updates are skipped
+    because they are not finite goes on beside the others, whatever ``train.max_skipped_updates``
+    says; the table and its summary count them.
 
     Args:
       settings: a config, of which all runs are made.
@@ -139,10 +140,10 @@ def sweep(
     ):
         if given:
             raise InputError(f"--sweep: {field}={given!r} is for single runs; set it to {leave}.")
-    done = _complete(workdir, named)
-    if done is not None:
+    ended = _summaries(workdir, named)
+    if _complete(ended, configs):
         say(f"the sweep in {workdir} is complete")
-        return done
+        return ended
     digest = _check_folder(workdir, named)
     policy = load_policy(first)
     check_length(first, policy)
@@ -165,6 +166,7 @@ def sweep(
             "set train.max_steps so that all have the same."
         )
     total = max(lengths)
+    _check_trained(workdir, ended, total, first)
     rates = {config.train.learning_rate: config for config in configs.values()}
     made = {rate: make_algorithm(config, total_steps=total) for rate, config in rates.items()}
     algorithm = made[first.train.learning_rate]
@@ -187,6 +189,8 @@ def sweep(
         say(f"sweep     {len(members)} runs of {course.total} steps in {workdir}")
         if course.first_step:
             say(f"resumed   after step {course.first_step}")
+        for difference in course.differences:
+            say(f"differs   {difference}")
         clock, began = CompileClock.start(), time.perf_counter()
         states = course.train()
         trained = time.perf_counter() - began
@@ -208,7 +212,7 @@ def sweep(
                     "best_adapter": None,
                     "resumed_after_step": course.first_step,
                     "skipped_updates": course.skipped[i],
-                    "continued": [],
+                    "continued": course.differences,
                     "micro_batch": member.config.train.batch_size,
                     "sweep": len(members),
                     # Of all runs together.
@@ -270,16 +274,44 @@ def _check_folder(workdir: Path, named: Mapping[str, ml_collections.ConfigDict])
     return digest
 
 
-def _complete(
+def _summaries(
     workdir: Path, named: Mapping[str, ml_collections.ConfigDict]
-) -> dict[str, dict[str, Any]] | None:
-    """The summaries, where all runs of these settings have ended; None where not."""
+) -> dict[str, dict[str, Any]]:
+    """The summaries of those runs of these settings that have ended, by name."""
     for name, settings in named.items():
         rundir.check_settings(workdir / name, with_defaults(settings).to_dict())
     paths = {name: workdir / name / "summary.json" for name in named}
-    if not all(map(is_file, paths.values())):
-        return None
-    return {name: read_object(path, fix="delete it") for name, path in paths.items()}
+    return {
+        name: read_object(path, fix="delete it") for name, path in paths.items() if is_file(path)
+    }
+
+
+def _complete(ended: Mapping[str, Mapping[str, Any]], configs: Mapping[str, Config]) -> bool:
+    """Whether all runs have ended and none is to have more steps, or fewer, than it has."""
+    return ended.keys() == configs.keys() and all(
+        summary["steps"]
+        == steps.total_steps(configs[name], sum(own["train"] for own in summary["data"].values()))
+        for name, summary in ended.items()
+    )
+
+
+def _check_trained(
+    workdir: Path, ended: Mapping[str, Mapping[str, Any]], total: int, config: Config
+) -> None:
+    """Refuses a length that is below what was trained, or above it with nothing to go on from."""
+    done = checkpoints.last_step(workdir)
+    trained = max([done, *(summary["steps"] for summary in ended.values())])
+    if total < trained:
+        raise InputError(
+            f"--workdir={workdir}: the sweep there has done {trained} steps, but "
+            f"train.max_steps={config.train.max_steps} and train.epochs={config.train.epochs} give "
+            f"{total}; give as many or more, or another folder."
+        )
+    if total > trained > done:
+        raise InputError(
+            f"--workdir={workdir}: the sweep there ended after {trained} steps, but its checkpoint "
+            "of that step is not there to go on from; give another folder."
+        )
 
 
 def _keys(config: Config) -> tuple[jax.Array, jax.Array]:
@@ -345,6 +377,10 @@ class _Course:
             self.states = jax.tree.map(jnp.asarray, saved._replace(step=step))
         self.first_step = int(self.states.step[0])
         zeros = [0] * len(members)
+        planned = position.get("total_steps", total)
+        self.differences: list[str] = list(position.get("differences", []))
+        if planned != total:
+            self.differences += steps.differences(self.config, planned, total, self.first_step)
         self.tokens = list(position.get("num_tokens", zeros))
         self.skipped = list(position.get("skipped", zeros))
         sizes = position.get("metrics_bytes", zeros)
@@ -407,6 +443,8 @@ class _Course:
             log.sync()
         position = {
             "digest": self.digest,
+            "total_steps": self.total,
+            "differences": self.differences,
             "num_tokens": self.tokens,
             "skipped": self.skipped,
             "metrics_bytes": [log.size for log in self.metrics],
