@@ -233,6 +233,7 @@ def test_what_runs_differ_in_is_read():
     ("changes", "grid", "said"),
     [
         ({"train.evaluate_every_steps": 1}, GRID, "train.evaluate_every_steps=1 is for single"),
+        ({"model.weight_shards": 2}, GRID, "model.weight_shards=2 is for single runs; set it to 1"),
         ({"logging.report_to": ("tensorboard",)}, GRID, r"logging.report_to=.* set it to \(\)"),
         ({"grpo.dynamic_sampling": 9}, GRID, "a step takes 36 training prompts, and a run has 32"),
         ({"adapter.type": "tinylora"}, GRID, "adapter.type='tinylora' has other frozen arrays"),

@@ -136,9 +136,10 @@ def sweep(
         ("train.evaluate_every_steps", first.train.evaluate_every_steps, 0),
         ("train.fit_memory", first.train.fit_memory, False),
         ("train.staleness", first.train.staleness, 0),
+        ("model.weight_shards", first.model.weight_shards, 1),
         ("logging.report_to", first.logging.report_to, ()),
     ):
-        if given:
+        if given != leave:
             raise InputError(f"--sweep: {field}={given!r} is for single runs; set it to {leave}.")
     ended = _summaries(workdir, named)
     if _complete(ended, configs):
