@@ -19,7 +19,7 @@ from grpocem_jax import adapters
 from grpocem_jax.models import gguf, hub
 from grpocem_jax.utils.errors import InputError
 from tests import gguf_files
-from tests.parity import weights
+from tests.parity import bases, weights
 
 CASES = {
     "gpt2": weights.SHAPES["small"],
@@ -190,6 +190,14 @@ def test_a_file_takes_an_adapter_is_searched_and_exported(tmp_path):
     np.testing.assert_allclose(read, own, atol=1e-4)
     assert whole.tokenizer.encode("the a") == policy.tokenizer.encode("the a")
     assert adapters.num_params(found.offsets) == 2 * 32
+
+
+def test_a_file_is_no_base_of_a_lora(tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", CASES["llama"])
+    bases.write_run(tmp_path / "run", path, ("self_attn.o_proj",))
+    with pytest.raises(InputError, match=r"m\.gguf are in no folder .* give --format=merged\.$"):
+        gj.export_model(tmp_path / "run", tmp_path / "lora", format="peft")
+    assert not (tmp_path / "lora").exists()
 
 
 REFUSED = {

@@ -159,7 +159,7 @@ def _check_lora(run: TrainedRun, rank: int | None) -> int:
     """The rank of a LoRA; refuses, before any work, what cannot be one."""
     policy = run.policy
     pretrained, sites = policy.pretrained, policy.sites
-    if pretrained.kind == "random":
+    if pretrained.kind in ("random", "gguf"):
         raise InputError(
             f"--format=peft: the weights of {pretrained.source} are in no folder that PEFT could "
             "put a LoRA on; give --format=merged."
