@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 
 import grpocem_jax as gj
@@ -144,8 +144,6 @@ def test_texts_are_split_as_the_metadata_says(pre, text, parts):
 
 
 def test_a_start_token_is_put_before_a_text_where_the_file_says_so(tmp_path):
-    from gguf import GGUFReader
-
     from grpocem_jax.models import gguf
 
     path = gguf_files.write(tmp_path / "m.gguf", CASES["llama"])
@@ -222,6 +220,32 @@ def test_a_file_is_refused_in_a_sentence(case, tmp_path):
     assert str(path) in message
     assert message.endswith(".")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.ggml.eos_token_id", 9999),
+        ("tokenizer.ggml.eos_token_id", 2**32 - 1),
+        ("tokenizer.ggml.bos_token_id", 9999),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", 3),
+        ("llama.attention.head_count_kv", 0),
+        ("llama.attention.head_count_kv", 3),
+        ("llama.embedding_length", 0),
+    ],
+)
+def test_a_number_of_the_metadata_that_does_not_fit_is_named(key, value, tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", CASES["llama"])
+    reader = GGUFReader(path, "r+")
+    field = reader.fields[key]
+    field.parts[field.data[0]][0] = value
+    reader.data.flush()
+    with pytest.raises(InputError) as error:
+        gj.load_model(str(path))
+    message = str(error.value)
+    assert message.startswith(f"{path}: {key}={value}")
+    assert message.endswith("; use a file made by llama.cpp.")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 40, 2000, -100])

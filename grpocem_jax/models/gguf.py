@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grpocem_jax.models import gpt2, llama
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import cache_folder, new_folder, write_json
 
@@ -59,6 +60,12 @@ _GPT2_BLOCK = {
 }
 _GPT2_WHOLE = {"token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f"}
 
+_NAMED_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+
 
 class Checkpoint(NamedTuple):
     """A GGUF file as a checkpoint of transformers.
@@ -77,7 +84,7 @@ def read(path: Path) -> Checkpoint:
 
     Raises:
       InputError: gguf is not installed; a file that is cut off or no GGUF, an architecture, kind of
-        number or tokenizer that is not implemented, or metadata that is missing.
+        number or tokenizer that is not implemented, or metadata that is missing or does not fit.
     """
     try:
         from gguf import GGUFReader
@@ -104,6 +111,8 @@ def read(path: Path) -> Checkpoint:
             "qwen2, qwen3 or gpt2."
         )
     config = _config(fields, tensors, where)
+    (gpt2 if kind == "gpt2" else llama).config_from_hf(config, where)
+    _check_token_ids(fields, where)
     state = _state(config, tensors, where)
     return Checkpoint(_folder(config, fields, where), state)
 
@@ -121,16 +130,25 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -
     def need(name: str) -> Any:
         return _need(fields, f"{kind}.{name}", where)
 
+    def size(name: str, default: int | None = None) -> int:
+        value = need(name) if default is None else fields.get(f"{kind}.{name}", default)
+        if type(value) is not int or value < 1:
+            raise InputError(
+                f"{where}: {kind}.{name}={value!r}: must be a positive integer; use a file made by "
+                "llama.cpp."
+            )
+        return value
+
     tokens = _need(fields, "tokenizer.ggml.tokens", where)
     common = {"model_type": kind, "vocab_size": fields.get(f"{kind}.vocab_size", len(tokens))}
     if kind == "gpt2":
         return common | {
             "architectures": ["GPT2LMHeadModel"],
-            "n_layer": need("block_count"),
-            "n_embd": need("embedding_length"),
-            "n_inner": need("feed_forward_length"),
-            "n_head": need("attention.head_count"),
-            "n_positions": need("context_length"),
+            "n_layer": size("block_count"),
+            "n_embd": size("embedding_length"),
+            "n_inner": size("feed_forward_length"),
+            "n_head": size("attention.head_count"),
+            "n_positions": size("context_length"),
             "layer_norm_epsilon": need("attention.layer_norm_epsilon"),
             "activation_function": "gelu_new",
         }
@@ -141,8 +159,20 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -
             f"{where}: scaled rotary positions ({how}) are not implemented for GGUF; use the "
             "checkpoint that the file was made from."
         )
-    width, heads = need("embedding_length"), need("attention.head_count")
-    head_dim = fields.get(f"{kind}.attention.key_length", width // heads)
+    width, heads = size("embedding_length"), size("attention.head_count")
+    kv_heads = size("attention.head_count_kv", heads)
+    head_dim = size("attention.key_length", max(width // heads, 1))
+    for name, tensor in tensors.items():
+        part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+        if part is None:
+            continue
+        key, count = ("head_count", heads) if part[1] == "q" else ("head_count_kv", kv_heads)
+        rows = int(tensor.shape[-1])
+        if rows != count * head_dim:
+            raise InputError(
+                f"{where}: {kind}.attention.{key}={count} heads of {head_dim} numbers do not make "
+                f"the {rows} rows of the tensor {name}; use a file made by llama.cpp."
+            )
     turned = fields.get(f"{kind}.rope.dimension_count", head_dim)
     if turned != head_dim:
         raise InputError(
@@ -152,13 +182,13 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
     return common | {
         "architectures": [f"{name}ForCausalLM"],
-        "num_hidden_layers": need("block_count"),
+        "num_hidden_layers": size("block_count"),
         "hidden_size": width,
-        "intermediate_size": need("feed_forward_length"),
+        "intermediate_size": size("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get(f"{kind}.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": need("context_length"),
+        "max_position_embeddings": size("context_length"),
         "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.get(f"{kind}.rope.freq_base", 10_000.0),
         "hidden_act": "silu",
@@ -216,16 +246,24 @@ def _as_transformers(array: np.ndarray, name: str, config: Mapping[str, Any]) ->
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(array.shape))
 
 
+def _check_token_ids(fields: Mapping[str, Any], where: str) -> None:
+    """Refuses a start, end or padding token that is none of the tokens."""
+    count = len(fields["tokenizer.ggml.tokens"])
+    for key in _NAMED_TOKENS.values():
+        value = fields.get(key, 0)
+        if type(value) is not int or not 0 <= value < count:
+            raise InputError(
+                f"{where}: {key}={value!r}: must be a token, an integer from 0 to {count - 1}; use "
+                "a file made by llama.cpp."
+            )
+
+
 def _folder(config: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> Path:
     """A folder with config and tokenizer, kept in the cache by what is in it."""
     tokenizer = _tokenizer(fields, where)
     names = {
         field: fields["tokenizer.ggml.tokens"][fields[key]]
-        for field, key in (
-            ("bos_token", "tokenizer.ggml.bos_token_id"),
-            ("eos_token", "tokenizer.ggml.eos_token_id"),
-            ("pad_token", "tokenizer.ggml.padding_token_id"),
-        )
+        for field, key in _NAMED_TOKENS.items()
         if key in fields
     }
     settings = names | {
