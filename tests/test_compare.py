@@ -8,6 +8,7 @@ import pytest
 
 from grpocem_jax.compare import compare
 from grpocem_jax.report import comparison
+from grpocem_jax.report.page import ABSTAINED
 from grpocem_jax.utils.errors import InputError
 from tests.pages import HOSTILE, Page, config, gain, metric_lines, summary, write_run
 from tests.runs import ROOT
@@ -81,6 +82,19 @@ def test_runs_without_a_difference_or_an_end_say_so(tmp_path):
     assert "no run has ended" in text
     assert "No run has ended" in out.read_text()
     assert "No step was recorded" in out.read_text()
+
+
+def test_runs_whose_held_out_rewards_all_abstained_are_not_called_unfinished(runs, tmp_path):
+    abstained = json.dumps({**summary(), "heldout": {}, "heldout_greedy": {}})
+    (tmp_path / "a" / "summary.json").write_text(abstained)
+    out = tmp_path / "x.html"
+    compare(runs, out)
+    assert "no other run has held-out reward" in out.read_text()
+    (tmp_path / "b" / "summary.json").write_text(abstained)
+    text = compare(runs, out)
+    assert text.count(ABSTAINED) == 2
+    assert out.read_text().count(ABSTAINED) == 3
+    assert "o run has ended" not in text + out.read_text()
 
 
 @pytest.mark.parametrize("kind", ["empty", "file", "missing"])

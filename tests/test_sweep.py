@@ -83,6 +83,18 @@ def test_the_table_has_a_line_for_each_run(swept):
             assert f"{gain['after']:6.3f}  {gain['gain']:+.3f} [" in line
 
 
+def test_the_table_says_which_run_has_no_held_out_reward(swept):
+    _, summaries = swept
+    first = next(iter(summaries))
+    abstained = {**summaries[first], "heldout": {}, "skipped_updates": 2}
+    line, *others = sweep.table({**summaries, first: abstained}).splitlines()[1:]
+    after = summaries[first]["heldout_greedy"]["overall"]["after"]
+    assert line.split("  ", 1)[1].startswith("no held-out reward")
+    assert f"{after:6.3f}" in line
+    assert line.endswith("2 updates skipped as not finite")
+    assert others == sweep.table(summaries).splitlines()[2:]
+
+
 def test_the_command_ends_with_the_table_and_a_page(tmp_path):
     changes = {**TRAINING, **SHORT, "model.source": thin_model(), "train.max_steps": 1}
     flags = [f"--config.{name}={value}" for name, value in changes.items()]

@@ -108,6 +108,11 @@ def gains(runs: Sequence[Run], key: str) -> dict[str, dict[str, Mapping[str, Any
     return {task: own for task, own in found.items() if own}
 
 
+def _judged(runs: Sequence[Run], key: str) -> list[Run]:
+    """The runs that have ended, of which some or all may be without gains."""
+    return [run for run in runs if key in run.record.summary]
+
+
 def show(runs: Sequence[Run]) -> str:
     """The comparison as text."""
     wide = max(len(run.name) for run in runs)
@@ -137,7 +142,8 @@ def show(runs: Sequence[Run]) -> str:
                     f"   [{low:+.3f}, {high:+.3f}]{g['n']:6d}"
                 )
         if not found:
-            lines.append("  no run has ended")
+            missing = pages.ABSTAINED if _judged(runs, key) else "no run has ended"
+            lines.append(f"  {missing}")
     return "\n".join(lines)
 
 
@@ -208,12 +214,15 @@ def _page(runs: Sequence[Run]) -> str:
 def _conclusion(runs: Sequence[Run]) -> str:
     """Which run gained the most, and whether the intervals tell it apart from the next."""
     found = gains(runs, "heldout").get("overall", {})
+    ended = _judged(runs, "heldout")
+    if not found and ended:
+        return f"Nothing is known about held-out reward. {pages.ABSTAINED}"
     if not found:
         return "No run has ended, so nothing is known about held-out reward."
     ranked = sorted(found, key=lambda name: found[name]["gain"], reverse=True)
     best = f"Largest gain in sampled held-out reward: {ranked[0]}, {interval(found[ranked[0]])}"
     if len(ranked) == 1:
-        return f"{best}; no other run has ended."
+        return f"{best}; no other run has {'held-out reward' if ended[1:] else 'ended'}."
     first, second = found[ranked[0]], found[ranked[1]]
     apart = first["gain_ci95"][0] > second["gain_ci95"][1]
     verdict = "the intervals do not overlap" if apart else "the intervals overlap"
@@ -223,7 +232,8 @@ def _conclusion(runs: Sequence[Run]) -> str:
 def _gain_panel(runs: Sequence[Run], key: str, how: str) -> Panel:
     name, title, found = f"gain_{how}", f"Gain in held-out reward, {how}", gains(runs, key)
     if not found:
-        return Panel(name, title, "No run has ended: there is no summary.json.")
+        unfinished = "No run has ended: there is no summary.json."
+        return Panel(name, title, pages.ABSTAINED if _judged(runs, key) else unfinished)
     rows = [
         [f"{task}, {run}", exact(g["before"]), exact(g["after"]), exact(g["gain"]),
          *(exact(end) for end in g["gain_ci95"]), f"{g['n']:,}"]

@@ -228,18 +228,23 @@ def sweep(
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The held-out reward of each run over its tasks, sampled and greedy, one run a line."""
+    """The held-out reward of each run over its tasks, sampled and greedy, one run a line.
+
+    A run all of whose held-out rewards abstained has none.
+    """
     wide = max(map(len, summaries))
     lines = [f"{'':<{wide}}  held-out reward, sampled          greedy"]
     for name, summary in summaries.items():
         parts = []
         for kind in ("heldout", "heldout_greedy"):
-            gain = summary[kind]["overall"]
-            low, high = gain["gain_ci95"]
-            parts.append(f"{gain['after']:6.3f}  {gain['gain']:+.3f} [{low:+.3f}, {high:+.3f}]")
+            gain, said = summary[kind].get("overall"), "no held-out reward"
+            if gain is not None:
+                low, high = gain["gain_ci95"]
+                said = f"{gain['after']:6.3f}  {gain['gain']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            parts.append(f"{said:<31}")
         if summary["skipped_updates"]:
             parts.append(f"{summary['skipped_updates']} updates skipped as not finite")
-        lines.append(f"{name:<{wide}}  {'  '.join(parts)}")
+        lines.append(f"{name:<{wide}}  {'  '.join(parts)}".rstrip())
     return "\n".join(lines)
 
 
