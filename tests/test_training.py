@@ -14,12 +14,12 @@ from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.config import load_config, parse_config
 from grpocem_jax.models import sampling
 from grpocem_jax.rollouts.policy import load_policy
-from grpocem_jax.runs import checkpoints, rundir
+from grpocem_jax.runs import checkpoints, metrics, rundir
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
 from grpocem_jax.utils.errors import InputError
-from tests.runs import ROOT, thin_model
+from tests.runs import ROOT, thin_model, training_config
 
 TASKS = ["qa", "sentiment", "summarization", "classification", "general"]
 SMALL = {
@@ -465,3 +465,12 @@ def test_mistakes_are_named_before_compilation(changes, fragments, tmp_path, mon
         assert fragment in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_task_without_signal_is_told_the_temperature_that_was_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "WINDOW", 2)
+    monkeypatch.setattr(metrics, "FLAT", 0.0)
+    settings = {"generation.temperature": 0.6, "generation.final_temperature": 0.3}
+    training.train(training_config(**settings, **{"train.max_steps": 2}), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "step 2: general: in" in line]
+    assert [line.endswith("than generation.temperature=0.6.") for line in said] == [True]

@@ -118,7 +118,7 @@ def signal_lines(
 
     Args:
       records: lines of metrics.jsonl.
-      temperature: of the samples, or None where it is not known.
+      temperature: ``generation.temperature``, or None where it is not known.
       unchanged: tasks whose held-out gain is exactly 0.
     """
     now = "" if temperature is None else f" than generation.temperature={temperature:g}"

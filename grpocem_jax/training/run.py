@@ -318,7 +318,8 @@ class Run:
         self.recent.append(line)
         if len(self.recent) == metrics.WINDOW:
             flat = set(metrics.without_signal(self.recent))
-            for text in metrics.signal_lines(self.recent, record["temperature"]):
+            setting = self.config.generation.temperature
+            for text in metrics.signal_lines(self.recent, setting):
                 if text.split(":")[0] in flat - self.without_signal:
                     say(f"step {record['step']}: {text}", sys.stderr)
             self.without_signal = flat
