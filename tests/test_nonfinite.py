@@ -134,6 +134,20 @@ def test_a_kl_term_that_is_very_large_is_named_with_its_log_ratio(tmp_path, monk
     assert read_lines(tmp_path / "other" / "nonfinite.jsonl")
 
 
+@pytest.mark.parametrize(("kl", "finite"), [(0.1, True), (0.1, False), (3e9, True)])
+def test_trouble_is_that_of_an_update_that_was_skipped(kl, finite, monkeypatch):
+    monkeypatch.setattr(updates, "largest_log_ratio", lambda *args, **options: 119.4)
+    run = overflowing("float32")
+    state = grpo.init_state(run.offsets, grpo.adamw())
+
+    def trouble(skipped):
+        record = {"step": 1, "kl": kl, "policy_loss": 0.5, "skipped": skipped}
+        return updates.find_trouble(run.config, run.policy, record, finite, state, None, 1.0)
+
+    assert trouble(0.0) == ("", "")
+    assert all(trouble(1.0))
+
+
 def test_the_largest_log_ratio_is_that_of_a_token_in_use():
     run = overflowing("float32")
     model, params = run.policy.model, run.policy.params

@@ -174,13 +174,16 @@ def find_trouble(
       batch: this process's part.
       temperature: of the completions.
     """
-    rate, kl = config.train.learning_rate, record["kl"]
+    rate, kl, skipped = config.train.learning_rate, record["kl"], bool(record["skipped"])
+    far = finite and math.isfinite(record["policy_loss"]) and not kl < LARGE_KL
+    if not (skipped or far):
+        return "", ""
     lower = f"lower train.learning_rate={rate:g} to {rate / 4:g}"
     half = f"set model.dtype={policy.dtype!r} to 'bfloat16' or 'float32'"
     if not finite:
         what = f"the logits are not finite in {policy.dtype}"
         return what, half if policy.dtype == "float16" else lower
-    if math.isfinite(record["policy_loss"]) and not kl < LARGE_KL:
+    if far:
         arguments = (policy.params, state.offsets, batch, temperature)
         largest = max(
             policy.processes.each(lambda: float(largest_log_ratio(*arguments, model=policy.model)))
@@ -191,9 +194,10 @@ def find_trouble(
         )
         beta = config.grpo.beta
         fix = f"{lower}, or raise grpo.beta={beta:g} to {4 * beta:g}"
-        if not record["skipped"]:
-            say(f"step {record['step']}: {what}; {fix} in a new run", sys.stderr)
-        return what, fix
+        if skipped:
+            return what, fix
+        say(f"step {record['step']}: {what}; {fix} in a new run", sys.stderr)
+        return "", ""
     if policy.dtype == "float16":
         return "loss or gradient is not finite in float16", half
     return "loss or gradient is not finite", lower
