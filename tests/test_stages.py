@@ -9,6 +9,7 @@ import pytest
 
 from grpocem_jax import grpo
 from grpocem_jax.config import parse_config
+from grpocem_jax.grpo import variants
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import stages, sweep
 from grpocem_jax.training.algorithm import make_algorithm
@@ -197,7 +198,10 @@ def test_settings_that_do_not_fit_are_refused(changes, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["policy_gradient", "tests.test_stages:blind"])
+@pytest.mark.parametrize(
+    "name",
+    ["policy_gradient", "a_star_po", "tests.test_stages:blind", "tests.test_stages:penalised"],
+)
 def test_an_objective_without_a_ratio_is_refused(name):
     config = parse_config(training_config(**STALE, **{"grpo.objective": name}))
     with pytest.raises(InputError) as error:
@@ -208,6 +212,17 @@ def test_an_objective_without_a_ratio_is_refused(name):
 
 def blind():
     return lambda logps, batch: (logps * batch.advantages, {})
+
+
+def penalised():
+    """The policy gradient, held near to the base model."""
+
+    def objective(logps, batch, *, reference):
+        values, metrics = variants.policy_gradient()(logps, batch)
+        return values - 0.01 * (logps - reference) ** 2, metrics
+
+    objective.needs = ("reference",)
+    return objective
 
 
 @pytest.mark.parametrize("name", ["clipped", "cispo", "rebel"])

@@ -226,8 +226,9 @@ def check_off_policy(objective: Objective) -> None:
     Raises:
       InputError: its gradient is the same whatever ``batch.old_logps`` are.
     """
-    objective = _alone(objective)
     logps, batch = _question()
+    # A reference that moved with them would make any objective that has one depend on them.
+    objective = _alone(objective, batch.old_logps)
 
     def gradient(old_logps: jax.Array) -> Any:
         def total(logps: jax.Array) -> jax.Array:
@@ -244,11 +245,13 @@ def check_off_policy(objective: Objective) -> None:
         )
 
 
-def _alone(objective: Objective) -> Objective:
-    """The objective as one that needs nothing, its reference the policy that drew."""
+def _alone(objective: Objective, reference: jax.Array | None = None) -> Objective:
+    """The objective as one that needs nothing; its reference is the policy that drew by default."""
     if not getattr(objective, "needs", ()):
         return objective
-    return lambda logps, batch: objective(logps, batch, reference=batch.old_logps)
+    return lambda logps, batch: objective(
+        logps, batch, reference=batch.old_logps if reference is None else reference
+    )
 
 
 def check_optimizer(optimizer: optax.GradientTransformation, offsets: Any) -> None:
