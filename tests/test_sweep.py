@@ -272,6 +272,12 @@ def test_a_folder_of_a_sweep_of_fewer_runs_is_refused_and_left_as_it_is(swept, t
     assert contents(folder) == before
 
 
+def test_two_sweeps_in_one_folder_are_refused_whatever_their_runs(tmp_path):
+    with rundir.lock(tmp_path), pytest.raises(InputError, match="another process is running there"):
+        sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_the_folder_of_a_single_run_is_refused_and_left_as_it_is(tmp_path):
     config = training_config(**{**SHORT, "train.max_steps": 1})
     training.train(config, tmp_path)

@@ -18,7 +18,8 @@ def adapting(run: TrainedRun, workdir: str | None) -> str:
     method = make_method(run.config)
     alike = "gradient" in needs(method)
     how = describe(method, search.generations)
-    gate = f"gate at {search.gate_z:g} standard errors" if search.gate else "no gate"
+    errors = f"{search.gate_z:g} standard error{'' if search.gate_z == 1 else 's'}"
+    gate = f"gate at {errors}" if search.gate else "no gate"
     budget = "" if search.budget_s is None else f", at most {search.budget_s:g} s"
     return "\n".join(
         [

@@ -134,10 +134,39 @@ def check_identity(workdir: Path, identity: Mapping[str, str]) -> dict[str, Any]
 
 
 @contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Takes a folder, made where it is not there, until the block ends or the process does.
+
+    Raises:
+      InputError: a folder that cannot be written, or another process in it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--workdir={workdir}: cannot be written ({reason}); give another folder."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--workdir={workdir}: another process is running there; wait for it, or give "
+                "another folder."
+            ) from None
+        except OSError as error:
+            warning = f"no lock on {workdir} ({error.strerror}): start no second run there"
+            say(warning)
+        yield
+
+
+@contextlib.contextmanager
 def claim(
     workdir: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Takes a run directory for this process, until the block ends or the process does.
+    """Takes a run directory for this process, see `lock`.
 
     Args:
       workdir: made where it is not there.
@@ -149,27 +178,9 @@ def claim(
       command that started it (`metrics.invocation`) and where that looked for modules.
 
     Raises:
-      InputError: a folder that cannot be written, another process in it, or another identity.
+      InputError: as `lock`, or another identity.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"--workdir={workdir}: cannot be written ({reason}); give another folder."
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--workdir={workdir}: another process is running there; wait for it, or give "
-                "another folder."
-            ) from None
-        except OSError as error:
-            warning = f"no lock on {workdir} ({error.strerror}): start no second run there"
-            say(warning)
+    with lock(workdir):
         if check_settings(workdir, settings):
             stored = check_identity(workdir, identity)
         else:

@@ -175,6 +175,7 @@ def sweep(
     with (
         writing(f"--workdir={workdir}", "make room; the same command continues the sweep"),
         rundir.Signals() as signals,
+        rundir.lock(workdir),
         contextlib.ExitStack() as claims,
     ):
         for member in members:
