@@ -146,7 +146,8 @@ def programs():
 def test_another_mix_of_the_same_lengths_compiles_nothing(run):
     searches = Searches(run, users=3)
     for text in NEGATIVE + POSITIVE:
-        searches.submit([text] * 4, generations=1)
+        both = [text._replace(completion=label) for label in (" negative", " positive")]
+        searches.submit(both * 2, generations=1)
     finish(searches)
     before = programs()
     jobs = []
