@@ -123,27 +123,31 @@ def test_scores_sum_to_the_mean_and_are_zero_elsewhere(tiny, likelihood):
     assert bool(jnp.all(logps[scored] < 0))
 
 
-@pytest.mark.parametrize("most", [5, 7, 11])
-def test_states_that_predict_nothing_are_not_needed(tiny, likelihood, most):
+@jax.jit
+def with_gradient(likelihood, offsets, batch):
+    gradient = jax.grad(lambda x: likelihood(x, batch, KEY))(offsets)
+    return gradient, *likelihood.scores(offsets, batch, KEY)
+
+
+def assert_same_scores(likelihood, offsets, batch, whole, *, shape, count):
     """Scores and their gradient are those of the whole computation."""
-    whole = texts(padded=14)
-    places = fitness.predicting(np.asarray(whole.scored), most)
-    batch = whole._replace(places=jnp.asarray(places))
-
-    @jax.jit
-    def measured(offsets, batch):
-        gradient = jax.grad(lambda x: likelihood(x, batch, KEY))(offsets)
-        return gradient, *likelihood.scores(offsets, batch, KEY)
-
-    gradient, logps, scored = measured(tiny.adapted(), batch)
-    expected, every, marks = measured(tiny.adapted(), whole)
-    assert logps.shape == scored.shape == (3 * most,)
-    assert scored.sum() == marks.sum() == 15
+    gradient, logps, scored = with_gradient(likelihood, offsets, batch)
+    expected, every, marks = with_gradient(likelihood, offsets, whole)
+    assert logps.shape == scored.shape == shape
+    assert scored.sum() == marks.sum() == count
     np.testing.assert_allclose(logps[scored], every[marks], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(logps[~scored], 0)
     for name, value in gradient.items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
     assert max(np.abs(x).max() for x in gradient.values()) > 1e-2
+
+
+@pytest.mark.parametrize("most", [5, 7, 11])
+def test_states_that_predict_nothing_are_not_needed(tiny, likelihood, most):
+    whole = texts(padded=14)
+    places = fitness.predicting(np.asarray(whole.scored), most)
+    batch = whole._replace(places=jnp.asarray(places))
+    assert_same_scores(likelihood, tiny.adapted(), batch, whole, shape=(3 * most,), count=15)
 
 
 @pytest.mark.parametrize("places", [False, True])
@@ -156,21 +160,8 @@ def test_a_common_prefix_is_run_over_once_to_the_same_scores(tiny, likelihood, p
     if places:
         found = 4 + fitness.predicting(np.asarray(scored)[:, 4:], 5)
         batch = batch._replace(places=jnp.asarray(found))
-
-    @jax.jit
-    def measured(offsets, batch):
-        gradient = jax.grad(lambda x: likelihood(x, batch, KEY))(offsets)
-        return gradient, *likelihood.scores(offsets, batch, KEY)
-
-    gradient, logps, marks = measured(tiny.adapted(), batch)
-    expected, every, everywhere = measured(tiny.adapted(), whole)
-    assert logps.shape == marks.shape == (3 * (5 if places else 12 - 1 - 4),)
-    assert marks.sum() == everywhere.sum() == 4 + 2 + 4
-    np.testing.assert_allclose(logps[marks], every[everywhere], rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(logps[~marks], 0)
-    for name, value in gradient.items():
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
-    assert max(np.abs(x).max() for x in gradient.values()) > 1e-2
+    shape = (3 * (5 if places else 12 - 1 - 4),)
+    assert_same_scores(likelihood, tiny.adapted(), batch, whole, shape=shape, count=4 + 2 + 4)
     # 4 and then 3 times 7 tokens, not 3 times 11.
     assert (batch.num_tokens, whole.num_tokens) == (4 + 3 * 7, 3 * 11)
 
