@@ -221,6 +221,7 @@ def _peer(subject: common.Subject, prompt_length: int, length: int) -> Any:
                 top_p=config.generation.top_p,
                 repetition_penalty=config.generation.repetition_penalty,
                 beta=config.grpo.beta,
+                entropy=config.grpo.entropy,
                 micro_batch=config.train.batch_size,
                 sites=list(subject.attached.sites),
                 steps=2,

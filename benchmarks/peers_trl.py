@@ -28,6 +28,7 @@ def trl_grpo(
     top_p: float,
     repetition_penalty: float,
     beta: float,
+    entropy: float,
     micro_batch: int,
     sites: list[str],
     steps: int,
@@ -48,6 +49,7 @@ def trl_grpo(
       top_p: nucleus mass in (0, 1].
       repetition_penalty: at least 1, over the prompt and the completion.
       beta: weight of the KL term; 0 leaves the reference out.
+      entropy: weight of the bonus on the mean entropy of the tokens.
       micro_batch: completions in one forward and backward pass; divides ``P * G``.
       sites: names of the adapted maps in the model's base.
       steps: optimizer steps.
@@ -89,6 +91,7 @@ def trl_grpo(
                 top_k=0,
                 repetition_penalty=repetition_penalty,
                 beta=beta,
+                entropy_coef=entropy,
                 learning_rate=5e-5,
                 lr_scheduler_type="constant",
                 max_grad_norm=0.5,
