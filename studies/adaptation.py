@@ -2,13 +2,13 @@
 
     python -m studies.adaptation [--parts prompts,...] [--seeds 5] [--doc studies/adaptation.md]
 
-runs the parts (about 45 minutes in all on 2 CPU cores), keeps the figures of each in
+runs the parts (a few hours in all on 2 CPU cores), keeps the figures of each in
 ``studies/adaptation.json`` (of ``tasks`` and ``rewards`` after each task, which is not run again),
 and writes the tables of all parts at hand into the document, between its markers.  ``--parts=``
 only writes the tables again.
 
 Everything starts from the zero adapter, the pretrained model.  What judges (text or prompts) is
-never part of a search.  Intervals are 1.96 standard errors over the units named in a table.
+never part of a search.  Intervals are 95%, by Student's t, over the units named in a table.
 """
 
 import functools

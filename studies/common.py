@@ -28,17 +28,16 @@ def searching(config: Config, **changes: Any) -> Config:
 
 
 def mean_ci(values: Any) -> tuple[float, float]:
-    """Mean of some numbers and half of the 95% interval."""
+    """Mean of some numbers and half of the 95% interval, by Student's t."""
     x = np.asarray(values, float)
-    return float(x.mean()), float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return float(x.mean()), float(half)
 
 
 def gain_interval(gains: Sequence[Gain]) -> tuple[float, float]:
     """Mean of gains and half of the 95% interval, by Student's t over them, or of the one."""
     if len(gains) > 1:
-        x = np.array([gain.gain for gain in gains])
-        half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-        return float(x.mean()), float(half)
+        return mean_ci([gain.gain for gain in gains])
     low, high = gains[0].gain_ci95
     return gains[0].gain, (high - low) / 2
 

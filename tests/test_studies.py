@@ -175,7 +175,7 @@ def test_a_run_of_the_study_is_trained_once_and_has_its_price(study, monkeypatch
 def test_the_recipes_of_the_study_are_settings(study, name):
     changed = study.settings(real.RECIPES[name])
     assert parse_config(changed)
-    assert (changed.to_dict() == study.settings({}).to_dict()) == (name == "scales")
+    assert changed.to_dict() != study.settings({}).to_dict()
 
 
 def test_a_labels_likelihood_is_that_of_its_tokens_after_the_prompt(study):
