@@ -128,9 +128,9 @@ class DataConfig:
         default="",
     )
     bad_lines: str = setting(
-        "What comes of a row that cannot be used, such as a line that is not JSON or a label that "
-        "is none: `error` ends the run, `skip` counts such rows and passes them over. Both show "
-        "the first.",
+        "What to do with a row that cannot be used, such as a line that is not JSON or a label "
+        "that is none: `error` ends the run, `skip` counts such rows and passes them over. Both "
+        "show the first.",
         one_of("error", "skip"),
         default="error",
     )
@@ -148,9 +148,9 @@ class DataConfig:
         alters="nothing",
     )
     reward_on_error: str = setting(
-        "What then comes of it, and of a value that is no reward: `stop` ends the run, which the "
-        "same command continues; `abstain` leaves the completions without this reward, counted in "
-        "`reward_errors`.",
+        "What to do where it still fails, and with a value that is no reward: `stop` ends the run, "
+        "which the same command continues; `abstain` leaves the completions without this reward, "
+        "counted in `reward_errors`.",
         one_of("stop", "abstain"),
         default="stop",
         alters="nothing",
@@ -325,13 +325,13 @@ class TrainConfig:
         alters="nothing",
     )
     checkpoint_every_steps: int = setting(
-        "Checkpoints between the ends of epochs; 0 for none.",
+        "Steps between checkpoints, besides those at the ends of epochs; 0 for none.",
         at_least(0),
         default=0,
         alters="nothing",
     )
     checkpoint_every_minutes: float = setting(
-        "A checkpoint where the last one is so old; 0 for none.",
+        "Minutes after which a checkpoint is written; 0 for none.",
         at_least(0),
         default=0.0,
         alters="nothing",
@@ -399,8 +399,8 @@ class SearchConfig:
         default="likelihood",
     )
     task: str = setting(
-        "Whose columns the rows of `--examples` and `--heldout` have, and whose reward judges "
-        "completions where the fitness is `reward`.",
+        "The task whose columns the rows of `--examples` and `--heldout` have and whose reward "
+        "judges completions where the fitness is `reward`.",
         default="",
     )
     support: int = setting(

@@ -57,9 +57,9 @@ class CEM:
     jitted function.
 
     Attributes:
-      population_size: candidates of a generation, of `Evosax` too.
+      population_size: candidates of a generation; also of `eggroll` and `evosax:NAME`.
       elite_ratio: share of them that are elites, in (0, 1]; their number is rounded down.
-      noise_std: standard deviation of the first generation, of `Evosax` too.
+      noise_std: standard deviation of the first generation; also of `eggroll` and `evosax:NAME`.
       momentum: weight of the old mean, in [0, 1]. At 1 the mean never moves; with ``std_momentum``
         at 1 too, or None, neither does the deviation, and the best candidate of a search is that of
         random search.
