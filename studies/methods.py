@@ -40,7 +40,7 @@ from grpocem_jax.training import evaluation
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.data import load_data
 from studies import common, method_searches
-from studies.common import Columns, gain_interval, interval, say, table
+from studies.common import Columns, gain_interval, interval, mean_ci, say, table
 
 RESULTS = Path("studies/methods.json")
 QUICK = 3
@@ -127,7 +127,7 @@ class Study:
                 found[name].append(self.train(config, name, seed))
                 row = {"method": name, **_row(found[name])}
                 say(row)
-                yield [{"method": x, **_row(own)} for x, own in found.items() if own]
+                yield _against_grpo([{"method": x, **_row(own)} for x, own in found.items() if own])
 
     def train(self, config: str, name: str, seed: int) -> dict[str, Any]:
         """The summary of a run, with the ``peak_bytes`` of its process where it had one."""
@@ -183,11 +183,23 @@ def _row(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     for judged in ("heldout", "heldout_greedy"):
         gains = [evaluation.Gain(**summary[judged]["overall"]) for summary in summaries]
         row[judged] = gain_interval(gains)
+        row[f"{judged}_gains"] = [gain.gain for gain in gains]
     row["numbers"] = summaries[0]["trainable_parameters"]
     # The first run of a method may compile what later ones find, and others may share the machine.
     row["seconds"] = min(summary["train_seconds"] for summary in summaries)
     peaks = [summary["peak_bytes"] for summary in summaries if summary.get("peak_bytes")]
     return row | ({"peak_bytes": min(peaks)} if peaks else {})
+
+
+def _against_grpo(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the greedy gain less that of ``grpo`` with the same seed, mean and interval."""
+    gains = {row["method"]: row["heldout_greedy_gains"] for row in rows}
+    for row in rows:
+        pairs = zip(gains[row["method"]], gains.get("grpo", ()), strict=False)
+        differences = [own - base for own, base in pairs]
+        if len(differences) > 1:
+            row["over_grpo"] = mean_ci(differences)
+    return rows
 
 
 def builtin(study: Study) -> Iterator[dict[str, Any]]:
@@ -262,6 +274,7 @@ TRAINED: Columns = {
     "seeds": lambda r: str(r["n"]),
     "gain, sampled": lambda r: interval(r["heldout"]),
     "gain, greedy": lambda r: interval(r["heldout_greedy"]),
+    "against grpo": lambda r: interval(r["over_grpo"]) if "over_grpo" in r else "",
     "seconds": lambda r: f"{r['seconds']:.0f}",
     "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in r else "",
 }

@@ -351,7 +351,8 @@ def test_the_comparison_keeps_its_rows_as_they_come(tmp_path, monkeypatch):
 
     def trained(study, config, name, seed):
         asked.append((name, seed))
-        return summary_of(seed * 1.0, 9.0 - seed, None if seed == 0 else 5e6)
+        gain = seed * (2.0 if name == "lora" else 1.0)
+        return summary_of(gain, 9.0 - seed, None if seed == 0 else 5e6)
 
     monkeypatch.setattr(methods.Study, "train", trained)
     study = methods.Study(tmp_path, 2, only=("grpo", "lora"))
@@ -365,6 +366,9 @@ def test_the_comparison_keeps_its_rows_as_they_come(tmp_path, monkeypatch):
     # The standard error of 0 and 1 is a half, and Student's t of one degree of freedom 12.706.
     assert last["heldout"] == pytest.approx((0.5, 12.706 * 0.5), rel=1e-4)
     assert (last["seconds"], last["peak_bytes"]) == (8.0, 5e6)
+    # With the same seeds LoRA gains 0 and 1 more.
+    assert "over_grpo" not in kept[1][1]
+    assert kept[-1][1]["over_grpo"] == pytest.approx((0.5, 12.706 * 0.5), rel=1e-4)
     assert methods.tables({"builtin": {"rows": kept[-1]}})["methods builtin"].endswith("| 5 |")
     results = tmp_path / "results.json"
     monkeypatch.setattr("sys.argv", ["methods", "--parts=builtin", "--only=grpo", "--seeds=1"])
