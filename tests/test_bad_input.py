@@ -223,8 +223,10 @@ def test_what_is_no_text_is_named(prompt, workdir):
         assert_sentence(str(error.value))
     with pytest.raises(InputError, match="nothing to adapt to"):
         gj.adapt(run, [] if prompt is None else 3)
-    with pytest.raises(InputError, match="is one string"):
-        gj.complete(run, {}, "Review")
+    for one in ("Review", gj.Text("Review: The", " soup.")):
+        for action in (gj.complete, gj.log_likelihoods, gj.adaptation.vote):
+            with pytest.raises(InputError, match="is one text; give a list of them"):
+                action(run, run.offsets, one)
 
 
 @pytest.mark.parametrize(

@@ -516,6 +516,11 @@ def refused(adapt, monkeypatch):
         ({**REWARD, "search.method": "gradient"}, {"prompt": PROMPT}, "a reward has no gradient"),
         (REWARD, {"prompt": PROMPT}, "needs --examples"),
         (REWARD, {"evaluate": True}, "config.search.support=0"),
+        (
+            {"generation.max_new_tokens": 100},
+            {"evaluate": True},
+            "generation.max_new_tokens=100 make 164 tokens",
+        ),
         ({}, {"prompt": PROMPT, "prompts": "a.txt"}, "--prompt and --prompts"),
         ({}, {"prompt": PROMPT, "evaluate": True}, "leave out --prompt"),
         ({}, {"prompts": "a.txt", "evaluate": True}, "leave out --prompts"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpocem_jax import rollouts
+from grpocem_jax import grpo, rollouts
 from grpocem_jax.runs import rundir
 from grpocem_jax.tasks.base import Example, Reward, StepReward, Task
 from grpocem_jax.utils.errors import InputError
@@ -123,19 +123,31 @@ def test_what_is_no_finite_number_is_no_reward_whatever_it_looks_like(value):
     assert "for the completion 'bad' of the prompt 'x'" in str(error.value)
 
 
-@pytest.mark.parametrize("weights", [(10.0, 1.0), (1.0, 1.0), (1.0, -10.0), (10.0, -10.0)])
-def test_a_weighted_sum_that_float32_does_not_hold_is_refused(weights):
+@pytest.mark.parametrize(
+    ("value", "weights"),
+    [
+        *((3e38, weights) for weights in [(10.0, 1.0), (1.0, 1.0), (1.0, -10.0), (10.0, -10.0)]),
+        (1e9, (1e10, 1.0)),  # its square would be infinite
+    ],
+)
+def test_a_weighted_sum_that_float32_does_not_hold_squared_is_refused(value, weights):
     def one(prompts, completions, **columns):
-        return [3e38] * len(completions)
+        return [value] * len(completions)
 
     def two(prompts, completions, **columns):
-        return [3e38] * len(completions)
+        return [value] * len(completions)
 
     rewards = tuple(Reward(f, w) for f, w in zip((one, two), weights, strict=True))
     task = dataclasses.replace(make_task(None), rewards=rewards)
-    # In float32 the sums are infinite, and the last is NaN, as if both had abstained.
-    with pytest.raises(InputError, match=r"the task echo .* more than float32 holds"):
+    # In float32 the sums of 3e38 are infinite, and the last is NaN, as if both had abstained.
+    with pytest.raises(InputError, match=r"the task echo .* more than 1e\+18 in size"):
         rollouts.score(items(task, "x"), [["a", "b"]])
+
+
+def test_the_largest_rewards_have_the_advantages_of_small_ones():
+    rewards = np.array([1.0, -1.0, 0.5, 0.0], np.float32)
+    small, large = (grpo.group_normalize(x) for x in (rewards, rewards * np.float32(1e18)))
+    np.testing.assert_allclose(large, small, rtol=1e-5)
 
 
 def test_numbers_of_any_library_are_rewards():
@@ -256,6 +268,37 @@ def test_step_rewards_stand_at_the_tokens_that_end_the_steps():
     # The first step ends with the second letter, the last with the end token (or the last letter).
     np.testing.assert_array_equal(rewards[0], [[0, 0.5, 0, 0, -0.5], [0, 0.5, -0.5, 0, 0]])
     np.testing.assert_array_equal(ends[0], rewards[0] != 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        ([97, 2, 3, 97, 97], [1, 0, 1, 1, 1]),
+        ([97, 2, 97, 97, 97], [1, 1, 1, 0, 1]),  # half a character for good, and five in all
+    ],
+)
+def test_a_step_that_ends_in_a_character_of_two_tokens_ends_with_the_second(tokens, ends):
+    """Tokens 2 and 3 are the halves of a letter with an accent."""
+
+    def decode(rows):
+        letters = ("".join(map(chr, row)).replace("\2\3", "\u00e9") for row in rows)
+        return [text.replace("\2", "\ufffd") for text in letters]
+
+    def steps(prompts, completions, **columns):
+        return [[StepReward(end, 1.0) for end in (1, 2, 3, len(c))] for c in completions]
+
+    policy = types.SimpleNamespace(**{**vars(POLICY), "decode_completions": decode})
+    ids = np.array([[tokens]])
+    rewards, found = rollouts.score_steps(
+        policy,
+        items(make_task(None, steps), "x"),
+        [decode([tokens])],
+        ids,
+        np.ones(ids.shape, bool),
+        np.zeros((1, 1), np.float32),
+    )
+    np.testing.assert_array_equal(found[0, 0], np.array(ends, bool))
+    np.testing.assert_array_equal(rewards[0, 0], ends)
 
 
 def test_a_completion_whose_outcome_abstains_has_no_step():

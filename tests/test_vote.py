@@ -92,8 +92,24 @@ def test_settings_out_of_range_are_refused(run, items, options, reason):
         best_perturbations(run, items, KEY, **options)
 
 
-def test_nothing_to_choose_by_and_a_single_string_are_refused(run):
+def test_nothing_to_choose_by_is_refused(run, items):
     with pytest.raises(InputError, match=r"^items: there are none"):
         best_perturbations(run, [], KEY)
-    with pytest.raises(InputError, match="is one string; give a list"):
-        vote(run, stacked(run.offsets), PROMPT)
+    context = run.policy.model.context_length
+    long = items[0]._replace(tokens=np.ones(context - 2, np.int32))
+    with pytest.raises(InputError, match=f"^a prompt of {context - 2} tokens and generation"):
+        best_perturbations(run, [*items, long], KEY)
+
+    def nothing(prompts, completions, **columns):
+        return [None] * len(completions)
+
+    silent = dataclasses.replace(items[0].task, rewards=(Reward(nothing),))
+    with pytest.raises(InputError, match=r"^items: no perturbation got a reward"):
+        best_perturbations(run, [item._replace(task=silent) for item in items], KEY)
+
+
+def test_keys_of_either_kind_choose_the_same(run, items):
+    new, old = jax.random.key(4), jax.random.PRNGKey(4)
+    options = {"population_size": 3, "keep": 2, "noise_std": 1.0}
+    found = (best_perturbations(run, items, key, **options) for key in (new, old))
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -10,6 +10,7 @@ from grpocem_jax import rollouts
 from grpocem_jax.adaptation.texts import (
     Text,
     batch,
+    check_list,
     encode,
     tokenize,
     within_context,
@@ -30,11 +31,10 @@ def complete(
     With ``data.chat`` a string is a message of the user; a list of messages is a chat in any case.
 
     Raises:
-      InputError: a prompt that is empty, or too long to be completed; a single string; logits
-        that are not finite.
+      InputError: a prompt that is empty, or too long to be completed; a single one; logits that
+        are not finite.
     """
-    if isinstance(prompts, str):
-        raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
+    check_list("prompts", prompts)
     encoded = []
     for prompt in prompts:
         tokens, _ = tokenize(run.policy, prompt, run.config.search)
@@ -101,8 +101,9 @@ def log_likelihoods(
       own_adapters: whether each text has an adapter of its own.
 
     Raises:
-      InputError: no text, one that cannot be used, or logits that are not finite.
+      InputError: no text, a single one, one that cannot be used, or logits that are not finite.
     """
+    check_list("texts", texts)
     if not texts:
         raise InputError("there are no texts to judge; give at least one.")
     settings = run.config.search

@@ -27,7 +27,7 @@ from grpocem_jax.search.loop import History
 from grpocem_jax.tasks import SourceConfig, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.training import evaluation
-from grpocem_jax.training.data import load_data
+from grpocem_jax.training.data import check_length, load_data
 from grpocem_jax.utils import cluster
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import expand, is_file, write_json, writing
@@ -389,6 +389,7 @@ def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _evaluate(run: TrainedRun) -> dict[str, Any]:
+    check_length(run.config, run.policy)
     data = load_data(run.config, run.policy)
     lines = "\n".join(f"data      {line}" for line in data.lines)
     say(lines, sys.stderr)

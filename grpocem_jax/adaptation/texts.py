@@ -73,6 +73,16 @@ def tokenize(
     return tokens, len(prompt) if completion else 1
 
 
+def check_list(name: str, texts: object) -> None:
+    """Refuses a single text where several are wanted, which would be taken for its characters.
+
+    Raises:
+      InputError: it is one.
+    """
+    if isinstance(texts, str | Text):
+        raise InputError(f"{name}={texts!r} is one text; give a list of them.")
+
+
 def encode(policy: Policy, text: str | Messages | Text, settings: SearchConfig) -> Encoded:
     """Tokens of a text, int32 ``[n]``, and which of them count, bool ``[n]``.
 

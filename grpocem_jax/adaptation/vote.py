@@ -14,7 +14,7 @@ import numpy as np
 
 from grpocem_jax import rollouts
 from grpocem_jax.adaptation.adapted import check_room
-from grpocem_jax.adaptation.texts import Text, tokenize
+from grpocem_jax.adaptation.texts import Text, check_list, tokenize
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search.cem import CEM
@@ -51,7 +51,8 @@ def best_perturbations(
       comes last.
 
     Raises:
-      InputError: a value outside its range, no prompts, or what reward functions do wrong.
+      InputError: a value outside its range, no prompts or ones that are too long, no reward at
+        all, or what reward functions do wrong.
     """
     check_whole(keep=keep, samples=samples)
     if keep > population_size:
@@ -70,8 +71,14 @@ def best_perturbations(
         num_samples=samples,
         buckets=run.config.search.buckets,
     )
+    means = mean_of_present(rewards)
+    if np.isnan(means).all():
+        raise InputError(
+            "items: no perturbation got a reward: all completions were abstained on, or had logits "
+            "that are not finite; give other prompts, or lower noise_std."
+        )
     # NaN, where all abstain, comes last.
-    chosen = np.argsort(-mean_of_present(rewards), kind="stable")[:keep]
+    chosen = np.argsort(-means, kind="stable")[:keep]
     return jax.tree.map(lambda x: x[chosen], drawn)
 
 
@@ -111,8 +118,7 @@ def vote(
     Raises:
       InputError: as `grpocem_jax.adaptation.complete`.
     """
-    if isinstance(prompts, str):
-        raise InputError(f"prompts={prompts!r} is one string; give a list of prompts.")
+    check_list("prompts", prompts)
     count = len(jax.tree.leaves(adapters)[0])
     encoded = [tokenize(run.policy, prompt, run.config.search)[0] for prompt in prompts]
     for tokens in encoded:

@@ -96,10 +96,17 @@ def complete(
         zero there, and the texts empty.
 
     Raises:
-      InputError: with ``require_finite``, logits that are not finite; a setting out of range.
+      InputError: a prompt that leaves no room for ``generation.max_new_tokens``; with
+        ``require_finite``, logits that are not finite; a setting out of range.
     """
     context = policy.model.context_length
     longest = max(len(tokens) for tokens in prompts)
+    if longest + generation.max_new_tokens > context:
+        raise InputError(
+            f"a prompt of {longest} tokens and generation.max_new_tokens="
+            f"{generation.max_new_tokens} are longer together than the model's context of "
+            f"{policy.model.context}; shorten it, or lower generation.max_new_tokens."
+        )
     padded = pad(prompts, bucket_length(longest, [min(bucket, context) for bucket in buckets]))
 
     def of_rows(rows: np.ndarray) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from grpocem_jax.utils.processes import ALONE, Processes
 from grpocem_jax.utils.statistics import mean_of_present
 from grpocem_jax.utils.terminal import say
 
+LARGEST = 1e18
+"""Of a total reward in size: the squares of larger ones overflow in float32."""
 BASE_LOGPS = "base_logps"
 """The parameter by which a reward function asks for what `with_base_logps` computes."""
 
@@ -252,11 +254,11 @@ def _score(
             own = reward.weight * values[rows]
             # The sum of those that did not abstain.
             sums = np.where(np.isnan(before), own, before + np.where(np.isnan(own), 0.0, own))
-        if np.isinf(sums).any():
+        if (np.abs(sums) > LARGEST).any():
             raise InputError(
                 f"The rewards of the task {call.task.name} with the weight {reward.weight:g} of "
-                f"{reward.name} add up to more than float32 holds; lower the rewards, or their "
-                "weights."
+                f"{reward.name} add up to more than {LARGEST:g} in size; lower the rewards, or "
+                "their weights."
             )
         total[rows] = sums
     return Scores(total, functions, errors)
@@ -276,7 +278,8 @@ def score_steps(
     """Rewards of the steps of completions, for `grpo.process_advantages`.
 
     A task without a process reward has one step a completion, worth its outcome, and so has a
-    completion without steps of its own: one that ends at once.
+    completion without steps of its own: one that ends at once.  Steps that end in the same token are
+    one, worth their sum.
 
     Args:
       policy: for its tokenizer.
@@ -348,7 +351,8 @@ def _step_tokens(policy: Policy, ids: np.ndarray, ends: Sequence[int]) -> list[i
     if not ends:
         return []
     parts = policy.decode_completions([ids[: t + 1] for t in range(len(ids))])
-    reach = [len(part) for part in parts]
+    # A token may end within a character, which is decoded to U+FFFD until the next one.
+    reach = [len(part if parts[-1].startswith(part) else part.rstrip("\ufffd")) for part in parts]
     indices = [int(np.searchsorted(reach, end)) for end in ends]
     return [*indices[:-1], len(ids) - 1]
 
@@ -386,7 +390,7 @@ def population_rewards(
         policy,
         jax.tree.map(lambda x: jnp.repeat(x, len(items), axis=0), offsets),
         [item.tokens for item in items] * count,
-        jnp.tile(jax.random.split(key, len(items)), count),
+        jax.random.split(key, len(items))[np.tile(np.arange(len(items)), count)],
         generation,
         num_samples=num_samples,
         temperature=generation.temperature,

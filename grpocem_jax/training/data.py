@@ -42,6 +42,21 @@ class Data(NamedTuple):
         return digest.hexdigest()
 
 
+def check_length(config: Config, policy: Policy) -> None:
+    """Refuses prompts and completions that are longer together than the model's context.
+
+    Raises:
+      InputError: they are.
+    """
+    longest = config.data.max_prompt_tokens + config.generation.max_new_tokens
+    if longest > policy.model.context_length:
+        raise InputError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and "
+            f"generation.max_new_tokens={config.generation.max_new_tokens} make {longest} tokens, "
+            f"but the model's context is {policy.model.context}; lower one of them."
+        )
+
+
 def load_data(config: Config, policy: Policy, *, held_out: Sequence[str] = ()) -> Data:
     """Training, held-out and validation prompts of all tasks; no prompt is in two of them.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpocem_jax import rollouts
@@ -173,7 +174,8 @@ def _complete(
         if size > 1
         else f"lower generation.max_new_tokens={config.generation.max_new_tokens}"
     )
-    keys = key if key.ndim else prompt_keys(key, len(items))
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    keys = key if key.ndim > (0 if typed else 1) else prompt_keys(key, len(items))
     rewards = np.full((len(items), num_samples), np.nan)
     texts: list[list[str]] = [[] for _ in items]
     for rows, filled in rollouts.batches([item.tokens for item in items], size):

@@ -16,7 +16,7 @@ from grpocem_jax.runs import checkpoints, metrics, rundir, trackers
 from grpocem_jax.training import results, screens, stages
 from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
-from grpocem_jax.training.data import Data, load_data
+from grpocem_jax.training.data import Data, check_length, load_data
 from grpocem_jax.training.run import Run
 from grpocem_jax.utils import cluster, devices, user_code
 from grpocem_jax.utils.clock import CompileClock
@@ -216,14 +216,3 @@ def _check_optimizer(config: Config, algorithm: Algorithm, policy: Policy) -> No
         grpo.check_optimizer(algorithm.optimizer, policy.zero)
     except InputError as error:
         raise InputError(f"config.train.optimizer={config.train.optimizer!r}: {error}") from error
-
-
-def check_length(config: Config, policy: Policy) -> None:
-    """Refuses prompts and completions that are longer together than the model's context."""
-    longest = config.data.max_prompt_tokens + config.generation.max_new_tokens
-    if longest > policy.model.context_length:
-        raise InputError(
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and "
-            f"generation.max_new_tokens={config.generation.max_new_tokens} make {longest} tokens, "
-            f"but the model's context is {policy.model.context}; lower one of them."
-        )

@@ -31,8 +31,7 @@ from grpocem_jax.runs.screens import setting
 from grpocem_jax.training import evaluation, results
 from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
-from grpocem_jax.training.data import Data, load_data
-from grpocem_jax.training.loop import check_length
+from grpocem_jax.training.data import Data, check_length, load_data
 from grpocem_jax.training.update import MEMORY_FIRST, repeat
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.clock import CompileClock
