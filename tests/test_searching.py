@@ -88,6 +88,16 @@ def test_the_best_candidate_is_returned_where_asked_for():
     assert bool(jnp.all(best.offsets[SITE] != mean.offsets[SITE]))
 
 
+def test_the_largest_fitness_of_the_history_may_be_infinite_and_is_never_nan():
+    def endless(offsets, target, key):
+        first = offsets[SITE][0]
+        return jnp.where(first > 0, jnp.inf, jnp.where(first < -0.5, jnp.nan, -1.0))
+
+    history = run(endless).history
+    assert history.best[0] == np.inf
+    assert history.mean[0] == -1.0
+
+
 def test_the_history_has_one_entry_a_generation():
     found = run(noisy)
     assert {x.shape for x in found.history} == {(30,)}

@@ -171,7 +171,27 @@ def test_fewer_principal_directions_are_those_of_the_largest_singular_values():
     assert np.abs(directions.T @ directions - rest @ rest.T).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "expert",
+    [
+        {SITES[0]: START[SITES[0]]},
+        {**START, "h.2.attn.c_proj": jnp.zeros(4)},
+        {**START, SITES[0]: jnp.zeros(1)},
+        {SITES[0]: START[SITES[0]], "h.2.attn.c_proj": START[SITES[1]]},
+    ],
+    ids=["a site less", "a site more", "another shape", "another site"],
+)
+def test_what_has_other_sites_or_shapes_than_the_start_is_refused(expert):
+    with pytest.raises(InputError, match=r"^experts: number 1 has other sites or shapes"):
+        spaces.expert_space(START, [START, expert])
+    with pytest.raises(InputError, match=r"^vectors: other sites or shapes"):
+        spaces.principal_space(START, jax.tree.map(lambda x: jnp.stack([x, x]), expert), 1)
+
+
 def test_more_rank_than_the_vectors_span_is_refused():
+    with pytest.raises(InputError, match=r"^rank=1: the 0 vectors span 0 directions"):
+        spaces.principal_space(START, jax.tree.map(lambda x: x[:0], STACKED), 1)
+
     def refused(rank, spanned):
         pattern = rf"^rank={rank}: the 3 vectors [^\n]* {spanned} directions[^\n]*\.$"
         return pytest.raises(InputError, match=pattern)

@@ -30,8 +30,8 @@ class History(NamedTuple):
     """What happened in each generation, float32 ``[generations]``; NaN after the last one run.
 
     Attributes:
-      best: largest fitness.
-      mean: mean fitness.
+      best: largest fitness that is a number.
+      mean: mean of the finite ones.
       std: root mean square of the search distribution's standard deviation; 0 for a method whose
         state has none.
       change: norm of the mean's move.
@@ -199,7 +199,7 @@ def _record(state: State, fitness: jax.Array, change: jax.Array) -> History:
     leaves = jax.tree.leaves(getattr(state, "std", None)) or [jnp.float32(0.0)]
     square = sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves) / sum(x.size for x in leaves)
     return History(
-        best=jnp.max(jnp.where(finite, fitness, -jnp.inf)),
+        best=jnp.max(jnp.where(jnp.isnan(fitness), -jnp.inf, fitness)),
         mean=jnp.sum(jnp.where(finite, fitness, 0.0)) / jnp.sum(finite),
         std=jnp.sqrt(square),
         change=change,

@@ -76,10 +76,17 @@ def expert_space(start: Offsets, experts: list[Offsets], *, per_site: bool = Fal
       per_site: experts get a weight at every site (in every layer), not one for all.
 
     Raises:
-      InputError: no experts.
+      InputError: no experts, or one with other sites or shapes than ``start``.
     """
     if not experts:
         raise InputError("experts=[]: there are none to mix; give at least one.")
+    shapes = jax.tree.map(jnp.shape, start)
+    for number, expert in enumerate(experts):
+        if jax.tree.map(jnp.shape, expert) != shapes:
+            raise InputError(
+                f"experts: number {number} has other sites or shapes than the start; mix adapters "
+                "of one model and one type."
+            )
     basis = jax.tree.map(lambda *x: jnp.stack(x), *experts)
     origin = jnp.zeros(len(experts), jnp.float32)
     return Space(dict.fromkeys(start, origin) if per_site else origin, start, basis)
@@ -94,13 +101,19 @@ def principal_space(start: Offsets, vectors: Offsets, rank: int) -> Space:
       rank: number of directions.
 
     Raises:
-      InputError: a rank below 1, or vectors that span fewer directions.
+      InputError: a rank below 1, vectors that span fewer directions, or with other sites or shapes
+        than ``start``.
     """
     if rank < 1:
         raise InputError(f"rank={rank}: must be at least 1.")
+    if jax.tree.map(lambda x: jnp.shape(x)[1:], vectors) != jax.tree.map(jnp.shape, start):
+        raise InputError(
+            "vectors: other sites or shapes than the start; give adapters of one model and one "
+            "type, stacked along a leading axis."
+        )
     rows = jax.vmap(lambda x: ravel_pytree(x)[0])(vectors)
     _, values, directions = jnp.linalg.svd(rows, full_matrices=False)
-    spanned = int(jnp.sum(values > 1e-5 * values[0]))
+    spanned = int(jnp.sum(values > 1e-5 * jnp.max(values, initial=0.0)))
     if spanned < rank:
         raise InputError(
             f"rank={rank}: the {len(rows)} vectors span {spanned} directions; lower it, or give "
