@@ -106,6 +106,9 @@ def test_bnpo_at_its_clamps():
     close(same[0, 0] / same[0, 1], -3)
     # The unit of rewards does not matter.
     close(of(variants.bnpo(), [[9, 5, 5, 5], [9, 5, 5, 5]])[..., 0], same)
+    # One group far from many that are alike, where the density is next to nothing: a tenth.
+    found = of(variants.bnpo(), [[1, 0] * 4] * 63 + [[1] + [0] * 7])[..., 0]
+    close(found[-1], 10 * np.array([7 / 8, *[-1 / 8] * 7]))
 
 
 def test_krpo_filters_the_baseline_reward_by_reward():

@@ -71,7 +71,9 @@ def compete(offsets: Sequence[Offsets], *, keep: float = 0.5, scale: float = 1.0
         b_i = softmax_n(T norm(d_i d_i)) * softmax_n(sum_j norm(d_i d_j)),
 
     of which the share ``keep`` of the largest is kept and the others are zero, and the merged
-    numbers are ``scale sum_i b_i d_i / sum_i b_i``.  The paper searches a scale for each task.
+    numbers are ``scale sum_i b_i d_i / sum_i b_i``.  The paper searches a scale for each task, and
+    its code weighs by ``tanh(d_i sum_j d_j)`` in place of the second softmax, under which numbers
+    that contradict the others' sum are dropped first; that the sum stands within it is ours.
 
     Args:
       offsets: at least one.

@@ -278,8 +278,8 @@ def score_steps(
     """Rewards of the steps of completions, for `grpo.process_advantages`.
 
     A task without a process reward has one step a completion, worth its outcome, and so has a
-    completion without steps of its own: one that ends at once.  Steps that end in the same token are
-    one, worth their sum.
+    completion without steps of its own: one that ends at once.  Steps that end in the same token
+    are one, worth their sum.
 
     Args:
       policy: for its tokenizer.

@@ -7,8 +7,8 @@ from jax.scipy.stats import beta
 from grpocem_jax.grpo.advantages import Advantages
 from grpocem_jax.grpo.variants.outcomes import Groups, of_outcomes
 
-EDGE = 1e-3
-"""Mean rewards are kept so far from 0 and 1, where densities vanish."""
+LEAST = 0.1
+"""Of the density, so that no advantage is more than ten times what it is without."""
 LARGEST = 1e3
 """Of ``a + b``, where the groups' means are nearly equal."""
 
@@ -23,7 +23,8 @@ def bnpo() -> Advantages:
 
     Where the variance is as large as it can be, ``a = b = 0`` and this is `centred`.  The paper's
     rewards are 0 and 1; that others are mapped by the least and the largest of the step, and the
-    bounds `EDGE` and `LARGEST`, are ours.
+    bounds `LEAST` and `LARGEST`, are ours: where the means of most groups are close together, the
+    density at that of another one is next to nothing, and its advantages would drown all others.
     """
 
     def rule(groups: Groups) -> jax.Array:
@@ -34,10 +35,8 @@ def bnpo() -> Advantages:
         p = jnp.sum(unit, -1, keepdims=True) / groups.number
         judged = jnp.any(groups.present, -1, keepdims=True)
         a, b = match_moments(p, judged)
-        density = beta.pdf(
-            jnp.clip(p, EDGE, 1 - EDGE), jnp.maximum(1, 1 + a / 3), jnp.maximum(1, 1 + b / 3)
-        )
-        return jnp.where(groups.flat, 0.0, (unit - p) / density)
+        density = beta.pdf(p, jnp.maximum(1, 1 + a / 3), jnp.maximum(1, 1 + b / 3))
+        return jnp.where(groups.flat, 0.0, (unit - p) / jnp.maximum(density, LEAST))
 
     return of_outcomes(rule)
 
