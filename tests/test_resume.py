@@ -26,6 +26,7 @@ from grpocem_jax.training import evaluation
 from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
+from grpocem_jax.training.run import LastStep
 from grpocem_jax.training.update import micro_batch
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
@@ -73,7 +74,7 @@ def cut_off(workdir, monkeypatch, after, **changes):
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "step", die)
-        patch.setattr(training.Run, "rescue", lambda *args: None)
+        patch.setattr(LastStep, "rescue", lambda self: None)
         with pytest.raises(Killed):
             training.train(training_config(**changes), workdir)
     with (workdir / "metrics.jsonl").open("a") as file:

@@ -1,6 +1,10 @@
 """Sweeps: many runs in one program are what each is by itself."""
 
+import dataclasses
+import errno
+import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +14,10 @@ import numpy as np
 import pytest
 
 import grpocem_jax as gj
-from grpocem_jax.runs import checkpoints, rundir
+from grpocem_jax import tasks
+from grpocem_jax.runs import checkpoints, metrics, rundir
+from grpocem_jax.tasks.base import Reward
+from grpocem_jax.tasks.rewards import text_reward
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import sweep
 from grpocem_jax.utils.errors import InputError
@@ -36,6 +43,19 @@ def swept(tmp_path_factory):
 def difference(one, two):
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
+
+
+def same_sweeps(one, other, names):
+    """Whether the runs of two sweeps hold the same numbers, times apart."""
+    for name in names:
+        runs = (one / name, other / name)
+        assert difference(*(gj.load_run(run).offsets for run in runs)) == 0
+        records = [read_lines(run / "metrics.jsonl") for run in runs]
+        for record in (*records[0], *records[1]):
+            del record["step_time"]
+        assert records[0] == records[1]
+        completions = [(run / "completions.jsonl").read_bytes() for run in runs]
+        assert completions[0] == completions[1]
 
 
 def contents(folder):
@@ -129,10 +149,10 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(swept, tmp_path, monkeypa
     folder, summaries = swept
     step = sweep._Course.step
 
-    def interrupted(self, number, began):
+    def interrupted(self, states, number):
         if number == 1:
             self.signals.received = 15
-        return step(self, number, began)
+        return step(self, states, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep._Course, "step", interrupted)
@@ -142,10 +162,52 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(swept, tmp_path, monkeypa
     found = sweep.sweep(training_config(**SHORT), GRID, tmp_path)
     for name in summaries:
         assert found[name]["resumed_after_step"] == 2
-        one, two = (gj.load_run(where / name).offsets for where in (folder, tmp_path))
-        assert difference(one, two) == 0
-        lines = [read_lines(where / name / "metrics.jsonl") for where in (folder, tmp_path)]
-        assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
+    same_sweeps(folder, tmp_path, summaries)
+
+
+def test_a_reward_function_that_raises_costs_the_step_under_way_only(
+    swept, tmp_path, monkeypatch, capsys
+):
+    (folder, summaries), calls = swept, []
+
+    @functools.wraps(text_reward)
+    def judge(**columns):
+        calls.append(1)
+        if len(calls) == 6:  # of the second step, for the second run
+            raise ConnectionError("the judge is gone")
+        return text_reward(**columns)
+
+    general = dataclasses.replace(tasks.TASKS["general"], rewards=(Reward(judge),))
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "TASKS", {**tasks.TASKS, "general": general})
+        with pytest.raises(InputError, match=r"text_reward raised .*the judge is gone"):
+            sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    said = "saved after step 1 of 3; the same command continues the sweep from there"
+    assert said in capsys.readouterr().err
+    found = sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    assert [one["resumed_after_step"] for one in found.values()] == [1] * 4
+    same_sweeps(folder, tmp_path, summaries)
+
+
+def test_a_log_on_a_full_disk_costs_the_step_under_way_of_all_runs_only(
+    swept, tmp_path, monkeypatch
+):
+    (folder, summaries), seconds, write = swept, [], metrics.JsonLines.write
+
+    def full(self, record):
+        if record["step"] == 2:
+            seconds.append(record)
+        if len(seconds) == 2:  # that of the first run is written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.JsonLines, "write", full)
+        with pytest.raises(InputError, match=r"No space left on device.* continues the sweep"):
+            sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    found = sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    assert [one["resumed_after_step"] for one in found.values()] == [1] * 4
+    same_sweeps(folder, tmp_path, summaries)
 
 
 def test_a_complete_sweep_goes_on_to_the_bits_of_one_that_had_all_steps_at_once(swept, tmp_path):

@@ -29,6 +29,67 @@ from grpocem_jax.utils.progress import Progress
 from grpocem_jax.utils.terminal import say
 
 
+class LastStep:
+    """The last completed step of a training, which has a checkpoint whatever ends the training.
+
+    Where its ``with`` block ends in an error, the step is saved before the error goes on, unless it
+    is already.
+
+    Args:
+      save: saves a checkpoint after that step, in the background.
+      wait: waits until it is saved.
+      done: steps that were done before.
+      total: steps of the whole training.
+      what: what the same command continues, as messages name it.
+
+    Attributes:
+      completed: steps that are done.
+      saved: steps that the last checkpoint has.
+      saved_at: when it was made, by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[], None],
+        wait: Callable[[], None],
+        *,
+        done: int,
+        total: int,
+        what: str,
+    ):
+        self._save, self._wait = save, wait
+        self._total, self._what = total, what
+        self.completed = self.saved = done
+        self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "LastStep":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None and self.completed > self.saved:
+            self.rescue()
+
+    def save(self) -> None:
+        """Saves a checkpoint."""
+        self._save()
+        self.saved, self.saved_at = self.completed, time.monotonic()
+
+    def rescue(self) -> None:
+        """Saves where something else went wrong; what goes wrong here is said and not raised."""
+        try:
+            self._save()
+            self._wait()
+        except Exception as error:  # Orbax and what lies below it raise errors of many families
+            failure = f"{type(error).__name__}: {error}"
+            say(f"step {self.completed} could not be saved ({failure})", sys.stderr)
+        else:
+            say(
+                f"saved after step {self.completed} of {self._total}; the same command continues "
+                f"the {self._what} from there",
+                sys.stderr,
+            )
+
+
 class Run:
     """The training loop of one run directory, from its last checkpoint on.
 
@@ -134,19 +195,17 @@ class Run:
           InputError: too many updates in a row were skipped; whatever a reward function raises.
             Whatever ends it, the last step that was completed has a checkpoint first.
         """
-        state, saved = self.state, time.monotonic()
-        completed = saved_step = self.first_step
-        received = 0
-        position = self.position(completed)
+        state, received = self.state, 0
+        position = self.position(self.first_step)
         progress = Progress(self.total_steps)
         signals = self.signals
         signals.at_once = False
-        with contextlib.ExitStack() as last:
+        with contextlib.ExitStack() as stack:
             # All of them, also where one fails because the disk is full.
             logs = (self.completions, self.metrics, self.nonfinite)
             for close in (self.checkpoints, *logs, progress):
-                last.callback(close.close)
-            last.callback(setattr, signals, "at_once", True)
+                stack.callback(close.close)
+            stack.callback(setattr, signals, "at_once", True)
 
             def save() -> None:
                 for log in logs:
@@ -154,12 +213,15 @@ class Run:
                 whole = stages.checkpointed(self.config, state, self.behind)
                 self.checkpoints.save(whole, self.key, position)
 
-            def save_after(kind: Any, error: Any, trace: Any) -> None:
-                del trace
-                if kind is not None and completed > saved_step:
-                    self.rescue(save, completed)
-
-            last.push(save_after)
+            last = stack.enter_context(
+                LastStep(
+                    save,
+                    self.checkpoints.wait,
+                    done=self.first_step,
+                    total=self.total_steps,
+                    what="run",
+                )
+            )
             for step in range(self.first_step, self.total_steps):
                 started, before = time.perf_counter(), self.processes.traffic[1]
                 new, record = self.step(state, step)
@@ -172,17 +234,16 @@ class Run:
                 self.check_finite(step, bool(record["skipped"]))
                 behind, place = state.offsets, self.position(step + 1)
                 # At once, for what a signal may break off: a checkpoint has all of them.
-                self.behind, state, completed, position = behind, new, step + 1, place
+                self.behind, state, last.completed, position = behind, new, step + 1, place
                 progress.update(
                     step + 1,
                     reward=f"{record['reward']:.3f}",
                     kl=f"{record['kl']:.4f}",
                     tokens_per_s=f"{self.step_tokens / record['step_time']:.0f}",
                 )
-                received, due = self.agree(state, self.checkpoint_due(step + 1, saved))
+                received, due = self.agree(state, self.checkpoint_due(step + 1, last.saved_at))
                 if received or due:
-                    save()
-                    saved, saved_step = time.monotonic(), step + 1
+                    last.save()
                 if received:
                     break
         received = received or self.agree(state, False)[0]
@@ -221,25 +282,6 @@ class Run:
                 "which compute the same; give them the same kind of device and the same libraries."
             )
         return next((each["signal"] for each in agreed if each["signal"]), 0), agreed[0]["due"]
-
-    def rescue(self, save: Callable[[], None], step: int) -> None:
-        """Saves where something else went wrong, which is then not hidden by what goes wrong here.
-
-        Args:
-          save: saves a checkpoint.
-          step: whose it is.
-        """
-        try:
-            save()
-            self.checkpoints.wait()
-        except Exception as error:  # Orbax and what lies below it raise errors of many families
-            say(f"step {step} could not be saved ({type(error).__name__}: {error})", sys.stderr)
-        else:
-            say(
-                f"saved after step {step} of {self.total_steps}; the same command continues the "
-                "run from there",
-                sys.stderr,
-            )
 
     def checkpoint_due(self, done: int, saved: float) -> bool:
         """Whether a checkpoint belongs after ``done`` steps, the last one being of ``saved``."""

@@ -32,6 +32,7 @@ from grpocem_jax.training import evaluation, results
 from grpocem_jax.training import step as steps
 from grpocem_jax.training.algorithm import Algorithm, make_algorithm
 from grpocem_jax.training.data import Data, check_length, load_data
+from grpocem_jax.training.run import LastStep
 from grpocem_jax.training.update import MEMORY_FIRST, repeat
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.clock import CompileClock
@@ -406,66 +407,83 @@ class _Course:
         return states._replace(step=states.step[0])
 
     def train(self) -> grpo.TrainState:
-        """Runs the steps that are left.
+        """Runs the steps that are left and returns the last states.
 
         Raises:
           Interrupted: a signal came; the step under way and its checkpoint were finished.
+          InputError: whatever a reward function raises.  Whatever ends it, the last step that was
+            completed has a checkpoint first.
         """
         every = self.config.train.checkpoint_every_steps
         epochs = self.config.train.save_interval * min(self.steps_per_epoch)
         minutes = self.config.train.checkpoint_every_minutes or math.inf
-        saved, saved_at = self.first_step, time.monotonic()
+        states, position = self.states, self.position()
         progress, self.signals.at_once = Progress(self.total), False
-        try:
+        with contextlib.ExitStack() as stack:
+            # All of them, also where one fails because the disk is full.
+            logs = (*self.metrics, *self.completions)
+            closes = [log.close for log in logs]
+            for close in (self.checkpoints.close, *closes, progress.close):
+                stack.callback(close)
+            stack.callback(setattr, self.signals, "at_once", True)
+
+            def save() -> None:
+                for log in logs:
+                    log.sync()
+                self.checkpoints.save(self._saved(states), jax.random.key(0), position)
+
+            last = stack.enter_context(
+                LastStep(
+                    save,
+                    self.checkpoints.wait,
+                    done=self.first_step,
+                    total=self.total,
+                    what="sweep",
+                )
+            )
             for step in range(self.first_step, self.total):
-                began = time.perf_counter()
-                rewards = self.step(step, began)
+                new, rewards = self.step(states, step)
+                place = self.position()
+                # At once, for what a signal may break off: a checkpoint has all of them.
+                states, last.completed, position = new, step + 1, place
                 progress.update(step + 1, reward=" ".join(f"{reward:.2f}" for reward in rewards))
                 due = step + 1 == self.total or (step + 1) % epochs == 0
                 due = due or bool(every and (step + 1) % every == 0)
-                late = time.monotonic() - saved_at >= 60 * minutes
+                late = time.monotonic() - last.saved_at >= 60 * minutes
                 if self.signals.received or due or late:
-                    self.save()
-                    saved, saved_at = step + 1, time.monotonic()
+                    last.save()
                 if self.signals.received:
-                    say(
-                        f"stopped after step {saved} of {self.total}; the same command continues "
-                        "the sweep",
-                        sys.stderr,
-                    )
-                    raise rundir.Interrupted(128 + self.signals.received)
-        finally:
-            self.signals.at_once = True
-            for log in (*self.metrics, *self.completions):
-                log.close()
-            self.checkpoints.close()
-            progress.close()
-        return self.states
+                    break
+        if self.signals.received:
+            say(
+                f"stopped after step {last.completed} of {self.total}; the same command continues "
+                "the sweep",
+                sys.stderr,
+            )
+            raise rundir.Interrupted(128 + self.signals.received)
+        return states
 
-    def save(self) -> None:
-        """Saves a checkpoint of all runs."""
-        logs = (*self.metrics, *self.completions)
-        for log in logs:
-            log.sync()
-        position = {
+    def position(self) -> dict[str, Any]:
+        """Where the sweep stands after a step, for its checkpoint."""
+        return {
             "digest": self.digest,
             "total_steps": self.total,
             "differences": self.differences,
-            "num_tokens": self.tokens,
-            "skipped": self.skipped,
+            "num_tokens": list(self.tokens),
+            "skipped": list(self.skipped),
             "metrics_bytes": [log.size for log in self.metrics],
             "completions_bytes": [log.size for log in self.completions],
         }
-        self.checkpoints.save(self._saved(self.states), jax.random.key(0), position)
 
-    def step(self, step: int, began: float) -> list[float]:
-        """One step of all runs; the mean reward of each."""
+    def step(self, states: grpo.TrainState, step: int) -> tuple[grpo.TrainState, list[float]]:
+        """One step of all runs; their states after it and the mean reward of each."""
+        began = time.perf_counter()
         config, policy, draw = self.config, self.policy, self.policy.adapter.draw
         items = [steps.prompts(member.config, member.data.train, step) for member in self.members]
         count = len(items[0])
         keys = [steps.keys(member.key, step, count) for member in self.members]
         draw_keys = jnp.stack([own.draw for own in keys])
-        offsets = self.states.offsets
+        offsets = states.offsets
         if draw is not None:
             offsets = jax.vmap(draw)(draw_keys, offsets)
         temperature = steps.temperature(config, step, self.total)
@@ -513,8 +531,8 @@ class _Course:
             )
 
         with memory.advise("a step's update", "give fewer runs, or lower train.batch_size"):
-            new, updates = repeat(once, self.states, config.grpo.updates)
-            self.states = jax.block_until_ready(new)
+            new, updates = repeat(once, states, config.grpo.updates)
+            new = jax.block_until_ready(new)
         updates = jax.device_get(updates)
         seconds = time.perf_counter() - began
         for i, own in enumerate(prepared):
@@ -533,7 +551,7 @@ class _Course:
             if step % config.logging.interval == 0 or step + 1 == self.total:
                 for line in steps.records(own, step + 1):
                     self.completions[i].write(line)
-        return [own.metrics["reward"] for own in prepared]
+        return new, [own.metrics["reward"] for own in prepared]
 
 
 @functools.partial(
