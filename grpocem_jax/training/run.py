@@ -295,10 +295,6 @@ class Run:
             or bool(minutes and time.monotonic() - saved >= 60 * minutes)
         )
 
-    def at_the_end_only(self, done: int) -> bool:
-        """Whether the completions of step ``done`` are shown only because it is the last."""
-        return done == self.total_steps and (done - 1) % self.config.logging.interval != 0
-
     def evaluation_due(self, done: int) -> bool:
         """Whether the adapter after ``done`` steps is judged by the validation prompts."""
         every = self.config.train.evaluate_every_steps
@@ -342,7 +338,7 @@ class Run:
             "completions_bytes": self.completions.size,
             # Without what was shown because it was the end, which a longer run does not show.
             "completions_bytes_but_of_the_end": self.shown_before
-            if self.at_the_end_only(done)
+            if steps.shown_at_the_end_only(self.config, done - 1, self.total_steps)
             else self.completions.size,
             "total_steps": self.total_steps,
             "differences": self.differences,

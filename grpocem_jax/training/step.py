@@ -123,6 +123,11 @@ def shown(config: Config, step: int, total: int) -> bool:
     return step % config.logging.interval == 0 or step + 1 == total
 
 
+def shown_at_the_end_only(config: Config, step: int, total: int) -> bool:
+    """Whether a step's completions are written down only because it is the last, see `shown`."""
+    return step + 1 == total and step % config.logging.interval != 0
+
+
 def shared(config: Config, algorithm: Algorithm, *, shown: bool) -> set[str]:
     """What of a step's completions all processes must have, of `rollouts.SHARED`.
 

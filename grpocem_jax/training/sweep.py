@@ -392,6 +392,9 @@ class _Course:
         self.skipped = list(position.get("skipped", zeros))
         sizes = position.get("metrics_bytes", zeros)
         shown = position.get("completions_bytes", zeros)
+        if self.first_step < total:
+            shown = position.get("completions_bytes_but_of_the_end", shown)
+        self.shown_before = shown
         self.metrics = [
             metrics.JsonLines(member.workdir / "metrics.jsonl", size)
             for member, size in zip(members, sizes, strict=True)
@@ -417,7 +420,7 @@ class _Course:
         every = self.config.train.checkpoint_every_steps
         epochs = self.config.train.save_interval * min(self.steps_per_epoch)
         minutes = self.config.train.checkpoint_every_minutes or math.inf
-        states, position = self.states, self.position()
+        states, position = self.states, self.position(self.first_step)
         progress, self.signals.at_once = Progress(self.total), False
         with contextlib.ExitStack() as stack:
             # All of them, also where one fails because the disk is full.
@@ -443,7 +446,7 @@ class _Course:
             )
             for step in range(self.first_step, self.total):
                 new, rewards = self.step(states, step)
-                place = self.position()
+                place = self.position(step + 1)
                 # At once, for what a signal may break off: a checkpoint has all of them.
                 states, last.completed, position = new, step + 1, place
                 progress.update(step + 1, reward=" ".join(f"{reward:.2f}" for reward in rewards))
@@ -463,8 +466,10 @@ class _Course:
             raise rundir.Interrupted(128 + self.signals.received)
         return states
 
-    def position(self) -> dict[str, Any]:
-        """Where the sweep stands after a step, for its checkpoint."""
+    def position(self, done: int) -> dict[str, Any]:
+        """Where the sweep stands, for the checkpoint after ``done`` steps."""
+        shown = [log.size for log in self.completions]
+        at_the_end_only = steps.shown_at_the_end_only(self.config, done - 1, self.total)
         return {
             "digest": self.digest,
             "total_steps": self.total,
@@ -472,7 +477,9 @@ class _Course:
             "num_tokens": list(self.tokens),
             "skipped": list(self.skipped),
             "metrics_bytes": [log.size for log in self.metrics],
-            "completions_bytes": [log.size for log in self.completions],
+            "completions_bytes": shown,
+            # Without what was shown because it was the end, which a longer sweep does not show.
+            "completions_bytes_but_of_the_end": self.shown_before if at_the_end_only else shown,
         }
 
     def step(self, states: grpo.TrainState, step: int) -> tuple[grpo.TrainState, list[float]]:
@@ -535,6 +542,7 @@ class _Course:
             new = jax.block_until_ready(new)
         updates = jax.device_get(updates)
         seconds = time.perf_counter() - began
+        self.shown_before = [log.size for log in self.completions]
         for i, own in enumerate(prepared):
             self.tokens[i] += own.tokens
             self.skipped[i] += int(updates["skipped"][i])
@@ -548,7 +556,7 @@ class _Course:
                 "step_time": seconds,
             }
             self.metrics[i].write({n: x if np.isfinite(x) else None for n, x in record.items()})
-            if step % config.logging.interval == 0 or step + 1 == self.total:
+            if steps.shown(config, step, self.total):
                 for line in steps.records(own, step + 1):
                     self.completions[i].write(line)
         return new, [own.metrics["reward"] for own in prepared]
