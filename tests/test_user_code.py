@@ -78,6 +78,10 @@ def no_rate():
     import optax
     return optax.sgd(0.1)
 
+def momenta(learning_rate, betas):
+    import optax
+    return optax.adam(learning_rate, *betas)
+
 def no_optimizer(learning_rate):
     return learning_rate
 
@@ -301,6 +305,31 @@ def test_options_of_the_packages_own_parts_reach_them():
     )
     # Scores of -1 and 1, times 0.1, bounded by 0.05 where the setting has 3.
     np.testing.assert_allclose(found[0, :, 0], [-0.05, 0.05])
+
+
+def optimizer(name, **options):
+    settings = load_config("tiny")
+    settings.train.optimizer, settings.train.optimizer_options = name, options
+    return make_algorithm(parse_config(settings)).optimizer
+
+
+def test_equal_options_make_the_same_optimizer_so_that_no_update_is_compiled_again():
+    one = optimizer("extrapolated", every=4, ahead=1)
+    assert optimizer("extrapolated", every=4, ahead=1) is one
+    assert optimizer("extrapolated", every=4, ahead=2) is not one
+    with pytest.raises(InputError, match=r"every=4\.0: must be a whole number"):
+        optimizer("extrapolated", every=4.0, ahead=1)
+    own = optimizer("mine_for_tests:momenta", betas=(0.5, 0.75))
+    assert optimizer("mine_for_tests:momenta", betas=(0.5, 0.75)) is own
+
+
+def test_options_of_an_optimizer_may_be_lists():
+    offsets = {"h.0": jnp.ones(3)}
+    found = [
+        optimizer("mine_for_tests:momenta", betas=betas).init(offsets)
+        for betas in ([0.5, 0.75], (0.5, 0.75))
+    ]
+    assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
 
 
 @pytest.mark.parametrize(

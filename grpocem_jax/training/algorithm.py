@@ -191,7 +191,7 @@ def _make_optimizer(config: Config, total_steps: int) -> optax.GradientTransform
     decay = {"weight_decay": train.weight_decay}
 
     def at_rates(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda **options: grpo.optimizer(functools.partial(function, **options), **rates)
+        return lambda **options: grpo.optimizer(_with_options(function, options), **rates)
 
     def check(made: Any) -> None:
         # Those of the package may need the offsets of one adapter, and look at them themselves.
@@ -211,6 +211,19 @@ def _make_optimizer(config: Config, total_steps: int) -> optax.GradientTransform
         check=check,
     )
     return optimizer
+
+
+def _with_options(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """A function with options, for equal ones the same, so that `grpo.optimizer` knows it again."""
+    try:
+        return _partial(function, **options)
+    except TypeError:  # an option that cannot be hashed, such as a list
+        return functools.partial(function, **options)
+
+
+@functools.lru_cache(typed=True)  # 1.0 may be refused where 1 is not
+def _partial(function: Callable[..., Any], /, **options: Any) -> Callable[..., Any]:
+    return functools.partial(function, **options)
 
 
 def _make(
