@@ -379,7 +379,8 @@ class _Course:
             say(f"passed over: {sentence}", sys.stderr)
         position: dict[str, Any] = {}
         if found is not None:
-            saved, _, position = found
+            # Orbax binds arrays to a device, and programs would be compiled again for those.
+            saved, position = jax.device_get(found[0]), found[2]
             step = jnp.full(len(members), saved.step, jnp.int32)
             self.states = jax.tree.map(jnp.asarray, saved._replace(step=step))
         self.first_step = int(self.states.step[0])
