@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from grpocem_jax import experts
 from grpocem_jax.runs import trained
 from grpocem_jax.training import loop as training
+from grpocem_jax.training import sweep
 from tests import runs
 from tests.parity import weights
 from tests.tiny import Tiny, make_tiny
@@ -84,7 +85,7 @@ def _frozen_heap() -> Iterator[None]:
 def one_policy() -> Iterator[None]:
     """Runs of equal settings share one policy, and so its programs."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (trained, training, experts):
+        for module in (trained, training, sweep, experts):
             patch.setattr(module, "load_policy", runs.one_policy)
         yield
 

@@ -6,8 +6,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -21,12 +19,14 @@ from grpocem_jax.tasks.rewards import text_reward
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import sweep
 from grpocem_jax.utils.errors import InputError
-from tests.runs import ROOT, TRAINING, read_lines, thin_model, training_config
+from tests.runs import TRAINING, read_lines, thin_model, training_config
 
+pytestmark = pytest.mark.usefixtures("one_policy")
 GRID = {"seed": [0, 1], "train.learning_rate": [0.01, 0.03]}
 SHORT = {
     "train.max_steps": 3,
     "data.heldout_samples": 3,
+    "train.eval_batch_size": 3,  # so that as many are judged at once of many runs as of one
     "grpo.beta": 0.05,
     # Whose change is not proportional to the learning rate.
     "train.optimizer": "extrapolated",
@@ -38,6 +38,14 @@ SHORT = {
 def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     return folder, sweep.sweep(training_config(**SHORT), GRID, folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The last run of the sweep, by itself."""
+    folder = tmp_path_factory.mktemp("alone")
+    changes = {**SHORT, "seed": 1, "train.learning_rate": 0.03}
+    return folder, training.train(training_config(**changes), folder)
 
 
 def difference(one, two):
@@ -62,24 +70,22 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_each_run_of_a_sweep_is_what_it_is_by_itself(swept, tmp_path):
-    folder, summaries = swept
+def test_each_run_of_a_sweep_is_what_it_is_by_itself(swept, alone):
+    (folder, summaries), (single, summary) = swept, alone
     assert list(summaries) == [
         f"seed={seed},learning_rate={rate:g}" for seed in (0, 1) for rate in (0.01, 0.03)
     ]
     name = "seed=1,learning_rate=0.03"
-    changes = {**SHORT, "seed": 1, "train.learning_rate": 0.03}
-    alone = training.train(training_config(**changes), tmp_path)
-    one, two = gj.load_run(tmp_path), gj.load_run(folder / name)
+    one, two = gj.load_run(single), gj.load_run(folder / name)
     largest = max(float(np.abs(x).max()) for x in one.offsets.values())
     assert largest > 0.02
     assert difference(one.offsets, two.offsets) < 1e-5
     for kind in ("heldout", "heldout_greedy"):
         for column in ("before", "after"):
-            expected = alone[kind]["overall"][column]
+            expected = summary[kind]["overall"][column]
             assert summaries[name][kind]["overall"][column] == pytest.approx(expected, abs=1e-4)
     for own, other in zip(
-        read_lines(tmp_path / "metrics.jsonl"), read_lines(folder / name / "metrics.jsonl"),
+        read_lines(single / "metrics.jsonl"), read_lines(folder / name / "metrics.jsonl"),
         strict=True,
     ):  # fmt: skip
         assert own.keys() == other.keys()
@@ -87,7 +93,7 @@ def test_each_run_of_a_sweep_is_what_it_is_by_itself(swept, tmp_path):
             assert other[key] == pytest.approx(own[key], rel=1e-3, abs=1e-5), key
     texts = [
         [line["completion"] for line in read_lines(where / "completions.jsonl")]
-        for where in (tmp_path, folder / name)
+        for where in (single, folder / name)
     ]
     assert texts[0] == texts[1]
 
@@ -115,16 +121,19 @@ def test_the_table_says_which_run_has_no_held_out_reward(swept):
     assert others == sweep.table(summaries).splitlines()[2:]
 
 
-def test_the_command_ends_with_the_table_and_a_page(tmp_path):
+def test_the_command_ends_with_the_table_and_a_page(run_command, tmp_path):
     changes = {**TRAINING, **SHORT, "model.source": thin_model(), "train.max_steps": 1}
     flags = [f"--config.{name}={value}" for name, value in changes.items()]
-    command = [sys.executable, "train.py", "--config=tiny", f"--workdir={tmp_path}", *flags]
-    result = subprocess.run(
-        [*command, "--sweep=seed=0,1"], cwd=ROOT, capture_output=True, text=True, check=False
+    given = " ".join(f"{name}={','.join(map(str, values))}" for name, values in GRID.items())
+    status, out, err = run_command(
+        "train", "--config=tiny", f"--workdir={tmp_path}", f"--sweep={given}", *flags
     )
-    assert result.returncode == 0, result.stderr
-    *_, one, two, page = result.stdout.splitlines()
-    assert (one.split()[0], two.split()[0]) == ("seed=0", "seed=1")
+    assert status == 0, err
+    *_, head, one, two, three, four, page = out.splitlines()
+    assert head.split() == ["held-out", "reward,", "sampled", "greedy"]
+    assert [line.split()[0] for line in (one, two, three, four)] == [
+        f"seed={seed},learning_rate={rate:g}" for seed in (0, 1) for rate in (0.01, 0.03)
+    ]
     assert page == f"page      {tmp_path / 'compare.html'}"
     assert "held-out" in (tmp_path / "compare.html").read_text()
 
@@ -159,7 +168,9 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(swept, tmp_path, monkeypa
         with pytest.raises(rundir.Interrupted):
             sweep.sweep(training_config(**SHORT), GRID, tmp_path)
     assert checkpoints.last_step(tmp_path) == 2
+    compiled = sweep._update._cache_size()
     found = sweep.sweep(training_config(**SHORT), GRID, tmp_path)
+    assert sweep._update._cache_size() == compiled
     for name in summaries:
         assert found[name]["resumed_after_step"] == 2
     same_sweeps(folder, tmp_path, summaries)
@@ -227,9 +238,9 @@ def test_what_differs_in_a_sweep_that_goes_on_is_said(tmp_path, capsys):
     changes = {**SHORT, "generation.final_temperature": 0.5}
     for length in (1, 2):
         config = training_config(**{**changes, "train.max_steps": length})
-        found = sweep.sweep(config, {"seed": [0, 1]}, tmp_path)
+        found = sweep.sweep(config, GRID, tmp_path)
     said = "the temperatures of steps 1 to 1 were those of a run of 1 steps, not of 2"
-    assert [one["continued"] for one in found.values()] == [[said]] * 2
+    assert [one["continued"] for one in found.values()] == [[said]] * 4
     assert f"differs   {said}" in capsys.readouterr().out
 
 
@@ -342,13 +353,12 @@ def test_two_sweeps_in_one_folder_are_refused_whatever_their_runs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_the_folder_of_a_single_run_is_refused_and_left_as_it_is(tmp_path):
-    config = training_config(**{**SHORT, "train.max_steps": 1})
-    training.train(config, tmp_path)
-    before = contents(tmp_path)
+def test_the_folder_of_a_single_run_is_refused_and_left_as_it_is(alone, tmp_path):
+    folder = shutil.copytree(alone[0], tmp_path / "run")
+    before = contents(folder)
     with pytest.raises(InputError, match="holds a single run; give another folder"):
-        sweep.sweep(config, GRID, tmp_path)
-    assert contents(tmp_path) == before
+        sweep.sweep(training_config(**SHORT), GRID, folder)
+    assert contents(folder) == before
 
 
 def test_a_folder_of_another_sweep_is_refused(swept):
