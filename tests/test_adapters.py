@@ -341,9 +341,9 @@ def test_values_below_the_minimum_are_not_trained(tail, minimum, k):
     assert method.init(KEY, {"site": factors})["site"].shape == (k,)
 
 
-@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan"), float("inf"), "x"])
 def test_a_rank_ratio_outside_its_range_is_an_error(ratio):
-    with refused(f"^rank_ratio={ratio}", "above 0 and at most 1"):
+    with refused(f"^rank_ratio={ratio!r}", "above 0 and at most 1"):
         adapters.svf(rank_ratio=ratio)
 
 

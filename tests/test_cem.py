@@ -1,5 +1,6 @@
 """The Cross-Entropy Method: its update by hand, ties, NaN, options, and that it finds optima."""
 
+import dataclasses
 import doctest
 import functools
 import itertools
@@ -280,11 +281,25 @@ def test_cem_reaches_the_optimum_of_32_dimensions_in_12_000_evaluations(fitness,
         ("momentum", {"momentum": -0.1}),
         ("min_std", {"min_std": -0.1}),
         ("threshold", {"threshold": -1.0}),
+        ("population_size", {"population_size": 50.0}),
+        ("population_size", {"population_size": "50"}),
+        ("population_size", {"population_size": None}),
+        ("momentum", {"momentum": "0.3"}),
+        ("noise_std", {"noise_std": True}),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(field, options):
-    with pytest.raises(InputError, match=rf"^{field}={options[field]}[^\n]*\.$"):
+    with pytest.raises(InputError, match=rf"^{field}={options[field]!r}[^\n]*\.$"):
         CEM(**options)
+
+
+def test_numbers_of_numpy_are_settings_as_those_of_python_are():
+    of_numpy = CEM(population_size=np.int64(4), elite_ratio=np.float32(0.5), momentum=np.int32(0))
+    assert of_numpy == CEM(population_size=4, elite_ratio=0.5, momentum=0.0)
+    kinds = {name: type(value) for name, value in dataclasses.asdict(of_numpy).items()}
+    assert kinds.pop("population_size") is int
+    assert kinds.pop("std_momentum") is type(None)
+    assert set(kinds.values()) == {float}
 
 
 @pytest.mark.parametrize("momentum", [1.5, -0.1])

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from grpocem_jax import adapters, grpo
@@ -549,12 +550,31 @@ def test_the_scale_of_the_learning_rate_is_applied_before_it_changes():
         (grpo.adamw, "lr_scale_range", (10.0, 0.1)),
         (grpo.adamw, "b1", 1.0),
         (grpo.adamw, "eps", True),
+        (grpo.adamw, "learning_rate", optax.constant_schedule(0.1)),
+        (grpo.adamw, "learning_rate", jnp.float32(0.1)),
+        (grpo.adamw, "learning_rate", [0.1]),
+        (grpo.adamw, "warmup_steps", 2.0),
+        (grpo.adamw, "total_steps", -1),
+        (grpo.adamw, "lr_scale_range", 2.0),
+        (grpo.adamw, "lr_scale_range", ("a", "b")),
+        (grpo.adamw, "weight_decay", jnp.zeros(2)),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(make, name, value):
     with pytest.raises(InputError) as refused:
         make(**{name: value})
-    assert str(refused.value).startswith(f"{name}={value!r}: must be ")
+    value = tuple(value) if isinstance(value, list) else value
+    fix = "is a schedule" if callable(value) else "must be "
+    assert str(refused.value).startswith(f"{name}={value!r}: {fix}")
+
+
+def test_settings_may_be_numbers_of_numpy_and_lists():
+    assert grpo.clipped(np.float32(0.5), np.int64(1)) == grpo.clipped(0.5, 1.0)
+    bounds = [0.1, 10.0]
+    of_list = grpo.adamw(learning_rate=np.float64(0.5), lr_scale_range=bounds)
+    assert of_list is grpo.adamw(learning_rate=0.5, lr_scale_range=tuple(bounds))
+    adapter = adapters.lora(rank=np.int64(4), alpha=np.float32(2))
+    assert adapter.factor is adapters.lora(rank=4).factor
 
 
 @pytest.mark.parametrize("changes", [{"beta": -0.1}, {"entropy": -0.1}, {"beta": math.nan}])

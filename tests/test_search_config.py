@@ -72,7 +72,7 @@ def test_eggroll_adapts_by_config_and_refuses_options_of_another(workdir):
     assert found.fitness_after != found.fitness_before
     for option, reason in (
         ({"momentum": 0.3}, "has no option momentum; it has rank, learning_rate"),
-        ({"rank": 0}, "rank=0: must be a whole number"),
+        ({"rank": 0}, "rank=0: must be at least 1"),
     ):
         settings.search.options = option
         with pytest.raises(InputError, match=rf"^config\.search\.method='eggroll' .*{reason}"):

@@ -367,6 +367,7 @@ def test_a_method_that_is_not_hashable_is_refused():
         ({"name": "PSO", "options": {"inertia": 1.0}}, r"^options\.inertia=1\.0: PSO has no such"),
         ({"name": "PSO", "options": {"a": [1]}}, r"^options=\{'a': \[1\]\}: give numbers"),
         ({"name": "PSO", "noise_std": 0.0}, r"^noise_std=0\.0: must be above 0"),
+        ({"name": "PSO", "population_size": 4.0}, r"^population_size=4\.0: must be a whole number"),
     ],
 )
 def test_a_strategy_or_option_that_evosax_lacks_is_refused(options, reason):
@@ -432,7 +433,7 @@ def test_the_mean_of_eggroll_moves_by_the_differences_of_pairs():
     [
         ({"population_size": 7}, "^population_size=7: must be even.*take 8"),
         ({"rank": 1.5}, "^rank=1.5: must be a whole number"),
-        ({"rank": 0}, "^rank=0: must be a whole number of at least 1"),
+        ({"rank": 0}, "^rank=0: must be at least 1"),
         ({"learning_rate": 0.0}, r"^learning_rate=0\.0: must be above 0"),
     ],
 )

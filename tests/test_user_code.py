@@ -244,7 +244,7 @@ def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes
         ("grpo.objective", "no_adapter", {}, ["is dict, not a function", "it must take (logps"]),
         ("grpo.objective", "means", {}, ["returned float32 of shape (1, 8)", "values [P, G, N]"]),
         ("grpo.objective", "leaks", {}, ["a traced leak"]),
-        ("grpo.objective", "clip", {"high": -1}, ["high=-1: must be a number above 0"]),
+        ("grpo.objective", "clip", {"high": -1}, ["high=-1: must be above 0"]),
         ("grpo.objective", "clip", {"hihg": 1}, ["options {'hihg': 1}", "unexpected keyword"]),
         ("grpo.objective", "clipped", {"hihg": 1}, ["options {'hihg': 1}", "unexpected keyword"]),
         ("grpo.objective", "clipped", {"ratio": "group"}, ["ratio='group': must be one of token"]),
@@ -258,7 +258,7 @@ def test_settings_that_name_nothing_are_refused_before_a_model_is_loaded(changes
         ("train.optimizer", "ascent", {}, ["goes up the gradient"]),
         ("train.optimizer", "no_rate", {}, ["unexpected keyword", "learning_rate, a schedule"]),
         ("train.optimizer", "no_optimizer", {}, ["must be an optax.GradientTransformation"]),
-        ("train.optimizer", "adamw", {"b1": 2}, ["b1=2: must be a number from 0 to below 1"]),
+        ("train.optimizer", "adamw", {"b1": 2}, ["b1=2: must be from 0 to below 1"]),
     ],
 )
 def test_a_part_of_grpo_that_cannot_be_used_is_named_before_a_model_is_loaded(

@@ -82,8 +82,8 @@ def test_the_answer_of_most_adapters_wins_and_ties_go_to_the_first(run):
     ("options", "reason"),
     [
         ({"keep": 5, "population_size": 4}, "^keep=5: must be at most population_size=4"),
-        ({"keep": 0}, "^keep=0: must be a whole number of at least 1"),
-        ({"samples": 0}, "^samples=0: must be a whole number"),
+        ({"keep": 0}, "^keep=0: must be at least 1"),
+        ({"samples": 0}, "^samples=0: must be at least 1"),
         ({"noise_std": 0.0}, r"^noise_std=0\.0: must be above 0"),
     ],
 )

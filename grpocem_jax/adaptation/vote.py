@@ -19,7 +19,8 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.runs.trained import TrainedRun
 from grpocem_jax.search.cem import CEM
 from grpocem_jax.tasks import Messages
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import whole
 from grpocem_jax.utils.statistics import mean_of_present
 
 
@@ -54,7 +55,7 @@ def best_perturbations(
       InputError: a value outside its range, no prompts or ones that are too long, no reward at
         all, or what reward functions do wrong.
     """
-    check_whole(keep=keep, samples=samples)
+    keep, samples = whole("keep", keep), whole("samples", samples)
     if keep > population_size:
         raise InputError(f"keep={keep}: must be at most population_size={population_size}.")
     if not items:

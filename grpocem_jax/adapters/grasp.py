@@ -13,7 +13,7 @@ import numpy as np
 
 from grpocem_jax.adapters.base import Adapter, Offsets, each_site, keep_kernel
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.settings import above, number, whole
 
 
 def grasp(*, groups: int = 16, seed: int = 0) -> Adapter:
@@ -26,7 +26,7 @@ def grasp(*, groups: int = 16, seed: int = 0) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(groups=groups)
+    groups = whole("groups", groups)
 
     def of_inputs(own: dict[str, jax.Array], count: int) -> tuple[jax.Array, jax.Array]:
         number = np.arange(count) * min(groups, count) // count
@@ -66,8 +66,7 @@ def stoch_grasp(*, groups: int = 16, noise: float = 0.05, seed: int = 0) -> Adap
     Raises:
       InputError: a value outside its range.
     """
-    if not noise > 0:
-        raise InputError(f"noise={noise!r}: must be above 0.")
+    noise = number("noise", noise, above(0))
     deterministic = grasp(groups=groups, seed=seed)
 
     def init(key: jax.Array, factors: Mapping[str, jax.Array]) -> Offsets:

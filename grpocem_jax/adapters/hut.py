@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import check_whole
+from grpocem_jax.utils.settings import whole
 
 
 def hut(*, rank: int = 1) -> Adapter:
@@ -25,7 +25,7 @@ def hut(*, rank: int = 1) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(rank=rank)
+    rank = whole("rank", rank)
 
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         rows, columns = kernel.shape

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import check_whole
+from grpocem_jax.utils.settings import whole
 
 
 def increlora(*, max_rank: int = 8) -> Adapter:
@@ -24,7 +24,7 @@ def increlora(*, max_rank: int = 8) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(max_rank=max_rank)
+    max_rank = whole("max_rank", max_rank)
 
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         (rows, columns), (left, right) = kernel.shape, jax.random.split(key)

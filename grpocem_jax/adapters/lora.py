@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.adapters.base import Adapter, each_site, keep_kernel
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.settings import above, number, whole
 
 
 def lora(*, rank: int = 8, alpha: float | None = None) -> Adapter:
@@ -24,10 +24,8 @@ def lora(*, rank: int = 8, alpha: float | None = None) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(rank=rank)
-    scale = 1.0 if alpha is None else alpha / rank
-    if not scale > 0:
-        raise InputError(f"alpha={alpha!r}: must be above 0.")
+    rank = whole("rank", rank)
+    scale = 1.0 if alpha is None else number("alpha", alpha, above(0)) / rank
 
     def init(key: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
         rows, columns = kernel.shape

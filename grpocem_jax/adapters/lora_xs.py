@@ -13,7 +13,7 @@ import numpy as np
 from grpocem_jax.adapters.base import Adapter, each_site
 from grpocem_jax.adapters.svf import SVD, svd
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import check_whole
+from grpocem_jax.utils.settings import whole
 
 
 class Frozen(NamedTuple):
@@ -46,7 +46,7 @@ def lora_xs(*, rank: int = 8, svd: SVD = svd) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(rank=rank)
+    rank = whole("rank", rank)
 
     def factor(key: jax.Array, kernel: np.ndarray) -> Frozen:
         del key  # nothing frozen is random

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, number, share
 
 
 def combine(offsets: Sequence[Offsets], weights: Sequence[float] | None = None) -> Offsets:
@@ -84,10 +85,7 @@ def compete(offsets: Sequence[Offsets], *, keep: float = 0.5, scale: float = 1.0
       InputError: as `combine`; a value outside its range.
     """
     _check(offsets)
-    if not 0 < keep <= 1:
-        raise InputError(f"keep={keep!r}: must be above 0 and at most 1.")
-    if not scale > 0:
-        raise InputError(f"scale={scale!r}: must be above 0.")
+    keep, scale = number("keep", keep, share()), number("scale", scale, above(0))
     rows, unflatten = _flatten(offsets)
     d = jnp.stack(rows)
 
@@ -110,10 +108,10 @@ def _check(offsets: Sequence[Offsets]) -> None:
     if not offsets:
         raise InputError("offsets: there are none to merge; give at least one adapter's.")
     kinds = [jax.tree.map(jnp.shape, own) for own in offsets]
-    for number, kind in enumerate(kinds):
+    for place, kind in enumerate(kinds):
         if kind != kinds[0]:
             raise InputError(
-                f"offsets: number {number} has other sites or shapes than the first; merge "
+                f"offsets: number {place} has other sites or shapes than the first; merge "
                 "adapters of one model and one type."
             )
 

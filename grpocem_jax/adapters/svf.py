@@ -26,6 +26,7 @@ from grpocem_jax.adapters.base import Adapter, Sites, each_site
 from grpocem_jax.models.base import dense
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import cache_folder, expand, write_safetensors
+from grpocem_jax.utils.settings import number, share
 
 
 class SVFFactors(NamedTuple):
@@ -123,8 +124,7 @@ def svf(
     Raises:
       InputError: a value outside its range; in ``init``, a site without a trainable singular value.
     """
-    if not 0.0 < rank_ratio <= 1.0:
-        raise InputError(f"rank_ratio={rank_ratio}: must be above 0 and at most 1.")
+    rank_ratio = number("rank_ratio", rank_ratio, share())
     if tail not in ("keep", "drop"):
         raise InputError(f"tail={tail!r}: must be 'keep' or 'drop'.")
 

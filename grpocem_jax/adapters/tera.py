@@ -19,7 +19,7 @@ import numpy as np
 
 from grpocem_jax.adapters.base import Adapter, each_site
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import check_whole
+from grpocem_jax.utils.settings import whole
 
 
 class Network(NamedTuple):
@@ -50,7 +50,7 @@ def tera(*, rank: int = 8, seed: int = 0) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(rank=rank)
+    rank = whole("rank", rank)
 
     def factor(key: jax.Array, kernel: np.ndarray) -> Network:
         del key  # one for all sites of a shape

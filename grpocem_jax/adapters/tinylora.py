@@ -15,7 +15,7 @@ from grpocem_jax.adapters.base import Adapter, Offsets
 from grpocem_jax.adapters.lora_xs import Frozen, leading
 from grpocem_jax.adapters.svf import SVD, svd
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import check_whole
+from grpocem_jax.utils.settings import whole
 
 
 class Projected(NamedTuple):
@@ -43,8 +43,8 @@ def tinylora(
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(rank=rank, size=size)
-    check_whole(0, sites_per_vector=sites_per_vector)
+    rank, size = whole("rank", rank), whole("size", size)
+    sites_per_vector = whole("sites_per_vector", sites_per_vector, 0)
 
     def factor(key: jax.Array, kernel: np.ndarray) -> Projected:
         frozen = leading(kernel, rank, svd)

@@ -12,7 +12,7 @@ import numpy as np
 
 from grpocem_jax.adapters.base import Adapter, each_site
 from grpocem_jax.models.base import dense
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.settings import Range, number, whole
 
 
 class Random(NamedTuple):
@@ -37,10 +37,8 @@ def vera(*, rank: int = 64, d: float = 0.1, seed: int = 0) -> Adapter:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(rank=rank)
-    if d == 0:
-        raise InputError(f"d={d!r}: must not be 0, where nothing has a gradient.")
-    start = d
+    rank = whole("rank", rank)
+    start = number("d", d, Range("other than 0, where nothing has a gradient", lambda x: x != 0))
 
     def factor(key: jax.Array, kernel: np.ndarray) -> Random:
         del key  # one for all sites of a shape

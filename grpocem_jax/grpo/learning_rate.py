@@ -1,5 +1,7 @@
 """The learning rate: linear warmup and decay, and a factor that follows the measured KL."""
 
+import numbers
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, at_least, number, whole, within
 
 FACTOR = 1.5
 """By how much a step raises or lowers the scale."""
@@ -27,14 +30,17 @@ def warmup(
       final_scale: from 0 to 1.
 
     Raises:
-      InputError: a value outside its range.
+      InputError: a value outside its range; a schedule for ``learning_rate``.
     """
-    if not learning_rate > 0:
-        raise InputError(f"learning_rate={learning_rate!r}: must be above 0.")
-    if not steps >= 0:
-        raise InputError(f"warmup_steps={steps!r}: must be at least 0.")
-    if not 0 <= final_scale <= 1:
-        raise InputError(f"final_lr_scale={final_scale!r}: must be from 0 to 1.")
+    if callable(learning_rate):
+        raise InputError(
+            f"learning_rate={learning_rate!r}: is a schedule, and this one has a warmup and a "
+            "decay of its own; give its peak as a number, or use optax.adamw(your_schedule)."
+        )
+    learning_rate = number("learning_rate", learning_rate, above(0))
+    steps = whole("warmup_steps", steps, 0)
+    total_steps = whole("total_steps", total_steps, 0)
+    final_scale = number("final_lr_scale", final_scale, within(0, 1))
 
     def schedule(count: jax.Array | int) -> jax.Array:
         done = jnp.asarray(count + 1, jnp.float32)
@@ -91,12 +97,12 @@ def adapt_to_kl(
     Raises:
       InputError: a value outside its range.
     """
-    bounds = tuple(scale_range)
-    if not target_kl >= 0:
-        raise InputError(f"target_kl={target_kl!r}: must be at least 0.")
-    if not (len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1]):
+    target_kl = number("target_kl", target_kl, at_least(0))
+    bounds: Any = tuple(scale_range) if isinstance(scale_range, Iterable) else ()
+    known = len(bounds) == 2 and all(isinstance(x, numbers.Real) for x in bounds)
+    if not (known and 0 < bounds[0] <= 1 <= bounds[1]):
         raise InputError(
-            f"lr_scale_range={bounds!r}: must be two numbers above 0 with 1 between them."
+            f"lr_scale_range={scale_range!r}: must be two numbers above 0 with 1 between them."
         )
 
     def init(params: Any) -> LearningRateState:

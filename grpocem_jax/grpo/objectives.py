@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.grpo.batch import Batch
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, number
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """An objective: ``(logps, batch) -> (values, metrics)``.
@@ -104,12 +105,10 @@ def clipped(low: float = 0.2, high: float = 0.2, ratio: str = "token") -> Object
     Raises:
       InputError: a value outside its range.
     """
-    for name, value in (("low", low), ("high", high)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise InputError(f"{name}={value!r}: must be a number above 0.")
+    low, high = number("low", low, above(0)), number("high", high, above(0))
     if ratio not in RATIOS:
         raise InputError(f"ratio={ratio!r}: must be one of {', '.join(RATIOS)}.")
-    return _Clipped(float(low), float(high), ratio)
+    return _Clipped(low, high, ratio)
 
 
 def k3_divergence(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:

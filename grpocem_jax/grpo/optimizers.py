@@ -2,14 +2,34 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
 from grpocem_jax.grpo.learning_rate import adapt_to_kl, warmup
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, at_least, below, number
+
+Make = Callable[..., optax.GradientTransformation]
 
 
-@functools.lru_cache
+def _once(make: Make) -> Make:
+    """A function that gives the same transformation for equal arguments that are hashable."""
+    cached = functools.lru_cache(make)
+
+    @functools.wraps(make)
+    def made(*args: Any, **options: Any) -> optax.GradientTransformation:
+        options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}
+        try:
+            hash((args, tuple(options.values())))
+        except TypeError:
+            return make(*args, **options)  # which says what is wrong
+        return cached(*args, **options)
+
+    return made
+
+
+@_once
 def optimizer(
     base: Callable[..., optax.GradientTransformation] = optax.adamw,
     *,
@@ -42,8 +62,7 @@ def optimizer(
     Raises:
       InputError: a value outside its range.
     """
-    if not max_grad_norm > 0:
-        raise InputError(f"max_grad_norm={max_grad_norm!r}: must be above 0.")
+    max_grad_norm = number("max_grad_norm", max_grad_norm, above(0))
     schedule = warmup(
         learning_rate, warmup_steps, total_steps=total_steps, final_scale=final_lr_scale
     )
@@ -56,7 +75,7 @@ def optimizer(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), made, rate)
 
 
-@functools.lru_cache
+@_once
 def adamw(
     *,
     learning_rate: float = 5e-5,
@@ -89,14 +108,9 @@ def adamw(
     Raises:
       InputError: a value outside its range.
     """
-    for name, value, holds, needed in (
-        ("weight_decay", weight_decay, lambda x: x >= 0, "at least 0"),
-        ("b1", b1, lambda x: 0 <= x < 1, "from 0 to below 1"),
-        ("b2", b2, lambda x: 0 <= x < 1, "from 0 to below 1"),
-        ("eps", eps, lambda x: x > 0, "above 0"),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-            raise InputError(f"{name}={value!r}: must be a number {needed}.")
+    weight_decay = number("weight_decay", weight_decay, at_least(0))
+    b1, b2 = number("b1", b1, below(0, 1)), number("b2", b2, below(0, 1))
+    eps = number("eps", eps, above(0))
     return optimizer(
         functools.partial(optax.adamw, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
         learning_rate=learning_rate,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from grpocem_jax.search.base import Point, check_start
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.settings import above, check, count, setting
 
 
@@ -60,7 +60,6 @@ class Eggroll:
     learning_rate: float = setting(allowed=above(0), default=0.3)
 
     def __post_init__(self) -> None:
-        check_whole(rank=self.rank)
         check(self)
         if self.population_size % 2:
             raise InputError(

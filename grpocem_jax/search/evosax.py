@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from grpocem_jax.search.base import Point, check_start
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, check, count, setting
 
 GIVEN = ("population_size", "solution", "fitness_shaping_fn", "metrics_fn")
 """Arguments of a strategy that are not options."""
@@ -60,15 +61,14 @@ class Evosax:
     """
 
     name: str
-    population_size: int = 100
-    noise_std: float = 0.3
+    population_size: int = setting(allowed=count(1), default=100)
+    noise_std: float = setting(allowed=above(0), default=0.3)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     needs = ("key",)
 
     def __post_init__(self) -> None:
-        if not self.noise_std > 0:
-            raise InputError(f"noise_std={self.noise_std}: must be above 0.")
+        check(self)
         try:
             hash(tuple(self.options.items()))
         except TypeError:

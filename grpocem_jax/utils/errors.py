@@ -13,14 +13,3 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
-
-
-def check_whole(least: int = 1, **values: object) -> None:
-    """Refuses arguments that are no whole numbers from ``least`` on; their names are the keywords.
-
-    Raises:
-      InputError: one is not.
-    """
-    for name, value in values.items():
-        if type(value) is not int or value < least:
-            raise InputError(f"{name}={value!r}: must be a whole number of at least {least}.")

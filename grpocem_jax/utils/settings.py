@@ -5,6 +5,9 @@ the same ranges.  What a field means is said in its metadata, or in its record's
 """
 
 import dataclasses
+import numbers
+import types
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +48,11 @@ def within(low: float, high: float) -> Range:
 def count(low: int) -> Range:
     """Numbers of things, from ``low`` to `MOST`."""
     return Range(f"at least {low} and at most {MOST}", lambda x: low <= x <= MOST)
+
+
+def below(low: float, high: float) -> Range:
+    """Numbers from a bound to another, which does not belong to it."""
+    return Range(f"from {low} to below {high}", lambda x: low <= x < high)
 
 
 def share() -> Range:
@@ -116,13 +124,49 @@ def options(doc: str) -> Any:
     return setting(doc, default_factory=dict, hash=False)
 
 
-def check(record: Any) -> None:
-    """Holds the fields of a record to their ranges.
+def number(name: str, value: Any, allowed: Range) -> float:
+    """A number as a float, also where it is one of NumPy's.
 
     Raises:
-      InputError: the first that is out of its range.
+      InputError: it is no number, or out of its range; the message names it ``name``.
+    """
+    return float(_held(name, value, allowed, float))
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number from ``least`` on as an int, also where it is one of NumPy's.
+
+    Raises:
+      InputError: as `number`.
+    """
+    return int(_held(name, value, at_least(least), int))
+
+
+NUMBERS = {int: ("a whole number", numbers.Integral), float: ("a number", numbers.Real)}
+"""What a type of a field is called, and all that is taken for one."""
+
+
+def _held(name: str, value: Any, allowed: Range, kind: Any) -> Any:
+    """A value that is of the kind and in the range; numbers as Python's own."""
+    called, taken = NUMBERS.get(kind, ("", object))
+    if called and (isinstance(value, bool) or not isinstance(value, taken)):
+        raise InputError(f"{name}={value!r}: must be {called}, {allowed.text}.")
+    if not allowed.holds(value):
+        raise InputError(f"{name}={value!r}: must be {allowed.text}.")
+    return kind(value) if called else value
+
+
+def check(record: Any) -> None:
+    """Holds the fields of a frozen record to their types, where these are numbers, and ranges.
+
+    Numbers of NumPy become Python's own.
+
+    Raises:
+      InputError: the first that is not of its type or out of its range.
     """
     for field in dataclasses.fields(record):
         allowed, value = field.metadata.get("range"), getattr(record, field.name)
-        if allowed is not None and value is not None and not allowed.holds(value):
-            raise InputError(f"{field.name}={value!r}: must be {allowed.text}.")
+        united = isinstance(field.type, types.UnionType)
+        kinds = typing.get_args(field.type) if united else (field.type,)
+        if allowed is not None and not (value is None and type(None) in kinds):
+            object.__setattr__(record, field.name, _held(field.name, value, allowed, kinds[0]))

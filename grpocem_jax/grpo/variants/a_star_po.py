@@ -18,6 +18,7 @@ from grpocem_jax.grpo.batch import Batch
 from grpocem_jax.grpo.objectives import Objective
 from grpocem_jax.grpo.variants.outcomes import Groups, group, of_outcomes
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, number
 
 
 def optimal_values(rewards: ArrayLike, beta: float) -> jax.Array:
@@ -33,7 +34,7 @@ def optimal_values(rewards: ArrayLike, beta: float) -> jax.Array:
     Raises:
       InputError: ``beta`` is not above 0.
     """
-    _check(beta)
+    beta = number("beta", beta, above(0))
     return _values(group(rewards), beta)[:, 0]
 
 
@@ -60,7 +61,7 @@ def optimal_advantages(beta: float = 0.5, offline: bool = False) -> Advantages:
     Raises:
       InputError: a value outside its range.
     """
-    _check(beta)
+    beta = number("beta", beta, above(0))
     if not isinstance(offline, bool):
         raise InputError(f"offline={offline!r}: must be True or False.")
 
@@ -109,10 +110,5 @@ def a_star_po(beta: float = 0.1) -> Objective:
     Raises:
       InputError: ``beta`` is not above 0.
     """
-    _check(beta)
-    return _AStarPO(float(beta))
-
-
-def _check(beta: float) -> None:
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or not beta > 0:
-        raise InputError(f"beta={beta!r}: must be a number above 0.")
+    beta = number("beta", beta, above(0))
+    return _AStarPO(beta)

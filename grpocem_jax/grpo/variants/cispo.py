@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.grpo.batch import Batch
 from grpocem_jax.grpo.objectives import Objective
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import at_least, number, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,4 @@ def cispo(low: float = 1.0, high: float = 4.0) -> Objective:
     Raises:
       InputError: a value outside its range.
     """
-    if not 0 <= low <= 1:
-        raise InputError(f"low={low!r}: must be from 0 to 1.")
-    if not high >= 0:
-        raise InputError(f"high={high!r}: must be at least 0.")
-    return _CISPO(float(low), float(high))
+    return _CISPO(number("low", low, within(0, 1)), number("high", high, at_least(0)))

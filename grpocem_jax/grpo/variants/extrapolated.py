@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.settings import whole
 
 
 class ExtrapolatedState(NamedTuple):
@@ -49,10 +49,8 @@ def extrapolated(
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(0, ahead=ahead)
-    check_whole(degree=degree)
-    if type(every) is not int or every <= degree:
-        raise InputError(f"every={every!r}: must be a whole number above degree={degree}.")
+    ahead, degree = whole("ahead", ahead, 0), whole("degree", degree)
+    every = whole("every", every, degree + 1)
     base = optax.adamw(learning_rate, weight_decay=weight_decay)
     # What is fitted is linear in the points, so the change is a fixed sum of them.
     times = np.arange(every) / every

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import below, number, whole
 
 
 class IncreLoRAState(NamedTuple):
@@ -51,9 +52,8 @@ def increlora(
       InputError: a value outside its range; in ``init``, a budget below the number of sites, or
         offsets of another adapter.
     """
-    check_whole(budget=budget, every=every, grow=grow)
-    if not 0 <= decay < 1:
-        raise InputError(f"decay={decay!r}: must be from 0 to below 1.")
+    budget, every, grow = whole("budget", budget), whole("every", every), whole("grow", grow)
+    decay = number("decay", decay, below(0, 1))
     base = optax.adam(learning_rate)
 
     def init(offsets: Any) -> IncreLoRAState:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, below, number, within
 
 
 def invadam(
@@ -31,13 +31,8 @@ def invadam(
     Raises:
       InputError: a value outside its range.
     """
-    if not 0 <= adam <= 1:
-        raise InputError(f"adam={adam!r}: must be from 0 to 1.")
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise InputError(f"{name}={value!r}: must be from 0 to below 1.")
-    if not eps > 0:
-        raise InputError(f"eps={eps!r}: must be above 0.")
+    adam, eps = number("adam", adam, within(0, 1)), number("eps", eps, above(0))
+    b1, b2 = number("b1", b1, below(0, 1)), number("b2", b2, below(0, 1))
 
     def init(offsets: optax.Params) -> optax.ScaleByAdamState:
         zeros = jax.tree.map(jnp.zeros_like, offsets)

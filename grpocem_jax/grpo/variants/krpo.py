@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.grpo.advantages import Advantages
 from grpocem_jax.grpo.variants.outcomes import Groups, of_outcomes
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, at_least, number
 
 
 def krpo(process_noise: float = 1e-5, measurement_noise: float = 1e-2) -> Advantages:
@@ -27,10 +27,8 @@ def krpo(process_noise: float = 1e-5, measurement_noise: float = 1e-2) -> Advant
     Raises:
       InputError: a value outside its range.
     """
-    if not process_noise >= 0:
-        raise InputError(f"process_noise={process_noise!r}: must be at least 0.")
-    if not measurement_noise > 0:
-        raise InputError(f"measurement_noise={measurement_noise!r}: must be above 0.")
+    process_noise = number("process_noise", process_noise, at_least(0))
+    measurement_noise = number("measurement_noise", measurement_noise, above(0))
 
     def measure(
         state: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.grpo.reading import reads
 from grpocem_jax.grpo.shaping import Shaping
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils import settings
 
 
 def overlong(share: float = 0.2) -> Shaping:
@@ -21,8 +21,7 @@ def overlong(share: float = 0.2) -> Shaping:
     Raises:
       InputError: ``share`` outside its range.
     """
-    if not 0 < share <= 1:
-        raise InputError(f"share={share!r}: must be above 0 and at most 1.")
+    share = settings.number("share", share, settings.share())
 
     @reads()
     @jax.jit

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.grpo.batch import Batch
 from grpocem_jax.grpo.objectives import Objective
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import above, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,4 @@ def rebel(eta: float = 1.0) -> Objective:
     Raises:
       InputError: ``eta`` is not above 0.
     """
-    if not eta > 0:
-        raise InputError(f"eta={eta!r}: must be above 0.")
-    return _Rebel(float(eta))
+    return _Rebel(number("eta", eta, above(0)))

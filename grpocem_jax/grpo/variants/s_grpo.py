@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from grpocem_jax.grpo.reading import reads
 from grpocem_jax.grpo.weights import WeightRule, select, token_weights
 from grpocem_jax.models.sampling import Rollouts
-from grpocem_jax.utils.errors import InputError, check_whole
+from grpocem_jax.utils.settings import number, whole, within
 
 
 def s_grpo(alpha: int = 4, probability: float = 0.5, k: int = 16) -> WeightRule:
@@ -26,10 +26,9 @@ def s_grpo(alpha: int = 4, probability: float = 0.5, k: int = 16) -> WeightRule:
     Raises:
       InputError: a value outside its range.
     """
-    check_whole(0, alpha=alpha)
-    check_whole(max(1, alpha), k=k)
-    if not 0 <= probability <= 1:
-        raise InputError(f"probability={probability!r}: must be from 0 to 1.")
+    alpha = whole("alpha", alpha, 0)
+    k = whole("k", k, max(1, alpha))
+    probability = number("probability", probability, within(0, 1))
 
     @functools.partial(jax.jit, static_argnames="count")
     def draw(key: jax.Array, mask: jax.Array, *, count: int) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from grpocem_jax.grpo.reading import reads
 from grpocem_jax.grpo.shaping import Shaping
-from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import number, within
 
 
 def unlikeliness(strength: float = 0.25) -> Shaping:
@@ -21,8 +21,7 @@ def unlikeliness(strength: float = 0.25) -> Shaping:
     Raises:
       InputError: ``strength`` outside its range.
     """
-    if not 0 <= strength <= 1:
-        raise InputError(f"strength={strength!r}: must be from 0 to 1.")
+    strength = number("strength", strength, within(0, 1))
 
     @reads("logps")
     @jax.jit
