@@ -184,7 +184,7 @@ def test_kept_logits_change_no_update(tiny, batch, monkeypatch):
     results = []
     for limit in (0, 2**28):
         monkeypatch.setattr(grpo_step, "KEPT_LOGITS_BYTES", limit)
-        update = jax.jit(functools.partial(grpo.update.__wrapped__, model=tiny.model, **hp))
+        update = jax.jit(functools.partial(grpo_step._update.__wrapped__, model=tiny.model, **hp))
         state = grpo.init_state(tiny.adapted(), hp["optimizer"])
         results.append(update(state, tiny.factored, batch, 0.7))
     for again, kept in zip(*map(jax.tree.leaves, results), strict=True):
@@ -577,12 +577,61 @@ def test_settings_may_be_numbers_of_numpy_and_lists():
     assert adapter.factor is adapters.lora(rank=4).factor
 
 
-@pytest.mark.parametrize("changes", [{"beta": -0.1}, {"entropy": -0.1}, {"beta": math.nan}])
-def test_weights_of_penalties_below_zero_are_refused(tiny, batch, offsets, changes):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta": -0.1}, r"^beta=-0\.1: must be at least 0"),
+        ({"entropy": -0.1}, r"^entropy=-0\.1: must be at least 0"),
+        ({"beta": math.nan}, "^beta=nan: must be at least 0"),
+        ({"entropy": "0.1"}, r"^entropy='0\.1': must be a number, at least 0"),
+        ({"beta": jnp.float32(0.5)}, r"^beta=Array\(0\.5, .*: is an array.* such as float\(beta\)"),
+        ({"micro_batch": 4.0}, r"^micro_batch=4\.0: must be a whole number"),
+        (
+            {"objective": grpo.clipped},
+            r"^objective=clipped: needs no arguments.*objective=clipped\(\)",
+        ),
+    ],
+)
+def test_an_argument_of_an_update_that_cannot_be_used_is_named(tiny, batch, offsets, changes, said):
     hp = settings(**changes)
     state = grpo.init_state(offsets, hp["optimizer"])
-    with pytest.raises(InputError, match="must be at least 0"):
+    with pytest.raises(InputError, match=said):
         grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
+
+
+def test_a_weight_of_numpy_is_the_number(tiny, batch, offsets):
+    def loss(beta):
+        hp = settings(beta=beta)
+        state = grpo.init_state(offsets, hp["optimizer"])
+        return grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)[1]["loss"]
+
+    assert loss(np.float32(0.5)) == loss(0.5)
+
+
+def test_an_optimizer_that_was_not_called_is_named(offsets):
+    with pytest.raises(InputError, match=r"^optimizer=.*adamw.* call .* optax\.adamw\(1e-2\)"):
+        grpo.init_state(offsets, optax.adamw)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("advantages", lambda x: x[..., 0], r"has shape \(\d, \d\): .* \[P=\d, G=\d, N=\d+\]"),
+        ("advantages", lambda x: x[:1], r"has shape \(1, "),
+        ("weights", lambda x: x[..., :1], r"has shape \(\d, \d, 1\)"),
+        ("weights", lambda x: None, "is NoneType"),
+        ("prompts", lambda x: x.tolist(), r"is list: must be an array of shape \[P=\d, S\]"),
+        ("prompt_mask", lambda x: x[:, 1:], r"must be an array of shape \[P=\d, S=\d\]"),
+        ("completions", lambda x: x[0], r"must be an array of shape \[P, G, N\]"),
+        ("positions", lambda x: jnp.zeros(3, jnp.int32), r"shape \[P=\d, G=\d, K\]"),
+    ],
+)
+def test_a_batch_of_other_shapes_is_refused(tiny, batch, offsets, field, change, said):
+    hp = settings()
+    state = grpo.init_state(offsets, hp["optimizer"])
+    wrong = batch._replace(**{field: change(getattr(batch, field))})
+    with pytest.raises(InputError, match=f"^batch.{field} .*{said}"):
+        grpo.update(state, tiny.factored, wrong, 1.0, model=tiny.model, **hp)
 
 
 def test_a_target_of_the_kl_without_the_kl_is_refused(tiny, batch, offsets):
@@ -590,6 +639,29 @@ def test_a_target_of_the_kl_without_the_kl_is_refused(tiny, batch, offsets):
     state = grpo.init_state(offsets, hp["optimizer"])
     with pytest.raises(InputError, match=r"^target_kl=0\.01 follows .* beta=0\.0 leaves out"):
         grpo.update(state, tiny.factored, batch, 1.0, model=tiny.model, **hp)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda mask: grpo.outcome_advantages(jnp.zeros((1, 3)), mask),
+            r"^rewards of shape \(1, 3\): must have shape \(2, 3\) for a mask of shape \(2, 3, 4\)",
+        ),
+        (lambda mask: grpo.outcome_advantages([0.0, 1.0, 2.0], mask), r"^rewards of shape \(3,\)"),
+        (
+            lambda mask: grpo.process_advantages(jnp.zeros((2, 3, 1)), mask, mask),
+            r"^step_rewards of shape \(2, 3, 1\)",
+        ),
+        (
+            lambda mask: grpo.process_advantages(jnp.zeros((2, 3, 4)), mask[:1], mask),
+            r"^step_ends of shape \(1, 3, 4\)",
+        ),
+    ],
+)
+def test_rewards_of_another_shape_than_the_mask_are_refused(make, said):
+    with pytest.raises(InputError, match=said):
+        make(jnp.ones((2, 3, 4), bool))
 
 
 def test_micro_batches_hold_whole_groups(tiny, batch, offsets):

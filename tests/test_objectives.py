@@ -222,7 +222,7 @@ def test_log_probabilities_at_positions_are_those_of_all_tokens(tiny, batch):
 def test_the_head_of_tokens_that_are_not_selected_is_not_computed(tiny, batch):
     def operations(positions):
         some = batch._replace(positions=positions)
-        lowered = grpo.update.lower(
+        lowered = jax.jit(grpo.update, static_argnames=grpo.STATIC).lower(
             grpo.init_state(tiny.zero, OPTIMIZER), tiny.factored, some, 1.0,
             model=tiny.model, objective=grpo.clipped(), optimizer=OPTIMIZER,
         )  # fmt: skip

@@ -120,7 +120,8 @@ def compare_update(micro_batches: int) -> dict[str, float]:
     }
     alone = (state, one.params, batch, 1.0)
     together = (devices.replicate(MESH, state), two.params, devices.divide(MESH, batch), 1.0)
-    programs = [grpo.update.lower(*args, **options).compile() for args in (alone, together)]
+    update = jax.jit(grpo.update, static_argnames=grpo.STATIC)
+    programs = [update.lower(*args, **options).compile() for args in (alone, together)]
     first, second = (
         program(*args)[0].offsets for program, args in zip(programs, (alone, together), strict=True)
     )

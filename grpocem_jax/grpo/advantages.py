@@ -95,8 +95,21 @@ def outcome_advantages(rewards: ArrayLike, mask: ArrayLike) -> jax.Array:
 
     Returns:
       float ``[P, G, N]``, zero off the mask.
+
+    Raises:
+      InputError: rewards of another shape than the completions of the mask.
     """
+    rewards, mask = jnp.asarray(rewards), jnp.asarray(mask)
+    _check_shape("rewards", rewards, mask.shape[:-1], mask)
     return jnp.where(mask, group_normalize(rewards)[..., None], 0.0)
+
+
+def _check_shape(name: str, given: jax.Array, wanted: tuple[int, ...], mask: jax.Array) -> None:
+    if given.shape != wanted:
+        raise InputError(
+            f"{name} of shape {given.shape}: must have shape {wanted} for a mask of shape "
+            f"{mask.shape}."
+        )
 
 
 @jax.jit
@@ -113,8 +126,14 @@ def process_advantages(step_rewards: ArrayLike, step_ends: ArrayLike, mask: Arra
     Returns:
       float ``[P, G, N]``, zero off the mask. A completion with a single step at its end gets what
       `outcome_advantages` would give where every completion of the group has one step.
+
+    Raises:
+      InputError: arrays of different shapes.
     """
     step_rewards, step_ends = jnp.asarray(step_rewards), jnp.asarray(step_ends)
+    mask = jnp.asarray(mask)
+    _check_shape("step_rewards", step_rewards, mask.shape, mask)
+    _check_shape("step_ends", step_ends, mask.shape, mask)
     groups = (*step_rewards.shape[:-2], -1)
     normalized = group_normalize(step_rewards.reshape(groups), step_ends.reshape(groups))
     normalized = normalized.reshape(step_rewards.shape)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grpocem_jax.utils.errors import InputError
+
 
 class Batch(NamedTuple):
     """The rollouts of ``P`` prompts, ``G`` samples each, at most ``N`` tokens.
@@ -36,6 +38,40 @@ class Batch(NamedTuple):
     advantages: jax.Array
     weights: jax.Array
     positions: jax.Array | None = None
+
+
+AXES = {
+    "completions": "PGN",
+    "mask": "PGN",
+    "old_logps": "PGN",
+    "advantages": "PGN",
+    "weights": "PGN",
+    "prompts": "PS",
+    "prompt_mask": "PS",
+    "positions": "PGK",
+}
+"""The axes of each field of a `Batch`, in the order in which `check_shapes` reads their lengths."""
+
+
+def check_shapes(batch: Batch) -> None:
+    """Refuses a batch whose fields do not fit each other, as they could broadcast.
+
+    Raises:
+      InputError: a field that is no array, or has another shape than `Batch` says.
+    """
+    sizes: dict[str, int] = {}
+    for name, axes in AXES.items():
+        array = getattr(batch, name)
+        if name == "positions" and array is None:
+            continue
+        shape = getattr(array, "shape", ())
+        fits = len(shape) == len(axes) and all(
+            sizes.setdefault(axis, size) == size for axis, size in zip(axes, shape, strict=True)
+        )
+        if not fits:
+            found = f"is {type(array).__name__}" if shape == () else f"has shape {shape}"
+            wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+            raise InputError(f"batch.{name} {found}: must be an array of shape [{wanted}].")
 
 
 def seen_by_objective(batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ import optax
 
 from grpocem_jax.grpo.advantages import Advantages
 from grpocem_jax.grpo.batch import Batch, seen_by_objective
-from grpocem_jax.grpo.objectives import Objective
+from grpocem_jax.grpo.objectives import Objective, check_called
 from grpocem_jax.grpo.shaping import Shaping
 from grpocem_jax.grpo.step import METRICS
 from grpocem_jax.grpo.weights import WeightRule, token_weights
@@ -165,6 +165,7 @@ def check_objective(objective: Objective, shape: tuple[int, int, int] = SHAPE) -
         "dict of float32 scalars"
     )
     _check_callable("objective", contract, objective)
+    check_called(objective)
     try:
         hash(objective)
     except TypeError as error:

@@ -5,6 +5,7 @@ one more function that returns one.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 
@@ -109,6 +110,24 @@ def clipped(low: float = 0.2, high: float = 0.2, ratio: str = "token") -> Object
     if ratio not in RATIOS:
         raise InputError(f"ratio={ratio!r}: must be one of {', '.join(RATIOS)}.")
     return _Clipped(low, high, ratio)
+
+
+def check_called(objective: Objective) -> None:
+    """Refuses a function that makes objectives, such as `clipped`, in the place of one.
+
+    Raises:
+      InputError: it can do without arguments, of which an objective needs two.
+    """
+    try:
+        parameters = inspect.signature(objective).parameters.values()
+    except (TypeError, ValueError):  # of what is no function, or tells nothing
+        return
+    if all(x.default is not x.empty for x in parameters):
+        name = getattr(objective, "__name__", repr(objective))
+        raise InputError(
+            f"objective={name}: needs no arguments, so it makes objectives and is none; call it, "
+            f"as in objective={name}()."
+        )
 
 
 def k3_divergence(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:

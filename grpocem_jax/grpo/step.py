@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpocem_jax.grpo.batch import Batch, seen_by_objective
-from grpocem_jax.grpo.objectives import Objective, k3_divergence
+from grpocem_jax.grpo.batch import Batch, check_shapes, seen_by_objective
+from grpocem_jax.grpo.objectives import Objective, check_called, k3_divergence
 from grpocem_jax.models.base import Model, Params
 from grpocem_jax.models.likelihood import completion_logps
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import at_least, number, whole
 
 KEPT_LOGITS_BYTES = 2**28
 """Logits of a micro-batch up to this size are kept for the backward pass: 16 completions of 64
@@ -42,7 +43,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(offsets: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Raises:
+      InputError: no optimizer, such as ``optax.adamw`` itself.
+    """
+    if not callable(getattr(optimizer, "init", None)):
+        raise InputError(
+            f"optimizer={optimizer!r}: is no optax.GradientTransformation; call what makes one, "
+            "as in optax.adamw(1e-2)."
+        )
     return TrainState(offsets, optimizer.init(offsets), jnp.int32(0))
 
 
@@ -141,7 +151,6 @@ STATIC = ("model", "objective", "optimizer", "beta", "entropy", "micro_batch", "
 """Static arguments of `update`, for a `jax.jit` of one's own around it."""
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)
 def update(
     state: TrainState,
     params: Params,
@@ -176,9 +185,9 @@ def update(
       optimizer: any `optax.GradientTransformation` with its learning rate, such as
         ``optax.adamw(1e-2)``. Static by identity, so make it once. It gets the step's ``kl`` and
         ``value``, the loss, as extra arguments where it takes any.
-      beta: weight of the KL term, at least 0; 0 leaves the reference out altogether, unless the
-        objective needs it.
-      entropy: weight of the entropy bonus, at least 0.
+      beta: weight of the KL term, a number of at least 0; 0 leaves the reference out altogether,
+        unless the objective needs it. Static: each value compiles a program of its own.
+      entropy: weight of the entropy bonus, a number of at least 0. Static as well.
       micro_batch: completions processed at once, a multiple of the group size ``G`` that divides
         ``P * G``; by default all of them.
       loss: another loss than eq. 1, for methods that train more than a policy.
@@ -192,24 +201,47 @@ def update(
       `grpo.optimizer` and of `optax.inject_hyperparams` does), and skipped, 1 where the update was.
 
     Raises:
-      InputError: ``beta`` or ``entropy`` below 0; a micro-batch that is not whole groups, or does
-        not divide the batch; a draw without a key.
+      InputError: ``beta`` or ``entropy`` that is no number, or below 0; a micro-batch that is not
+        whole groups, or does not divide the batch; a draw without a key; a field of the batch of
+        another shape than `Batch` says; a function that makes objectives instead of one.
     """
-    grads, metrics = gradients(
-        state.offsets,
+    return _update(
+        state,
         params,
         batch,
         temperature,
         model=model,
         objective=objective,
-        beta=beta,
-        entropy=entropy,
+        optimizer=optimizer,
+        beta=_static("beta", beta),
+        entropy=_static("entropy", entropy),
         micro_batch=micro_batch,
         loss=loss,
         draw=draw,
         key=key,
     )
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def _update(
+    state: TrainState,
+    *args: Any,
+    optimizer: optax.GradientTransformation,
+    beta: float,
+    **options: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    grads, metrics = gradients(state.offsets, *args, beta=beta, **options)
     return apply(state, grads, metrics, optimizer=optimizer, beta=beta)
+
+
+def _static(name: str, weight: float) -> float:
+    """The weight of a penalty; at 0 it is no part of the program."""
+    if isinstance(weight, jax.Array):
+        raise InputError(
+            f"{name}={weight!r}: is an array, and each value has a program of its own; give a "
+            f"number, such as float({name})."
+        )
+    return number(name, weight, at_least(0))
 
 
 def gradients(
@@ -240,14 +272,14 @@ def gradients(
     Raises:
       InputError: as `update`.
     """
-    for name, value in (("beta", beta), ("entropy", entropy)):
-        if not value >= 0:
-            raise InputError(f"{name}={value!r}: must be at least 0.")
+    check_called(objective)
+    check_shapes(batch)
+    beta, entropy = _static("beta", beta), _static("entropy", entropy)
     if draw is not None and key is None:
         raise InputError("key: is missing; give the one that the rollouts were drawn with.")
     prompts, group = batch.completions.shape[:2]
-    micro_batch = prompts * group if micro_batch is None else micro_batch
-    if micro_batch < 1 or micro_batch % group or prompts * group % micro_batch:
+    micro_batch = prompts * group if micro_batch is None else whole("micro_batch", micro_batch)
+    if micro_batch % group or prompts * group % micro_batch:
         raise InputError(
             f"micro_batch={micro_batch}: must be a multiple of the group size {group} and "
             f"divide the {prompts * group} completions of a step."
@@ -258,12 +290,12 @@ def gradients(
     temperature = jnp.asarray(temperature, jnp.float32)
     half = any(x.dtype == jnp.float16 for x in jax.tree.leaves(params))
     scale = 2.0 ** round(math.log2(batch.mask.size)) if half else 1.0
-    whole = functools.partial(loss, model=model, objective=objective, beta=beta, entropy=entropy)
+    of_model = functools.partial(loss, model=model, objective=objective, beta=beta, entropy=entropy)
 
     def of_draw(offsets: Any, *rest: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         if draw is not None and key is not None:
             offsets = draw(key, offsets)
-        return whole(offsets, *rest)
+        return of_model(offsets, *rest)
 
     gradient = jax.grad(of_draw, has_aux=True)
 
