@@ -437,6 +437,41 @@ def test_a_setting_out_of_range_is_refused_by_name(tiny, prompts, offsets, name,
             jax.jit(lambda x: sample(tiny, x, prompts, **{name: value}))(offsets)
 
 
+KEY = jax.random.key(5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keys": KEY}, r"^keys of shape \(\): must be one key for each of the 3 prompts"),
+        ({"keys": jax.random.PRNGKey(5)}, r"^keys of shape \(2,\): .*jax\.random\.split\(key, 3\)"),
+        ({"keys": jax.random.split(KEY)}, r"^keys of shape \(2,\): must be one key"),
+        ({"prompts": ([1, 2], [True, True])}, r"^prompts of shape \(2,\) .* must both be \[P, S\]"),
+        ({"prompts": (np.ones((3, 6)), np.ones((3, 5)))}, r"prompt_mask of shape \(3, 5\): must"),
+        ({"prompts": ([[1], [1, 2]], [[True]] * 2)}, "^prompts: must be an array, or lists"),
+        ({"top_k": 5.0}, r"^top_k=5\.0: must be a whole number, at least 0"),
+        ({"top_p": jnp.float32(0.9)}, r"^top_p=Array\(0\.9.*: must be a number, above 0"),
+        ({"temperature": np.ones(3)}, r"^temperature=array\(.*: must be a number, above 0"),
+        ({"temperature": "hot"}, "^temperature='hot': must be a number, above 0"),
+    ],
+)
+def test_what_cannot_be_sampled_with_is_named(tiny, prompts, offsets, changes, said):
+    with pytest.raises(InputError, match=said):
+        draw(tiny, offsets, **{"prompts": prompts, "keys": None, **changes})
+
+
+@pytest.mark.slow
+def test_prompts_and_end_ids_may_be_lists(tiny, prompts, offsets):
+    end = int(some_end(tiny, offsets, prompts)[0])
+    arrays = draw(tiny, offsets, prompts, end_ids=jnp.array([end], jnp.int32))
+    lists = [x.tolist() for x in prompts]
+    keys = jax.random.split(KEY, PROMPTS)
+    for end_ids in ((end,), [end], np.array([end])):
+        found = draw(tiny, offsets, lists, keys=keys, end_ids=end_ids)
+        jax.tree.map(np.testing.assert_array_equal, found, arrays)
+    assert draw(tiny, offsets, lists, keys=keys, end_ids=()).mask.all()
+
+
 @pytest.mark.slow
 def test_an_array_of_temperature_0_is_refused_and_a_traced_temperature_is_not_looked_at(
     tiny, prompts, offsets

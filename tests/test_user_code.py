@@ -20,7 +20,7 @@ from grpocem_jax.training import loop as training
 from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.utils import user_code
 from grpocem_jax.utils.errors import InputError
-from tests.runs import OUT_OF_MEMORY
+from tests.runs import OUT_OF_MEMORY, training_config
 
 MODULE = """
 class Rewards:
@@ -63,6 +63,19 @@ def later():
     def advantages(rewards, step_rewards, tokens, mask):
         calls.append(1)
         return np.zeros(mask.shape, np.float32) / (0 if len(calls) > 3 else 1)
+
+    return advantages
+
+def in_place():
+    import numpy as np
+
+    def advantages(rewards, step_rewards, tokens, mask):
+        tokens += 1
+        mask &= True
+        step_rewards[:] = 0
+        rewards[np.isnan(rewards)] = 0
+        rewards -= rewards.mean(-1, keepdims=True)
+        return rewards[..., None] * mask
 
     return advantages
 
@@ -281,6 +294,14 @@ def test_a_part_of_grpo_that_cannot_be_used_is_named_before_a_model_is_loaded(
         assert fragment in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_advantage_function_may_write_to_what_it_is_given(tmp_path):
+    settings = training_config(
+        **{"grpo.advantages": "mine_for_tests:in_place", "train.max_steps": 1}
+    )
+    assert training.train(settings, tmp_path / "run")["steps"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -21,8 +21,8 @@ Advantages = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], ArrayLike]
 - tokens: int32 ``[P, G, N]``.
 - mask: bool ``[P, G, N]``.
 
-It returns finite float32 ``[P, G, N]``, also where rewards are NaN. It is called once a step, on
-whole arrays and not inside `jax.jit`.
+It returns finite float32 ``[P, G, N]``, also where rewards are NaN. Training calls it once a step,
+not inside `jax.jit`, with NumPy arrays of whole steps that it may write to.
 """
 
 SUPERVISIONS = ("outcome", "process")

@@ -100,7 +100,8 @@ def check_advantages(advantages: Advantages) -> None:
         given = np.where(abstained, np.nan, rewards) if abstained is not None else 0 * rewards
         given = given.astype(np.float32)
         steps = np.where(last, given[..., None], np.nan).astype(np.float32)
-        found = _call("advantage function", contract, advantages, given, steps, tokens, mask)
+        own = (given, steps, tokens.copy(), mask.copy())
+        found = _call("advantage function", contract, advantages, *own)
         require_array("advantage function", found, SHAPE, where, contract)
 
 

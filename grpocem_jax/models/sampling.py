@@ -9,14 +9,17 @@ means "the same policy" (see `grpocem_jax.grpo`).
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from grpocem_jax.models.base import AdapterParams, Model, Params
 from grpocem_jax.utils.errors import InputError
+from grpocem_jax.utils.settings import Range, at_least, number, share, whole, within
 
 
 class Rollouts(NamedTuple):
@@ -153,10 +156,10 @@ def draw(
 def sample(
     params: Params,
     offsets: AdapterParams,
-    prompts: ArrayLike,
-    prompt_mask: ArrayLike,
+    prompts: ArrayLike | Sequence[Sequence[int]],
+    prompt_mask: ArrayLike | Sequence[Sequence[bool]],
     keys: jax.Array,
-    end_ids: jax.Array,
+    end_ids: ArrayLike | Sequence[int],
     temperature: jax.Array | float,
     *,
     model: Model,
@@ -179,12 +182,12 @@ def sample(
       params: the model's parameters, with factors at the adapter's sites.
       offsets: offsets of the adapter; with ``own_adapters`` one for each prompt, a leading axis
         ``P``.
-      prompts: int32 ``[P, S]``, padded on the left.
-      prompt_mask: bool ``[P, S]``, False on padding; at least one True in each row.
+      prompts: int32 ``[P, S]`` or lists, padded on the left.
+      prompt_mask: bool ``[P, S]`` or lists, False on padding; at least one True in each row.
       keys: PRNG keys ``[P]``; consumed. Token ``t`` of sample ``g`` uses
         ``fold_in(split(key, G)[g], t)``.
-      end_ids: int32 ``[E]``, tokens that end a completion. An argument, not a constant of the
-        program, so that other ids need no other program.
+      end_ids: int32 ``[E]`` or a list, tokens that end a completion. An argument, not a constant
+        of the program, so that other ids need no other program.
       temperature: above 0; a traced value, so that annealing it does not compile again.
       model: the model record.
       num_samples: ``G``, completions of each prompt.
@@ -207,43 +210,60 @@ def sample(
 
     Raises:
       InputError: a setting out of range; a temperature is looked at where it is a number, not
-        where it is traced.
+        where it is traced. Prompts, a mask or keys whose shapes do not fit each other.
     """
-    for name, value, holds, needed in (
-        ("num_samples", num_samples, num_samples >= 1, "at least 1"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("top_k", top_k, top_k >= 0, "at least 0"),
-        ("min_p", min_p, 0 <= min_p <= 1, "from 0 to 1"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty >= 1, "at least 1"),
-        (
+    rows, mask = _array("prompts", prompts), _array("prompt_mask", prompt_mask)
+    if rows.ndim != 2 or mask.shape != rows.shape:
+        raise InputError(
+            f"prompts of shape {rows.shape} and prompt_mask of shape {mask.shape}: must both be "
+            "[P, S]; pad shorter prompts on the left."
+        )
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if (keys.shape if typed else keys.shape[:-1]) != rows.shape[:1]:
+        raise InputError(
+            f"keys of shape {keys.shape}: must be one key for each of the {len(rows)} prompts, "
+            f"such as jax.random.split(key, {len(rows)})."
+        )
+    if not isinstance(temperature, jax.core.Tracer):
+        given = temperature if np.ndim(temperature) else np.asarray(temperature).item()
+        number(
             "temperature",
-            temperature,
-            isinstance(temperature, jax.core.Tracer) or temperature > 0,
-            "above 0; greedy=True takes the most probable tokens",
-        ),
-    ):
-        if not holds:
-            raise InputError(f"{name}={value}: must be {needed}.")
+            given,
+            Range("above 0; greedy=True takes the most probable tokens", lambda x: x > 0),
+        )
     return _sample(
         params,
         offsets,
-        prompts,
-        prompt_mask,
+        rows,
+        mask,
         keys,
-        end_ids,
+        _array("end_ids", end_ids),
         temperature,
         model=model,
-        num_samples=num_samples,
-        max_new_tokens=max_new_tokens,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
+        num_samples=whole("num_samples", num_samples),
+        max_new_tokens=whole("max_new_tokens", max_new_tokens),
+        top_p=number("top_p", top_p, share()),
+        top_k=whole("top_k", top_k, 0),
+        min_p=number("min_p", min_p, within(0, 1)),
+        repetition_penalty=number("repetition_penalty", repetition_penalty, at_least(1)),
         greedy=greedy,
         own_adapters=own_adapters,
         stop_table=stop_table,
     )
+
+
+def _array(name: str, values: Any) -> Any:
+    """An array as it is; lists as an array of integers, or of bools where these are all."""
+    if hasattr(values, "shape"):
+        return values
+    try:
+        found = np.asarray(values)
+        return found if found.dtype == bool else found.astype(np.int32)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{name}: must be an array, or lists of numbers of one length; pad shorter prompts on "
+            "the left."
+        ) from None
 
 
 @functools.partial(

@@ -180,7 +180,9 @@ def prepare(
     given = jnp.asarray(rewards, jnp.float32)
     shaped = np.asarray(algorithm.shaping(given, out.rollouts.logps, out.rollouts.mask))
     step_rewards = _step_rewards(config, policy, items, out, shaped)
-    advantages = algorithm.advantages(shaped, step_rewards, out.tokens, out.mask)
+    # Copies, since arrays of JAX on the host cannot be written to.
+    own = (np.array(x) for x in (shaped, step_rewards, out.tokens, out.mask))
+    advantages = algorithm.advantages(*own)
     weights, positions = algorithm.weights(key, out.rollouts)
     batch = grpo.Batch(
         jnp.asarray(out.prompts.tokens),
