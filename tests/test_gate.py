@@ -75,6 +75,21 @@ def test_a_budget_that_is_none_is_named_as_given():
         crossed(AGREEING, budget_s=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"halves": [*AGREEING, AGREEING[0]]}, r"^halves: is 3 parts; give the data in two parts"),
+        ({"halves": None}, "^halves: is NoneType; give"),
+        ({"gate_z": "2"}, "^gate_z='2': must be a number, at least 0"),
+        ({"gate_z": -1.0}, r"^gate_z=-1\.0: must be at least 0"),
+    ],
+)
+def test_halves_or_a_gate_that_cannot_be_used_are_named(options, said):
+    given = {"halves": AGREEING, **options}
+    with pytest.raises(InputError, match=said):
+        loop.cross_fit(METHOD, quadratic, SPACE, TARGET, KEY, **given)
+
+
 @pytest.mark.slow
 def test_the_start_is_returned_exactly_where_the_halves_contradict_each_other():
     found = crossed(CONTRADICTING)

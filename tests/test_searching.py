@@ -435,14 +435,38 @@ def test_two_hundred_searches_in_one_call_are_two_hundred_single_ones(method):
     ("field", "value"),
     [
         ("generations", 0),
+        ("generations", 3.0),
+        ("population_chunk", 7.0),
+        ("population_chunk", -1),
         ("returned", "x"),
         ("budget_s", 0.0),
         ("budget_s", -1.0),
+        ("budget_s", "long"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(where, field, value):
     with pytest.raises(InputError, match=rf"^{field}={value!r}: [^\n]*\.$"):
         where(**{field: value})
+
+
+@pytest.mark.parametrize("where", [run, run_on_host])
+def test_offsets_for_a_space_are_named(where):
+    with pytest.raises(InputError, match=r"^space: is dict, not a Space; full_space\(offsets\)"):
+        where(space=START)
+
+
+@pytest.mark.parametrize("method", [METHOD, GradientAscent()])
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda *args: quadratic(*args)[None], r"shape \(1,\)"),
+        (lambda *args: [quadratic(*args)], "list"),
+        (lambda *args: None, "NoneType"),
+    ],
+)
+def test_a_fitness_of_more_than_one_number_is_named(method, function, said):
+    with pytest.raises(InputError, match=f"^fitness: returned {said} for a candidate; it must"):
+        run(function, method=method)
 
 
 @pytest.mark.slow

@@ -222,7 +222,7 @@ def _fitness(
     """The fitness of points ``[C, ...]``, so many at a time, float ``[C]``."""
 
     def score(point: Point) -> jax.Array:
-        return problem.fitness(decode(problem.space, point), problem.batch, key)
+        return kernel.value(problem, point, key)
 
     return map_chunks(score, (points,), size=size, mesh=mesh)
 
@@ -245,10 +245,10 @@ def _scores(problem: Problem, points: Point, *, size: int) -> tuple[jax.Array, j
     function = getattr(owner, "scores", None)
 
     def one(point: Point) -> tuple[jax.Array, jax.Array]:
-        offsets = decode(problem.space, point)
         if function is None:
-            value = problem.fitness(offsets, problem.batch, problem.key)
-            return value[None].astype(jnp.float32), jnp.ones(1, bool)
+            value = kernel.value(problem, point, problem.key)
+            return jnp.asarray(value, jnp.float32)[None], jnp.ones(1, bool)
+        offsets = decode(problem.space, point)
         values, counts = function(offsets, problem.batch, problem.key)
         return values.astype(jnp.float32), counts
 

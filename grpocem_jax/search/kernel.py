@@ -16,6 +16,7 @@ from grpocem_jax.adapters.base import Offsets
 from grpocem_jax.search.base import Point, SearchMethod, State, needs, norm, rank_fitness
 from grpocem_jax.search.spaces import Space, decode
 from grpocem_jax.utils.devices import map_chunks
+from grpocem_jax.utils.errors import InputError
 
 FOLLOWED = ("mean", "best")
 
@@ -64,6 +65,22 @@ class Problem(NamedTuple):
         if jax.tree_util.all_leaves([fitness]):
             fitness = jax.tree_util.Partial(fitness)
         return cls(fitness, space, batch, key)
+
+
+def value(problem: Problem, point: Point, key: jax.Array) -> jax.Array:
+    """The fitness of a point. Traceable.
+
+    Raises:
+      InputError: it is no single number.
+    """
+    found: jax.Array = problem.fitness(decode(problem.space, point), problem.batch, key)
+    if getattr(found, "shape", None) != () and not isinstance(found, int | float):
+        kind = f"shape {found.shape}" if hasattr(found, "shape") else type(found).__name__
+        raise InputError(
+            f"fitness: returned {kind} for a candidate; it must return one number, shape (), such "
+            "as a mean."
+        )
+    return found
 
 
 class SearchState(NamedTuple):
@@ -146,7 +163,7 @@ def advance(
         candidates = method.ask(ask_key, search.state)
 
         def score(point: Point) -> jax.Array:
-            return problem.fitness(decode(problem.space, point), problem.batch, fitness_key)
+            return value(problem, point, fitness_key)
 
         gradient = None
         if "gradient" in needs(method):

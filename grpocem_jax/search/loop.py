@@ -30,7 +30,10 @@ from grpocem_jax.utils import memory
 from grpocem_jax.utils.clock import CompileClock
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.processes import ALONE, Processes
+from grpocem_jax.utils.settings import Range, at_least, number, whole
 from grpocem_jax.utils.statistics import mean_of_present
+
+BUDGET = Range("above 0; leave it out for no budget", lambda x: x > 0)
 
 MOMENT_S = 1e-9
 """What is left at least of a budget of time: a generation is run in any case."""
@@ -170,8 +173,10 @@ def cross_fit(
     Raises:
       InputError: as `maximize`.
     """
-    if not gate_z >= 0:
-        raise InputError(f"gate_z={gate_z}: must be at least 0.")
+    gate_z = number("gate_z", gate_z, at_least(0))
+    if not isinstance(halves, list | tuple) or len(halves) != 2:
+        found = f"{len(halves)} parts" if hasattr(halves, "__len__") else type(halves).__name__
+        raise InputError(f"halves: is {found}; give the data in two parts, (first, second).")
     _check_budget(budget_s)
     *keys, gate_key, last = jax.random.split(key, 4)
     search = functools.partial(
@@ -220,8 +225,12 @@ class _Searches:
         mesh: Mesh | None,
         processes: Processes,
     ):
-        if population_chunk < 0:
-            raise InputError(f"population_chunk={population_chunk}: must be at least 0.")
+        population_chunk = whole("population_chunk", population_chunk, 0)
+        if not isinstance(space, Space):
+            raise InputError(
+                f"space: is {type(space).__name__}, not a Space; full_space(offsets) makes one of "
+                "the offsets to start from."
+            )
         if returned not in FOLLOWED:
             raise InputError(f"returned={returned!r}: must be one of {', '.join(FOLLOWED)}.")
         if not isinstance(method, CEM | GradientAscent):
@@ -254,8 +263,7 @@ class _Searches:
         on_chunk: Callable[[int, History], None] | None,
     ) -> None:
         """Runs the generations, or those for which there is time."""
-        if generations < 1:
-            raise InputError(f"generations={generations}: must be at least 1.")
+        generations = whole("generations", generations)
         _check_budget(budget_s)
         clock = CompileClock.start()
         try:
@@ -358,8 +366,8 @@ class _Searches:
 
 
 def _check_budget(budget_s: float | None) -> None:
-    if budget_s is not None and not budget_s > 0:
-        raise InputError(f"budget_s={budget_s}: must be above 0; leave it out for no budget.")
+    if budget_s is not None:
+        number("budget_s", budget_s, BUDGET)
 
 
 def mean_point(points: Sequence[Point]) -> Point:
