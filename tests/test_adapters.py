@@ -347,6 +347,14 @@ def test_a_rank_ratio_outside_its_range_is_an_error(ratio):
         adapters.svf(rank_ratio=ratio)
 
 
+def test_what_cannot_be_attached_is_named(tiny):
+    with refused("^adapter=<function svf", "call a function that makes one"):
+        adapters.attach(tiny.pretrained, adapters.svf, ["attn.c_proj"])
+    for dtype in ("bf16", "int8", object()):
+        with refused(f"^dtype={dtype!r}: must be 'float32', 'bfloat16' or 'float16'"):
+            adapters.attach(tiny.pretrained, adapters.svf(), ["attn.c_proj"], dtype=dtype)
+
+
 def test_an_unknown_tail_is_an_error():
     with refused("^tail='cut'", "'keep' or 'drop'"):
         adapters.svf(tail="cut")

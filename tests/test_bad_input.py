@@ -229,6 +229,16 @@ def test_what_is_no_text_is_named(prompt, workdir):
                 action(run, run.offsets, one)
 
 
+@pytest.mark.parametrize("settings", [{"gate": False}, {}, "gate"])
+def test_settings_of_a_search_that_are_no_record_are_named(settings, workdir):
+    run = adaptation.load_run(workdir)
+    with pytest.raises(
+        InputError, match=r"must be a SearchConfig; .* dataclasses\.replace"
+    ) as error:
+        gj.adapt(run, PROMPT, settings=settings)
+    assert_sentence(str(error.value))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fragment"),
     [

@@ -67,6 +67,7 @@ def test_numbers_compete_by_their_own_and_their_common_importance():
     ("merge", "said"),
     [
         (lambda: adapters.combine([]), "offsets: there are none to merge"),
+        (lambda: adapters.combine(of(1.0, 2.0, 3.0)), "^offsets: is dict, not a list of those of"),
         (lambda: adapters.combine([of(1.0, 2.0, 3.0)], [1.0, 2.0]), "there are 2 for 1 adapters"),
         (
             lambda: adapters.project([of(1.0, 2.0, 3.0), of(1.0, 2.0, 3.0, 4.0)]),

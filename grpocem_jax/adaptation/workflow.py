@@ -154,7 +154,12 @@ def adapt(
         settings or a search method that cannot be used; a fitness that is not finite for the run's
         adapter (before any search) or the result.
     """
-    settings = settings or run.config.search
+    settings = run.config.search if settings is None else settings
+    if not isinstance(settings, SearchConfig):
+        raise InputError(
+            f"settings={settings!r}: must be a SearchConfig; change the run's own, as in "
+            "dataclasses.replace(run.config.search, generations=10)."
+        )
     key = jax.random.key(run.config.seed) if key is None else key
     own = method is not None or settings.method not in ("cem", "gradient")
     name = "method" if method is not None else f"config.search.method={settings.method!r}"

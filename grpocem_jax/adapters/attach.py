@@ -79,16 +79,21 @@ def attach(
       adapter: the adapter.
       sites: the linear maps to adapt, as `select_sites` takes them.
       key: PRNG key of the adapter's random arrays; by default that of seed 0.
-      dtype: of the matrices, see `cast_params`.
+      dtype: of the matrices, ``float32``, ``bfloat16`` or ``float16``, see `cast_params`.
       place: puts arrays of parameters, a pytree, where they are to lie; by default on the first
         device. Those of a site come as soon as they are made, so that no device needs room for all.
 
     Raises:
       InputError: a site that the model lacks, or settings of the adapter that leave nothing to
-        train.
+        train; no adapter, such as `svf` itself; another ``dtype``.
       AdapterError: a function of the adapter that raises, cannot be traced, or returns something
         else than `Adapter` says.
     """
+    if not isinstance(adapter, Adapter):
+        raise InputError(
+            f"adapter={adapter!r}: is no Adapter; call a function that makes one, as in gj.svf()."
+        )
+    matrices = _matrices(dtype)
     key = jax.random.key(0) if key is None else key
     model = pretrained.build(adapter.apply)
     chosen = select_sites(model.sites, sites)
@@ -98,9 +103,20 @@ def attach(
     with calling("init"):
         zero = init_adapter(adapter, key, params, chosen)
     _check_arrays("init", zero)
-    params = cast_params(params, jnp.dtype(dtype), place)
+    params = cast_params(params, matrices, place)
     _check_apply(adapter, pretrained.params, params, zero, chosen)
     return Attached(_through(model, adapter.view), params, adapter, chosen, zero)
+
+
+def _matrices(dtype: Any) -> jnp.dtype:
+    """The type of the matrices."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InputError(f"dtype={dtype!r}: must be 'float32', 'bfloat16' or 'float16'.")
+    return found
 
 
 def _through(model: Model, view: Callable[[Offsets], Mapping[str, Any]]) -> Model:

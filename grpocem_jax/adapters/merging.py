@@ -105,6 +105,11 @@ def compete(offsets: Sequence[Offsets], *, keep: float = 0.5, scale: float = 1.0
 
 
 def _check(offsets: Sequence[Offsets]) -> None:
+    if not isinstance(offsets, Sequence):
+        raise InputError(
+            f"offsets: is {type(offsets).__name__}, not a list of those of several adapters; give "
+            "[first, second]."
+        )
     if not offsets:
         raise InputError("offsets: there are none to merge; give at least one adapter's.")
     kinds = [jax.tree.map(jnp.shape, own) for own in offsets]
