@@ -18,8 +18,10 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from grpocem_jax import adapters
 from grpocem_jax.models import gpt2, hub
 from grpocem_jax.models.tokenizer import load_tokenizer
+from grpocem_jax.utils.errors import InputError
 from tests.folders import assert_refused, edit_config, edit_state, shard
 from tests.parity import weights
 from tests.runs import ROOT
@@ -50,6 +52,23 @@ def saved(tmp_path_factory, tokenizer):
 def folder(tmp_path, saved):
     """A copy of the checkpoint to damage."""
     return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.mark.parametrize("make", [adapters.lora, adapters.ia3, adapters.svf])
+def test_parameters_with_factors_are_saved_merged_or_not_at_all(saved, tmp_path, tokenizer, make):
+    pretrained = hub.load_model(str(saved))
+    _, params, adapter, sites, zero = adapters.attach(pretrained, make(), ["attn.c_proj"])
+    with pytest.raises(InputError, match=r"^params: hold factors .* merge_params"):
+        hub.save_model(tmp_path / "model", CONFIG, params, tokenizer)
+    assert not (tmp_path / "model").exists()
+    merged = adapters.merge_params(adapter, params, zero, sites)
+    assert jax.tree.structure(merged) == jax.tree.structure(pretrained.params)
+    hub.save_model(tmp_path / "model", CONFIG, merged, tokenizer)
+
+
+def test_a_config_of_no_model_is_named(tmp_path, tokenizer):
+    with pytest.raises(InputError, match=r"^config=\{\}: is no config record of a model"):
+        hub.save_model(tmp_path / "model", {}, {}, tokenizer)
 
 
 def assert_loads_the_same(folder):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpocem_jax.models.base import FACTORED
 from grpocem_jax.utils.errors import InputError
 
 Factors = Any
@@ -128,6 +129,8 @@ def factor_params(
 ) -> Any:
     """Parameters with the kernel at every site replaced by its factors; the input is unchanged.
 
+    An entry `FACTORED` without arrays tells them from plain ones, also where factors are kernels.
+
     Args:
       adapter: the adapter.
       params: plain parameters.
@@ -140,7 +143,7 @@ def factor_params(
         kernel = np.asarray(get(params, path))
         factors = place(adapter.factor(jax.random.fold_in(key, number), kernel))
         params = _set(params, path, factors)
-    return params
+    return {**params, FACTORED: None}
 
 
 def init_adapter(adapter: Adapter, key: jax.Array, params: Any, sites: Sites) -> Offsets:
@@ -162,6 +165,7 @@ def merge_params(adapter: Adapter, params: Any, offsets: Offsets, sites: Sites) 
       InputError: the adapter merges to a bias at a linear map that has none.
     """
     own = adapter.view(offsets)
+    params = {name: part for name, part in params.items() if name != FACTORED}
     for name, path in sites.items():
         merged = adapter.merge(get(params, path), own[name])
         if isinstance(merged, tuple):

@@ -17,6 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 Params = Any
 """A nested dict of arrays; at an adapted site the kernel is replaced by the adapter's factors."""
 
+FACTORED = "factored"
+"""The entry of parameters with factors that tells them from plain ones; it holds no array."""
+
 AdapterParams = Mapping[str, Any]
 """Trainable arrays of an adapter by site name, for each site with factors; empty where none has."""
 

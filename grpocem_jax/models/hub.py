@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpocem_jax.models import conversion, gguf, gpt2, llama
-from grpocem_jax.models.base import Architecture, Model, Params, SiteFunction
+from grpocem_jax.models.base import FACTORED, Architecture, Model, Params, SiteFunction
 from grpocem_jax.models.tokenizer import fitting_tokenizer, write_tokenizer
 from grpocem_jax.utils.errors import InputError
 from grpocem_jax.utils.files import (
@@ -410,11 +410,21 @@ def save_model(folder: str | Path, config: Any, params: Params, tokenizer: Any) 
       tokenizer: a transformers tokenizer with an ``eos_token_id``.
 
     Raises:
+      InputError: parameters of `attach`, with factors; another ``config``.
       OSError, safetensors.SafetensorError: a file that cannot be written.
     """
-    architecture = next(
-        module for module in ARCHITECTURES.values() if module.Config is type(config)
-    )
+    known = {module.Config: module for module in ARCHITECTURES.values()}
+    architecture = known.get(type(config))
+    if architecture is None:
+        raise InputError(
+            f"config={config!r}: is no config record of a model; give that of load_model, its "
+            "attribute config."
+        )
+    if FACTORED in params:
+        raise InputError(
+            "params: hold factors of an adapter in the place of kernels; save what merge_params "
+            "makes of them and the offsets."
+        )
     folder = expand(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     fields = architecture.config_to_hf(config)
