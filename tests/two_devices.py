@@ -20,14 +20,15 @@ from safetensors.numpy import load_file
 from grpocem_jax import adaptation, grpo, rollouts
 from grpocem_jax.config import parse_config
 from grpocem_jax.config.files import load_config
-from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.search import CEM, GradientAscent, fitness, kernel, loop
 from grpocem_jax.search.spaces import full_space
 from grpocem_jax.training import loop as training
 from grpocem_jax.training import screens
+from grpocem_jax.training.algorithm import make_algorithm
 from grpocem_jax.training.data import load_data
+from grpocem_jax.training.update import update_program
 from grpocem_jax.utils import devices
-from tests.runs import thin_model
+from tests.runs import one_policy, thin_model
 
 PROMPT = "Review: The soup was cold, but the waiter was kind."
 WEIGHT_SHARDS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
@@ -39,6 +40,7 @@ def settings() -> Any:
     config = load_config("tiny")
     small = {
         "model.source": thin_model(),
+        "model.weight_shards": WEIGHT_SHARDS,
         "data.tasks": ("general",),
         "data.max_samples": 16,
         "data.heldout_samples": 2,
@@ -72,8 +74,8 @@ def work(program: jax.stages.Compiled) -> float:
 
 
 config = parse_config(settings())
-one = load_policy(config)
-two = load_policy(config, mesh=MESH)
+one = one_policy(config)
+two = one_policy(config, mesh=MESH)
 items = load_data(config, one).train[:4]
 prompts = rollouts.pad([item.tokens for item in items], 64)
 generate = functools.partial(
@@ -97,7 +99,7 @@ def compare_rollouts() -> dict[str, Any]:
 
 
 def compare_update(micro_batches: int) -> dict[str, float]:
-    """One update on completions with random rewards."""
+    """One update on completions with random rewards, by the program of the runs."""
     out = generate(one)
     rewards = np.random.default_rng(0).normal(size=out.mask.shape[:2])
     batch = grpo.Batch(
@@ -108,20 +110,19 @@ def compare_update(micro_batches: int) -> dict[str, float]:
         grpo.outcome_advantages(rewards, out.mask),
         grpo.token_weights(out.mask),
     )
-    optimizer = grpo.adamw(learning_rate=0.01, warmup_steps=1)
-    state = grpo.init_state(one.zero, optimizer)
+    algorithm = make_algorithm(config)
+    state = grpo.init_state(one.zero, algorithm.optimizer)
     options = {
         "model": one.model,
-        "objective": grpo.clipped(),
-        "optimizer": optimizer,
+        "objective": algorithm.objective,
+        "optimizer": algorithm.optimizer,
         "beta": config.grpo.beta,
         "entropy": config.grpo.entropy,
         "micro_batch": 16 // micro_batches,
     }
     alone = (state, one.params, batch, 1.0)
     together = (devices.replicate(MESH, state), two.params, devices.divide(MESH, batch), 1.0)
-    update = jax.jit(grpo.update, static_argnames=grpo.STATIC)
-    programs = [update.lower(*args, **options).compile() for args in (alone, together)]
+    programs = [update_program.lower(*args, **options).compile() for args in (alone, together)]
     first, second = (
         program(*args)[0].offsets for program, args in zip(programs, (alone, together), strict=True)
     )
@@ -148,10 +149,14 @@ def search(policy: Any, method: Any, chunk: int) -> loop.SearchResult:
     )
 
 
-def compare_search(method: Any, chunk: int) -> dict[str, float]:
-    """Where the searches end."""
-    first, second = (search(policy, method, chunk).offsets for policy in (one, two))
-    return {"moved": largest(first), "difference": difference(first, second)}
+def compare_search(method: Any, *chunks: int) -> dict[int, dict[str, float]]:
+    """Where the searches end, those of several devices by how many candidates they take at once."""
+    first = search(one, method, 0).offsets
+    ends = {chunk: search(two, method, chunk).offsets for chunk in chunks}
+    return {
+        chunk: {"moved": largest(first), "difference": difference(first, second)}
+        for chunk, second in ends.items()
+    }
 
 
 def work_of_a_generation() -> float:
@@ -177,14 +182,12 @@ def work_of_a_generation() -> float:
 
 def train(workdir: Path, count: int) -> tuple[dict[str, Any], str]:
     """A run on so many devices: its summary, and the line of the first screen on the device."""
-    real, out, given = jax.local_device_count, io.StringIO(), settings()
+    real, out = jax.local_device_count, io.StringIO()
     if count == 1:
         jax.local_device_count = lambda: 1
-    else:
-        given.model.weight_shards = WEIGHT_SHARDS
     try:
         with contextlib.redirect_stdout(out):
-            summary = training.train(given, workdir)
+            summary = training.train(settings(), workdir)
     finally:
         jax.local_device_count = real
     (line,) = (x for x in out.getvalue().splitlines() if x.startswith("device "))
@@ -242,7 +245,7 @@ def of_shared_weights(folder: Path) -> dict[str, Any]:
     return {
         "rollouts": compare_rollouts(),
         "update": compare_update(1),
-        "search": compare_search(CEM(population_size=10), 0),
+        "search": compare_search(CEM(population_size=10), 0)[0],
         "weights": share_of_weights(),
         "generation": work_of_a_generation(),
         "sharing": [devices.sharing(n, weight_shards=WEIGHT_SHARDS).size for n in (1, 2, 3, 4)],
@@ -257,20 +260,19 @@ def of_shared_weights(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     training.report.write = lambda workdir: workdir / "report"  # seconds of drawing
+    training.load_policy = one_policy
     with tempfile.TemporaryDirectory() as place:
         if WEIGHT_SHARDS > 1:
             found = of_shared_weights(Path(place))
         else:
             found = {
                 "rollouts": compare_rollouts(),
-                "update": {count: compare_update(count) for count in (1, 2)},
-                "search": {
-                    chunk: compare_search(CEM(population_size=10), chunk) for chunk in (0, 3)
-                },
+                "update": compare_update(2),
+                "search": compare_search(CEM(population_size=10), 0, 3),
                 "generation": work_of_a_generation(),
                 "sharing": [getattr(devices.sharing(count), "size", 1) for count in (1, 2, 3, 4)],
                 "one of two": screens.first(config, one, [], Path("run")).splitlines()[0],
-                "gradient": compare_search(GradientAscent(), 0),
+                "gradient": compare_search(GradientAscent(), 0)[0],
                 **compare_runs(Path(place)),
             }
     print(json.dumps(found))
