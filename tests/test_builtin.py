@@ -1,5 +1,6 @@
 """The built-in data and the built-in model's folder."""
 
+import dataclasses
 import importlib
 import itertools
 import re
@@ -299,7 +300,11 @@ def test_the_initial_circuit_raises_what_followed_the_token_before():
     assert median_rank(gpt2.init_params(key, config)) > 0.2 * config.vocab_size
 
 
-def test_a_short_pretraining_writes_a_folder_that_loads(tmp_path):
+def test_a_short_pretraining_writes_a_folder_that_loads(tmp_path, monkeypatch):
+    # Few layers, and batches of one small shape.
+    monkeypatch.setattr(pretrain, "CONFIG", dataclasses.replace(pretrain.CONFIG, num_layers=2))
+    monkeypatch.setattr(pretrain, "BATCH_SIZE", 8)
+    monkeypatch.setattr(pretrain, "LENGTH_STEP", pretrain.CONFIG.context_length)
     pretrain.pretrain(tmp_path, steps=3, seed=1)
     loaded = hub.load_model(str(tmp_path))
     assert len(loaded.tokenizer) == loaded.config.vocab_size
