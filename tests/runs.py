@@ -70,6 +70,11 @@ def get_config(**changes):
     return config
 
 
+def thin_config(**changes):
+    """Settings of a short search with a thin model."""
+    return get_config(**{"model.source": thin_model(), **changes})
+
+
 @functools.cache
 def thin_model():
     """A folder with the built-in model cut down to its first layer, which compiles quickly."""
@@ -123,6 +128,11 @@ def tiny_policy():
     return one_policy(config), config
 
 
+def thin_policy():
+    config = parse_config(thin_config())
+    return one_policy(config), config
+
+
 def random_offsets(zero, seed=1, scale=0.05):
     keys = jax.random.split(jax.random.key(seed), len(zero))
     return {
@@ -131,9 +141,11 @@ def random_offsets(zero, seed=1, scale=0.05):
     }
 
 
-def write_run(folder, *, offsets=None, **adapter_config):
+def write_run(folder, *, settings=None, offsets=None, **adapter_config):
     """A run directory with an adapter nobody trained."""
-    loaded, config = tiny_policy()
+    settings = get_config() if settings is None else settings
+    config = parse_config(settings)
+    loaded = one_policy(config)
     checkpoints.save_adapter(
         folder / "adapter",
         random_offsets(loaded.zero) if offsets is None else offsets,
@@ -146,7 +158,7 @@ def write_run(folder, *, offsets=None, **adapter_config):
         },
         "An adapter for tests.",
     )
-    (folder / "config.json").write_text(json.dumps(get_config().to_dict()))
+    (folder / "config.json").write_text(json.dumps(settings.to_dict()))
     return folder
 
 
@@ -162,7 +174,7 @@ def write_trained(folder, summary=SUMMARY, changes=(), **options):
 @functools.cache
 def question_examples(count=4):
     """Built-in questions of one length in tokens, so that they make prompts of one shape."""
-    loaded, config = tiny_policy()
+    loaded, config = thin_policy()
 
     def length(text):
         return len(loaded.tokenizer.encode(text, add_special_tokens=False))

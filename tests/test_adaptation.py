@@ -29,6 +29,7 @@ from tests.runs import (
     no_search,
     question_examples,
     random_offsets,
+    thin_config,
     write_run,
 )
 
@@ -37,12 +38,23 @@ pytestmark = pytest.mark.usefixtures("one_policy")
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"))
+    return write_run(tmp_path_factory.mktemp("run"), settings=thin_config())
 
 
 @pytest.fixture(scope="module")
 def run(workdir):
     return adaptation.load_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def builtin_workdir(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def builtin(builtin_workdir):
+    """A run with the built-in model, whose experts come with the package."""
+    return adaptation.load_run(builtin_workdir)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +90,8 @@ def assert_equal(a, b):
 # Runs
 
 
-def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(workdir):
-    run = adaptation.load_run(workdir)
+def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(builtin_workdir):
+    run = adaptation.load_run(builtin_workdir)
     result = adaptation.adapt(run, PROMPT)
     (text,) = adaptation.complete(run, result.offsets, [PROMPT])
     assert isinstance(text, str)
@@ -91,7 +103,7 @@ def test_three_lines_load_a_run_adapt_to_a_prompt_and_complete_it(workdir):
 
 
 def test_other_settings_may_be_given_than_the_runs_own(workdir):
-    run = adaptation.load_run(workdir, get_config(**{"search.generations": 7}))
+    run = adaptation.load_run(workdir, thin_config(**{"search.generations": 7}))
     assert run.config.search.generations == 7
 
 
@@ -106,7 +118,7 @@ def test_adapting_changes_neither_the_model_nor_the_trained_adapter(run, method)
 def test_an_adapted_vector_saved_and_loaded_again_is_equal(run, tmp_path):
     result = adaptation.adapt(run, PROMPT, settings=cem(run, gate=False))
     sha256 = run.policy.pretrained.sha256
-    described = {"base_model": "builtin", "base_sha256": sha256}
+    described = {"base_model": "thin", "base_sha256": sha256}
     checkpoints.save_adapter(tmp_path / "adapted", result.offsets, described, "")
     again = checkpoints.load_adapter(tmp_path / "adapted", run.policy.zero, base_sha256=sha256)
     assert_equal(again, result.offsets)
@@ -158,7 +170,8 @@ def test_the_gradient_method_raises_the_likelihood(run):
         ({"space": "subspace", "rank": 5}, 5),
     ],
 )
-def test_a_search_in_a_space_of_experts_ends_in_that_space(run, changes, dimensions):
+def test_a_search_in_a_space_of_experts_ends_in_that_space(builtin, changes, dimensions):
+    run = builtin
     settings = cem(run, experts="builtin", gate=False, **changes)
     space = adaptation.make_space(run.policy, run.offsets, settings)
     result = adaptation.adapt(run, PROMPT, settings=settings)
@@ -180,9 +193,10 @@ def test_a_search_in_a_space_of_experts_ends_in_that_space(run, changes, dimensi
         assert np.abs(residual).max() > 1e-3
 
 
-def test_a_space_of_experts_says_when_there_are_too_few_directions(run):
+def test_a_space_of_experts_says_when_there_are_too_few_directions(builtin):
+    settings = cem(builtin, space="subspace", rank=400)
     with pytest.raises(InputError, match=r"search\.rank=400"):
-        adaptation.make_space(run.policy, run.offsets, cem(run, space="subspace", rank=400))
+        adaptation.make_space(builtin.policy, builtin.offsets, settings)
 
 
 def test_the_smallest_budget_is_one_generation(run):
@@ -577,8 +591,9 @@ def test_samples_under_own_adapters_are_those_of_one_call_for_each_adapter(
 
 
 def test_a_search_for_reward_reports_the_rewards_of_its_start_and_its_result(
-    run, questions, by_words, monkeypatch
+    builtin, questions, by_words, monkeypatch
 ):
+    run = builtin
     monkeypatch.setattr(workflow, "JUDGED_SAMPLES", 1)
 
     def compiling(**columns):

@@ -12,7 +12,7 @@ import pytest
 from grpocem_jax import adaptation, rollouts
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.utils.errors import InputError
-from tests.runs import random_offsets, tiny_policy
+from tests.runs import random_offsets, thin_policy
 
 # Of four lengths, so that padding differs from row to row.
 TEXTS = (
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_policy")
 
 @pytest.fixture(scope="module")
 def policy():
-    return tiny_policy()[0]
+    return thin_policy()[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def own(policy):
 
 @pytest.fixture(scope="module")
 def complete(policy):
-    generation = tiny_policy()[1].generation
+    generation = thin_policy()[1].generation
     # At the temperature the small model is not of one mind.
     options = {"num_samples": 2, "temperature": 3.0, "buckets": (32,)}
 
@@ -184,7 +184,7 @@ def test_a_candidate_is_worth_the_mean_reward_of_its_own_completions(
 
     task = dataclasses.replace(TASKS["general"], rewards=(Reward(length),))
     items = [rollouts.Item(task, Example(t, {}), p) for t, p in zip(TEXTS, prompts, strict=True)]
-    generation = dataclasses.replace(tiny_policy()[1].generation, temperature=3.0)
+    generation = dataclasses.replace(thin_policy()[1].generation, temperature=3.0)
     key = jax.random.key(3)
     arguments = (items, key, generation)
     found = rollouts.population_rewards(policy, own, *arguments, num_samples=2, buckets=(32,))
@@ -213,6 +213,6 @@ def test_a_prompt_that_cannot_be_completed_is_refused_before_the_others_are(monk
         raise AssertionError("generated")
 
     monkeypatch.setattr(rollouts.engine, "generate", generated)
-    run = adaptation.TrainedRun(tiny_policy()[1], policy, policy.zero)
+    run = adaptation.TrainedRun(thin_policy()[1], policy, policy.zero)
     with pytest.raises(InputError, match="the prompt is empty"):
         adaptation.complete(run, policy.zero, ["The film", " "])

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,17 +24,18 @@ from grpocem_jax.tasks import SourceConfig, Task, example_of
 from grpocem_jax.tasks.rows import file_rows
 from grpocem_jax.utils import files
 from grpocem_jax.utils.errors import InputError
+from tests.command_line import TINY
 from tests.runs import (
     OTHER,
     PROMPT,
     REWARD,
-    ROOT,
     SMALL,
-    get_config,
     no_search,
     question_examples,
     random_offsets,
-    tiny_policy,
+    thin_config,
+    thin_model,
+    thin_policy,
     write_run,
 )
 
@@ -54,7 +54,7 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return str(write_run(tmp_path_factory.mktemp("run")))
+    return str(write_run(tmp_path_factory.mktemp("run"), settings=thin_config()))
 
 
 @pytest.fixture
@@ -62,27 +62,16 @@ def adapt(workdir, capsys):
     """The command without a process of its own: its result, stdout and stderr."""
 
     def call(changes=(), **flags):
-        result = inference.run(get_config(**dict(changes)), **{"workdir": workdir, **flags})
+        result = inference.run(thin_config(**dict(changes)), **{"workdir": workdir, **flags})
         return result, *capsys.readouterr()
 
     return call
 
 
-def command(*flags, given=None):
-    """The real command."""
-    return subprocess.run(
-        [sys.executable, "adapt.py", *map(str, flags)],
-        cwd=ROOT,
-        capture_output=True,
-        input=given,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        check=False,
-    )
-
-
 def small_flags(workdir):
-    settings = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    return ["--config", "configs/tiny.py", "--workdir", workdir, *settings]
+    small = {"model.source": thin_model(), **SMALL}
+    settings = [f"--config.{name}={value}" for name, value in small.items()]
+    return [TINY, "--workdir", workdir, *settings]
 
 
 def write_rows(path, rows):
@@ -93,11 +82,17 @@ def write_rows(path, rows):
 # Results
 
 
-def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(workdir):
+def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(
+    run_command, workdir, monkeypatch
+):
     """The prompt comes from standard input."""
-    result = command(*small_flags(workdir), "--json", given=f"{PROMPT}\n".encode())
-    assert result.returncode == 0, result.stderr.decode()
-    (line,) = result.stdout.decode().splitlines()
+    given = io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode()), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    # Of no other test, so that there is something to compile.
+    noise = "--config.cem.noise_std=0.11"
+    status, out, err = run_command("adapt", *small_flags(workdir), noise, "--json")
+    assert status == 0, err
+    (line,) = out.splitlines()
     record = json.loads(line)
     assert record.keys() >= RESULT_KEYS
     assert record["prompt"] == PROMPT
@@ -108,10 +103,9 @@ def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(work
     assert record["seconds"] > 0
     assert record["compile_seconds"] > 0
     assert isinstance(record["text_before"], str)
-    stderr = result.stderr.decode()
-    assert "generation 2/2" in stderr
-    assert "the built-in tiny model" in stderr
-    assert "Traceback" not in stderr
+    assert "generation 2/2" in err
+    assert f"model     folder {thin_model()}, " in err
+    assert "Traceback" not in err
 
 
 def test_the_text_before_and_after_is_printed(adapt):
@@ -140,8 +134,8 @@ def test_the_text_is_that_of_the_python_functions(adapt, workdir):
 
 def test_without_a_run_adapting_starts_from_the_base_model(adapt):
     result, _, err = adapt(workdir=None, prompt=PROMPT)
-    config = parse_config(get_config())
-    policy, _ = tiny_policy()
+    config = parse_config(thin_config())
+    policy, _ = thin_policy()
     found = adaptation.adapt(adaptation.TrainedRun(config, policy, policy.zero), PROMPT)
     assert result["fitness_before"] == found.fitness_before
     assert result["fitness_after"] == found.fitness_after
@@ -163,7 +157,7 @@ def test_rows_of_a_task_are_adapted_to_by_their_references_and_judged_by_right_a
     judges = write_rows(tmp_path / "heldout.jsonl", REVIEWS[1:])
     changes = {"search.task": "sentiment", "search.gate": False}
     result, out, _ = adapt(changes, examples=examples, heldout=judges)
-    run = adaptation.load_run(workdir, get_config(**changes))
+    run = adaptation.load_run(workdir, thin_config(**changes))
     texts = [
         Text(f"Review: {row['text']}\nSentiment:", f" {row['label'] or LABELS['sentiment'][0]}")
         for row in REVIEWS
@@ -268,7 +262,7 @@ def test_one_search_for_many_prompts_is_described_once(adapt, tmp_path):
 
 def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
     changes = {"search.generations": 20, "search.gate": False}
-    settings = parse_config(get_config(**changes)).search
+    settings = parse_config(thin_config(**changes)).search
     monkeypatch.setattr(inference._LiveView, "interval_s", (0.01, 0.01))
     with inference._LiveView("examples", settings):
         time.sleep(0.1)
@@ -285,7 +279,7 @@ def test_a_long_generation_shows_how_long_it_is_under_way(capsys, monkeypatch):
 
 
 def test_searches_by_halves_and_by_all_are_told_apart(capsys):
-    settings = parse_config(get_config(**{"search.generations": 4})).search
+    settings = parse_config(thin_config(**{"search.generations": 4})).search
     view = inference._LiveView("examples", settings)
     history = loop.History(*(np.float32([value]) for value in (-2.0, -3.0, 0.1, 0.0)))
     for done in (2, 4):
@@ -354,7 +348,7 @@ def test_a_prompt_has_the_same_characters_by_every_way_and_as_a_training_prompt(
     task = Task("own", {}, "{prompt}", (), own=True)
     examples = [example_of(task, row, source) for row in file_rows(Path(file))[:1]]
     assert [example.prompt for example in examples] == [text]
-    run = adaptation.TrainedRun(*tiny_policy()[::-1], None)
+    run = adaptation.TrainedRun(*thin_policy()[::-1], None)
     assert [one.prompt for one in inference._texts(run, Path(file))] == [text, text]
 
 
@@ -410,7 +404,7 @@ def test_examples_are_adapted_to_together_and_heldout_texts_judge(adapt, tmp_pat
     assert result["heldout_before"] != result["heldout_after"]
     # A saved adapter is one to adapt again.
     checkpoints.copy_adapter(saved, tmp_path / "again" / "adapter")
-    again = adaptation.load_run(tmp_path / "again", get_config())
+    again = adaptation.load_run(tmp_path / "again", thin_config())
     for name, value in adapted.items():
         np.testing.assert_array_equal(again.offsets[name], value)
 
@@ -469,7 +463,7 @@ def test_evaluate_gives_the_tables_of_the_report(adapt, workdir, support):
         # Open-ended text has no reference completion.
         assert ("heldout_before" in row) == ("heldout_after" in row) == (name == "sentiment")
     assert f"searches {2 if support else 4}/{2 if support else 4}" in err
-    shown = tables.show(result, parse_config(get_config(**changes)))
+    shown = tables.show(result, parse_config(thin_config(**changes)))
     assert "sampled at T=1" in shown
     assert "no reference" in shown
 
@@ -510,7 +504,11 @@ def refused(adapt, monkeypatch):
             {"prompt": PROMPT},
             "search.experts='/no'",
         ),
-        ({"search.space": "subspace", "search.rank": 400}, {"prompt": PROMPT}, "search.rank=400"),
+        (
+            {"model.source": "builtin", "search.space": "subspace", "search.rank": 400},
+            {"workdir": None, "prompt": PROMPT},
+            "search.rank=400",
+        ),
         ({"search.fitness": "reward"}, {"examples": __file__}, "config.search.task=''"),
         ({**REWARD, "search.task": "qu"}, {"prompt": PROMPT}, "did you mean 'qa'"),
         ({**REWARD, "search.method": "gradient"}, {"prompt": PROMPT}, "a reward has no gradient"),
@@ -554,14 +552,14 @@ def test_a_prompt_that_cannot_be_adapted_to_is_named_before_the_others_are(refus
 
 
 def test_an_adapter_of_another_model_is_refused(refused, tmp_path):
-    folder = write_run(tmp_path, base_sha256="0" * 64, base_model="another")
+    folder = write_run(tmp_path, settings=thin_config(), base_sha256="0" * 64, base_model="another")
     assert "was trained on 'another'" in refused(workdir=str(folder), prompt=PROMPT)
 
 
 def test_an_adapter_of_another_shape_is_refused(refused, workdir, tmp_path):
     zero = adaptation.load_run(workdir).policy.zero
     short = {name: value[:-1] for name, value in random_offsets(zero).items()}
-    folder = write_run(tmp_path, offsets=short)
+    folder = write_run(tmp_path, settings=thin_config(), offsets=short)
     assert "has shape (101,) there and (102,) here" in refused(workdir=str(folder), prompt=PROMPT)
 
 

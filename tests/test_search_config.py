@@ -12,14 +12,14 @@ from grpocem_jax.config import make_method, parse_config
 from grpocem_jax.search import Eggroll, Evosax
 from grpocem_jax.utils.errors import InputError
 from tests.methods import Climber
-from tests.runs import PROMPT, get_config, write_run
+from tests.runs import PROMPT, thin_config, write_run
 
 pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"))
+    return write_run(tmp_path_factory.mktemp("run"), settings=thin_config())
 
 
 def climber(population_size=6):
@@ -36,7 +36,7 @@ class Spoiled(Climber):
 
 
 def own(name, **changes):
-    return get_config(**{"search.method": f"tests.test_search_config:{name}", **changes})
+    return thin_config(**{"search.method": f"tests.test_search_config:{name}", **changes})
 
 
 def test_a_method_of_the_users_own_adapts_with_its_options(workdir):
@@ -53,7 +53,7 @@ def test_a_method_of_the_users_own_adapts_with_its_options(workdir):
 
 @pytest.mark.evosax
 def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
-    settings = get_config(**{"search.method": "evosax:Sep_CMA_ES", "search.gate": False})
+    settings = thin_config(**{"search.method": "evosax:Sep_CMA_ES", "search.gate": False})
     run = adaptation.load_run(workdir, settings)
     assert make_method(run.config) == Evosax(name="Sep_CMA_ES", population_size=4, noise_std=0.1)
     assert "evosax:Sep_CMA_ES, 2 generations of 4" in screens.adapting(run, "runs/x")
@@ -63,7 +63,7 @@ def test_sep_cma_es_of_evosax_adapts_by_config(workdir):
 
 
 def test_eggroll_adapts_by_config_and_refuses_options_of_another(workdir):
-    settings = get_config(**{"search.method": "eggroll", "search.gate": False})
+    settings = thin_config(**{"search.method": "eggroll", "search.gate": False})
     settings.search.options.learning_rate = 0.05
     run = adaptation.load_run(workdir, settings)
     assert make_method(run.config) == Eggroll(population_size=4, noise_std=0.1, learning_rate=0.05)
@@ -82,7 +82,7 @@ def test_eggroll_adapts_by_config_and_refuses_options_of_another(workdir):
 @pytest.mark.evosax
 def test_a_strategy_that_evosax_lacks_is_named_with_the_field():
     with pytest.raises(InputError, match=r"^config\.search\.method='evosax:Sep_CMA': .*Sep_CMA_ES"):
-        parse_config(get_config(**{"search.method": "evosax:Sep_CMA"}))
+        parse_config(thin_config(**{"search.method": "evosax:Sep_CMA"}))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_strategy_that_evosax_lacks_is_named_with_the_field():
 )
 def test_a_method_that_cannot_be_imported_is_refused_by_field(method, reason):
     with pytest.raises(InputError, match=reason):
-        parse_config(get_config(**{"search.method": method}))
+        parse_config(thin_config(**{"search.method": method}))
 
 
 def test_wrong_options_and_wrong_means_are_refused_by_field(workdir):
@@ -106,7 +106,7 @@ def test_wrong_options_and_wrong_means_are_refused_by_field(workdir):
     run = adaptation.load_run(workdir, own("nan_mean"))
     with pytest.raises(InputError, match=r"^config\.search\.method=.*: its tell returned .*not"):
         adaptation.adapt(run, PROMPT)
-    settings = get_config()
+    settings = thin_config()
     settings.search.options.size = 9
     with pytest.raises(InputError, match=r"^config\.search\.options are settings of other methods"):
         parse_config(settings)
@@ -114,7 +114,7 @@ def test_wrong_options_and_wrong_means_are_refused_by_field(workdir):
 
 def test_a_setting_of_the_method_is_named_with_its_section():
     with pytest.raises(InputError, match=r"^config\.cem\.elite_ratio=0\.1 of config\.cem\.pop"):
-        parse_config(get_config(**{"cem.elite_ratio": 0.1}))
+        parse_config(thin_config(**{"cem.elite_ratio": 0.1}))
 
 
 REMOVED = {
@@ -130,7 +130,7 @@ REMOVED = {
 @pytest.mark.parametrize("name", REMOVED)
 def test_a_run_with_settings_that_were_removed_still_loads_and_using_one_is_refused(workdir, name):
     _, used = REMOVED[name]
-    stored = get_config().to_dict()
+    stored = thin_config().to_dict()
     stored["cem"].update({old: value for old, (value, _) in REMOVED.items()})
     (workdir / "config.json").write_text(json.dumps(stored))
     config = adaptation.load_run(workdir).config

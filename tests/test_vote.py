@@ -11,7 +11,7 @@ from grpocem_jax import adaptation, rollouts
 from grpocem_jax.adaptation import TrainedRun, best_perturbations, vote
 from grpocem_jax.tasks import TASKS, Example, Reward
 from grpocem_jax.utils.errors import InputError
-from tests.runs import PROMPT, random_offsets, tiny_policy
+from tests.runs import PROMPT, random_offsets, thin_policy
 
 pytestmark = pytest.mark.usefixtures("one_policy")
 KEY = jax.random.key(3)
@@ -19,7 +19,7 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(scope="module")
 def run():
-    policy, config = tiny_policy()
+    policy, config = thin_policy()
     return TrainedRun(config, policy, policy.zero)
 
 
