@@ -38,12 +38,24 @@ def test_imports_lists_and_lazy_names_of_the_package_agree():
     assert sorted(names) == sorted(grpocem_jax.__all__)
 
 
-def test_completion_shows_names_that_are_not_imported_yet():
-    code = "import grpocem_jax; print(*dir(grpocem_jax))"
+@pytest.fixture(scope="module")
+def fresh():
+    """What a new process prints: names that completion shows, and what the parts have imported."""
+    code = (
+        "import sys, grpocem_jax; print(*dir(grpocem_jax));"
+        "import grpocem_jax.grpo, grpocem_jax.models.sampling;"
+        "import grpocem_jax.adapters.svf, grpocem_jax.search.evosax;"
+        "print(sorted({'flax', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert set(grpocem_jax.__all__) <= set(result.stdout.split())
+    return result.stdout.splitlines()
+
+
+def test_completion_shows_names_that_are_not_imported_yet(fresh):
+    names, _ = fresh
+    assert set(grpocem_jax.__all__) <= set(names.split())
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error():
@@ -51,16 +63,9 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
         _ = grpocem_jax.nonsense
 
 
-def test_adapters_sampling_grpo_and_cem_import_no_flax_and_no_transformers():
-    code = (
-        "import sys, grpocem_jax, grpocem_jax.grpo, grpocem_jax.models.sampling;"
-        "import grpocem_jax.adapters.svf, grpocem_jax.search.evosax;"
-        "print(sorted({'flax', 'transformers', 'datasets'} & set(sys.modules)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+def test_adapters_sampling_grpo_and_cem_import_no_flax_and_no_transformers(fresh):
+    _, imported = fresh
+    assert imported == "[]"
 
 
 def test_the_example_of_the_readme_runs():

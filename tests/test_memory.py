@@ -7,8 +7,10 @@ import sys
 import jax
 import pytest
 
+from grpocem_jax.config import commands
 from grpocem_jax.utils import memory
 from grpocem_jax.utils.errors import InputError
+from tests.command_line import COMMANDS
 from tests.runs import OUT_OF_MEMORY, ROOT
 
 
@@ -79,18 +81,15 @@ def test_other_errors_of_the_device_pass_through():
         fails(3)
 
 
-def test_a_command_ends_with_a_sentence_wherever_memory_runs_out():
-    code = (
-        "import jax, grpocem_jax.config.commands\n"
-        f"def main(argv): raise jax.errors.JaxRuntimeError({OUT_OF_MEMORY!r})\n"
-        "grpocem_jax.config.commands.run(main)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert f"error: out of device memory ({OUT_OF_MEMORY}); take a smaller" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_command_ends_with_a_sentence_wherever_memory_runs_out(run_command, monkeypatch):
+    def main(argv):
+        raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+
+    monkeypatch.setitem(COMMANDS, "short", lambda: commands.run(main))
+    status, _, err = run_command("short")
+    assert status == 2
+    assert f"error: out of device memory ({OUT_OF_MEMORY}); take a smaller" in err
+    assert "Traceback" not in err
 
 
 def test_advice_names_place_and_remedy():

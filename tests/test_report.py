@@ -6,8 +6,6 @@ import json
 import math
 import operator
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -369,15 +367,14 @@ def test_a_run_whose_rewards_all_abstained_is_not_called_unfinished(tmp_path):
     assert "held-out reward of sampled completions" in found[0]
 
 
-def test_the_command_makes_the_page_again(bare):
+def test_the_command_makes_the_page_again(run_command, bare):
     _, folder = bare
     page = folder / "report" / "index.html"
     before = page.read_bytes()
     page.unlink()
-    command = [sys.executable, "-m", "grpocem_jax.report", "--workdir", folder]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == str(page)
+    status, out, err = run_command("report", "--workdir", folder)
+    assert status == 0, err
+    assert out.strip() == str(page)
     assert page.read_bytes() == before
 
 
