@@ -20,18 +20,23 @@ def run(config: Any, params: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
         network, module, prefix = gpt2.GPT2(config), gpt2, "h"
     else:
         network, module, prefix = llama.Llama(config), llama, "layers"
-    (hidden, _), state = network.apply(
-        {"params": params},
-        tokens,
-        jnp.arange(length),
-        jnp.tril(jnp.ones((length, length), bool)),
-        {},
-        None,
-        None,
-        None,
-        None,
-        capture_intermediates=lambda part, _: isinstance(part, module.Block),
-    )
+
+    @jax.jit
+    def apply(params, tokens):
+        return network.apply(
+            {"params": params},
+            tokens,
+            jnp.arange(length),
+            jnp.tril(jnp.ones((length, length), bool)),
+            {},
+            None,
+            None,
+            None,
+            None,
+            capture_intermediates=lambda part, _: isinstance(part, module.Block),
+        )
+
+    (hidden, _), state = apply(params, tokens)
     parts = [state["intermediates"][f"{prefix}_{i}"] for i in range(config.num_layers)]
     outputs = [part["__call__"][0] for part in parts]
     logits = module.build(config).logits(params, hidden)
