@@ -1,6 +1,7 @@
 """The base model's log-probabilities of completions, which a reward function may ask for."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,15 @@ import pytest
 
 from grpocem_jax import rollouts
 from grpocem_jax.builtin import data
-from grpocem_jax.config import parse_config
-from grpocem_jax.config.files import load_config
 from grpocem_jax.models import sampling
-from grpocem_jax.rollouts.policy import load_policy
 from grpocem_jax.tasks import TASKS
 from grpocem_jax.tasks.base import Example, Reward, Task
+from tests.runs import thin_policy, tiny_policy
 
 
 @pytest.fixture(scope="module")
 def policy():
-    """The built-in model, as pretrained."""
-    return load_policy(parse_config(load_config("tiny")))
+    return thin_policy()[0]
 
 
 def mean_base_logp(prompts, completions, *, base_logps, **columns):
@@ -59,12 +57,18 @@ def completed(policy, prompts, groups):
 
 
 def expected(policy, prompt, completion):
-    """The same from one whole forward, with the log-softmax of all logits."""
+    """The same from one whole forward, padded, with the log-softmax of all logits."""
     ids = [*policy.encode(prompt), *policy.encode_completion(completion), int(policy.end_ids[0])]
-    start, tokens = len(policy.encode(prompt)), np.asarray(ids, np.int32)
-    hidden = policy.model.forward(policy.params, policy.zero, tokens, np.ones(len(ids), bool), None)
-    logps = jax.nn.log_softmax(policy.model.logits(policy.params, hidden, 0, None))
-    return np.asarray(logps)[np.arange(start - 1, len(ids) - 1), tokens[start:]]
+    start, tokens = len(policy.encode(prompt)), np.zeros(32, np.int32)
+    tokens[: len(ids)] = ids
+    logps = log_softmax(policy.params, policy.zero, tokens, np.arange(32) < len(ids), policy.model)
+    return np.asarray(logps)[np.arange(start - 1, len(ids) - 1), ids[start:]]
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def log_softmax(params, offsets, tokens, mask, model):
+    hidden = model.forward(params, offsets, tokens, mask, None)
+    return jax.nn.log_softmax(model.logits(params, hidden, 0, None))
 
 
 PROMPTS = ["Review: The soup was cold.", "Text: A dog", "The waiter was kind", "Once"]
@@ -120,8 +124,9 @@ def test_they_are_taken_along_with_some_prompts(policy):
     assert some.base_logps == [out.base_logps[2], out.base_logps[0]]
 
 
-def test_word_salad_and_repetition_are_worth_less_than_text(policy):
+def test_word_salad_and_repetition_are_worth_less_than_text():
     """The reward of free text cannot be won by different words, nor by the likeliest ones."""
+    policy, _ = tiny_policy()  # as pretrained
     rows = [row["text"] for row in data.rows("general", "heldout")]
     draw = np.random.default_rng(0)
     words = sorted({word for text in rows for word in text.split()})
