@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_policy")
 
 
 def load_run(**changes):
-    settings = {"generation.max_new_tokens": NEW, "search.buckets": (8, 16, 32)}
+    settings = {"generation.max_new_tokens": NEW, "search.buckets": (32,)}
     return adaptation.load_base(get_config(**settings, **changes))
 
 
