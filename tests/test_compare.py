@@ -1,6 +1,8 @@
 """``grpocem-compare``: what differs between runs, their gains, their curves, and what is no run."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -9,6 +11,7 @@ from grpocem_jax.report import comparison
 from grpocem_jax.report.page import ABSTAINED
 from grpocem_jax.utils.errors import InputError
 from tests.pages import HOSTILE, Page, config, gain, metric_lines, summary, write_run
+from tests.runs import ROOT
 
 
 @pytest.fixture
@@ -127,9 +130,10 @@ def test_hostile_names_and_files_are_inert(tmp_path):
         compare(folders, out)
 
 
-def test_the_module_takes_runs_and_flags_in_any_order(run_command, runs, tmp_path):
-    page = tmp_path / "x.html"
-    status, out, err = run_command("compare", runs[0], "--out", page, runs[1])
-    assert status == 0, err
-    assert out.startswith("2 runs\n")
-    assert page.exists()
+def test_the_module_takes_runs_and_flags_in_any_order(runs, tmp_path):
+    out = tmp_path / "x.html"
+    command = [sys.executable, "-m", "grpocem_jax.compare", runs[0], "--out", str(out), runs[1]]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("2 runs\n")
+    assert out.exists()
