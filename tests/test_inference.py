@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.runs import (
     OTHER,
     PROMPT,
     REWARD,
+    ROOT,
     SMALL,
     no_search,
     question_examples,
@@ -82,17 +84,20 @@ def write_rows(path, rows):
 # Results
 
 
-def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(
-    run_command, workdir, monkeypatch
-):
-    """The prompt comes from standard input."""
-    given = io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode()), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", given)
+def test_the_command_with_json_prints_one_object_and_its_progress_on_stderr(workdir):
+    """In a process of its own, with the prompt on standard input."""
     # Of no other test, so that there is something to compile.
-    noise = "--config.cem.noise_std=0.11"
-    status, out, err = run_command("adapt", *small_flags(workdir), noise, "--json")
-    assert status == 0, err
-    (line,) = out.splitlines()
+    flags = [*small_flags(workdir), "--config.cem.noise_std=0.11", "--json"]
+    result = subprocess.run(
+        [sys.executable, "adapt.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        input=f"{PROMPT}\n".encode(),
+        check=False,
+    )
+    err = result.stderr.decode()
+    assert result.returncode == 0, err
+    (line,) = result.stdout.decode().splitlines()
     record = json.loads(line)
     assert record.keys() >= RESULT_KEYS
     assert record["prompt"] == PROMPT
